@@ -1,0 +1,172 @@
+"""The nouns of the package: what a problem, a rollout, an evaluation and a run are.
+
+Everything else is a function from some of these to others. Read this module
+first; it imports nothing from the package but the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Difficulty = Literal["basic", "intermediate", "advanced"]
+DIFFICULTIES: tuple[Difficulty, ...] = ("basic", "intermediate", "advanced")
+
+Split = Literal["pretrain", "train", "eval"]
+
+ANSWER_MARK = "####"
+"""A completion states its final answer after this mark, as in GSM8K."""
+
+
+class UserError(Exception):
+    """A mistake in the input: one sentence naming the value, what is allowed, and the mend.
+
+    The command line prints the sentence and exits with code 2; no traceback.
+    """
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task with a verifiable answer.
+
+    ``solution`` is a worked solution: one step a line, then ``#### answer``.
+    """
+
+    id: str
+    domain: str
+    difficulty: str
+    question: str
+    answer: str
+    solution: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of working in a completion, and whether it holds."""
+
+    text: str
+    valid: bool
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step checker found.
+
+    ``required`` is the number of steps the worked solution takes. ``score`` lies
+    in [0, 1]: the share of required steps reached, lowered by invalid ones, so
+    that padding with true but useless lines never pays.
+    """
+
+    steps: tuple[Step, ...]
+    required: int
+    score: float
+
+
+class Task(Protocol):
+    """A domain: makes problems, and owns the reward's ground truth for them."""
+
+    name: str
+
+    def generate(self, difficulty: Difficulty, rng: Any) -> Problem:
+        """Draw one problem with its worked solution; ``rng`` is a ``random.Random``."""
+        ...
+
+    def verify(self, problem: Problem, completion: str) -> bool:
+        """Whether the completion's stated final answer is exactly right."""
+        ...
+
+    def check_steps(self, problem: Problem, completion: str) -> StepReport:
+        """Check every line of working in the completion."""
+        ...
+
+
+@dataclass
+class Episode:
+    """One sampled completion, as the policy produced it.
+
+    ``logprobs[t]`` is log pi(completion_ids[t] | prefix) under the sampling
+    distribution, in nats. ``finished`` is False when the length limit cut it.
+    """
+
+    completion_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+    text: str = ""
+    reward: float = 0.0
+
+
+@dataclass
+class Group:
+    """The G completions of one prompt that GRPO compares with each other."""
+
+    prompt_ids: list[int]
+    episodes: list[Episode]
+
+
+@dataclass
+class Evaluation:
+    """Per-item results of one model on one fixed set of problems.
+
+    All lists have one entry per problem and the same order, so that two
+    evaluations of the same set are paired. ``step_score`` lies in [0, 1].
+    """
+
+    label: str
+    seed: int
+    temperature: float
+    item_ids: list[str]
+    domains: list[str]
+    difficulties: list[str]
+    correct: list[bool]
+    step_score: list[float]
+    tokens: list[int]
+    finished: list[bool]
+    completions: list[str]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Evaluation:
+        return cls(**data)
+
+
+@dataclass
+class RunRecord:
+    """What a command did and measured: the only source of numbers in prose.
+
+    ``kind`` names the command ("run", "bench-b1", ...). ``config`` is what was
+    asked, ``results`` what came out, ``machine`` and ``versions`` where.
+    """
+
+    kind: str
+    created: str
+    seed: int
+    commit: str
+    code_hash: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    config: dict[str, Any]
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write as JSON, through a temporary file so that a crash leaves no half record."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(path.suffix + ".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunRecord:
+        try:
+            return cls(**json.loads(Path(path).read_text()))
+        except (OSError, json.JSONDecodeError, TypeError) as error:
+            raise UserError(
+                f"cannot read a run record from {path}: {error}; "
+                "give the record.json that a cpugrpo command wrote"
+            ) from error
