@@ -1,0 +1,55 @@
+# `make run` for a first run, `make test` for every check, `make help` for the rest.
+# PYTHON: the Python (>= 3.10) that creates the environment. VENV: where it is.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# one torch thread per test worker: they would only take each other's cores
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test venv lint format types unit notebooks book lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+run: venv ## install what is missing, then train the bundled model and show the result
+	$(BIN)/cpugrpo run
+
+test: lint types unit notebooks book ## every check: style, types, unit tests, notebooks, book
+
+venv: ## create the environment from requirements.lock (at once when it is up to date)
+	@$(PYTHON) tools/install.py --venv $(VENV)
+
+lint: venv ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv ## ruff: mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: venv ## mypy on the package
+	$(BIN)/mypy
+
+unit: venv ## unit tests with coverage
+	$(PYTEST) --cov --cov-report=term
+
+notebooks: venv ## execute the notebooks, compare the outputs marked for it
+ifeq ($(NOTEBOOKS),)
+	@echo "no notebooks yet"
+else
+	$(PYTEST) --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=600 $(NOTEBOOKS)
+endif
+
+book: venv ## build the book from the stored outputs into _build/html
+	$(BIN)/jupyter-book build -W -n --keep-going .
+
+lock: venv ## solve pyproject.toml again into requirements.lock (ARGS=--upgrade renews all pins)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python tools/lock.py $(ARGS)
+
+clean: ## delete what the targets built, and the environment
+	rm -rf $(VENV) _build build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
