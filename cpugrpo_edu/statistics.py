@@ -1,0 +1,374 @@
+"""How sure are we? Intervals and paired tests for exact-match accuracies.
+
+Two questions, two tools. "How accurate is this model?" has an interval of its
+own (Wilson). "Did training change it?" is asked of the *same* problems before
+and after, so it is answered item by item: a bootstrap interval for the
+difference, and McNemar's exact test on the items that changed sides. Both look
+at the sampling of problems only; how much a different training seed would
+change the answer is a third question, see :func:`over_seeds`.
+
+Accuracies and their differences are fractions in [0, 1] and [-1, 1]; only keys
+named ``points`` are percentage points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from cpugrpo_edu.types import DIFFICULTIES, Evaluation, UserError
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the ends of its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """Mean and spread over independent runs; ``sd`` divides by n - 1 (ddof = 1)."""
+
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+
+def _check_confidence(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise UserError(
+            f"confidence is {confidence}, but must lie between 0 and 1; use 0.95 for 95 %"
+        )
+    return confidence
+
+
+def wilson_interval(k: int, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson (1927) score interval for ``k`` successes in ``n`` independent trials.
+
+    It solves (p_hat - p)^2 = z^2 p (1 - p) / n for p, so unlike p_hat +- z*se it
+    stays in [0, 1] and does not collapse to a point at k = 0 or k = n. Without
+    continuity correction: coverage is the stated one on average over p.
+    """
+    if n < 1 or not 0 <= k <= n:
+        raise UserError(
+            f"{k} right of {n} is no count; k must lie in 0..n and n must be at least 1"
+        )
+    z = float(stats.norm.ppf(0.5 + _check_confidence(confidence) / 2))
+    p, shrink = k / n, 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / shrink
+    half = z / shrink * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
+    # At k = 0 and k = n the ends are exactly 0 and 1; rounding may miss them.
+    return Interval(p, 0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half)
+
+
+def _outcomes(before: ArrayLike, after: ArrayLike) -> tuple[Bools, Bools]:
+    was, now = np.asarray(before), np.asarray(after)
+    if was.ndim != 1 or was.shape != now.shape or was.size == 0:
+        raise UserError(
+            f"paired outcomes have shapes {was.shape} and {now.shape}; "
+            "give two equally long, non-empty lists about the same items in the same order"
+        )
+    if not (np.isin(was, (0, 1)).all() and np.isin(now, (0, 1)).all()):
+        raise UserError("paired outcomes must be right or wrong (True/False or 1/0) for each item")
+    return was.astype(bool), now.astype(bool)
+
+
+def paired_bootstrap(
+    before: ArrayLike,
+    after: ArrayLike,
+    *,
+    samples: int = 10_000,
+    seed: int,
+    confidence: float = 0.95,
+    strata: ArrayLike | None = None,
+) -> Interval:
+    """Percentile bootstrap interval of accuracy(after) - accuracy(before), same items.
+
+    Drawing n items with replacement only matters through how many of them were
+    gained (wrong, then right), lost (right, then wrong) or unchanged: those three
+    counts are multinomial, so each resample is one multinomial draw whatever n is
+    (Efron & Tibshirani 1993, ch. 13). With ``strata`` (one label an item) items are
+    redrawn within their stratum, as fits a test set whose cell sizes were fixed.
+
+    If no item changed sides, every resample is 0 and so are both ends: the
+    bootstrap cannot see beyond its sample (:func:`compare` handles this case).
+    """
+    was, now = _outcomes(before, after)
+    if samples < 1:
+        raise UserError(f"samples is {samples}, but at least 1 resample is needed; use 10000")
+    tail = (1 - _check_confidence(confidence)) / 2
+    labels = np.zeros(was.shape, dtype=int) if strata is None else np.asarray(strata)
+    if labels.shape != was.shape:
+        raise UserError(f"strata has shape {labels.shape}, but needs one label for each item")
+    rng = np.random.default_rng(seed)
+    net = np.zeros(samples)
+    for label in np.unique(labels):
+        inside = labels == label
+        n = int(inside.sum())
+        gained, lost = int((now & ~was)[inside].sum()), int((was & ~now)[inside].sum())
+        draws = rng.multinomial(n, [gained / n, lost / n, (n - gained - lost) / n], size=samples)
+        net += draws[:, 0] - draws[:, 1]
+    low, high = np.quantile(net / was.size, [tail, 1 - tail])
+    return Interval(float(now.mean() - was.mean()), float(low), float(high))
+
+
+def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
+    """Two-sided p-value of McNemar's exact test (McNemar 1947).
+
+    Under "training changed nothing", each item that changed sides was as likely
+    gained as lost: gained ~ Binomial(gained + lost, 1/2). No change at all: p = 1.
+    """
+    was, now = _outcomes(before, after)
+    gained, lost = int((now & ~was).sum()), int((was & ~now).sum())
+    return float(stats.binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
+
+
+def over_seeds(values: Sequence[float], confidence: float = 0.95) -> SeedSummary:
+    """Mean over runs with different seeds, sd (ddof = 1), and Student's t interval."""
+    if len(values) < 2:
+        raise UserError(
+            f"a spread over seeds needs at least 2 runs, not {len(values)}; run more seeds"
+        )
+    n, mean, sd = len(values), float(np.mean(values)), float(np.std(values, ddof=1))
+    half = float(stats.t.ppf(0.5 + _check_confidence(confidence) / 2, df=n - 1)) * sd / n**0.5
+    return SeedSummary(n, mean, sd, mean - half, mean + half)
+
+
+def difficulty_order(names: Iterable[str]) -> list[str]:
+    """The distinct difficulties, easy to hard; unknown ones after them, by name."""
+    rank: dict[str, int] = {name: i for i, name in enumerate(DIFFICULTIES)}
+    return sorted(set(names), key=lambda name: (rank.get(name, len(rank)), name))
+
+
+def _breakdown(evaluation: Evaluation, row: Callable[[Bools], dict[str, Any]]) -> dict[str, Any]:
+    """Apply ``row`` to the mask of all items, of each margin, and of each domain x difficulty."""
+    domain, level = np.array(evaluation.domains), np.array(evaluation.difficulties)
+    domains, levels = sorted(set(evaluation.domains)), difficulty_order(evaluation.difficulties)
+    return {
+        "overall": row(np.ones(domain.shape, dtype=bool)),
+        "by_domain": {d: row(domain == d) for d in domains},
+        "by_difficulty": {x: row(level == x) for x in levels},
+        "cells": {
+            d: {x: row(mask) for x in levels if (mask := (domain == d) & (level == x)).any()}
+            for d in domains
+        },
+    }
+
+
+def _check_evaluation(evaluation: Evaluation) -> None:
+    n = len(evaluation.item_ids)
+    per_item = ("domains", "difficulties", "correct", "step_score", "tokens", "finished")
+    wrong = [name for name in per_item if len(getattr(evaluation, name)) != n]
+    if n == 0 or wrong:
+        raise UserError(
+            f"evaluation {evaluation.label!r} has {n} items"
+            + (f" but another number of {', '.join(wrong)}" if wrong else "")
+            + "; evaluate at least one problem and keep one entry for each"
+        )
+
+
+def accuracy_table(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, Any]:
+    """Accuracy with its Wilson interval: overall, by margin, by domain x difficulty cell.
+
+    Returns ``{"label", "seed", "temperature", "seconds", "confidence", "overall": row,
+    "by_domain": {domain: row}, "by_difficulty": {difficulty: row},
+    "cells": {domain: {difficulty: row}}}`` with ``row = {"n", "correct", "accuracy",
+    "low", "high", "step_score", "tokens", "finished"}``: step_score is the mean in
+    [0, 1], tokens the mean per completion, finished the share that ended by itself.
+    """
+    _check_evaluation(evaluation)
+    correct = np.array(evaluation.correct, dtype=bool)
+    means = {
+        name: np.array(getattr(evaluation, name), dtype=float)
+        for name in ("step_score", "tokens", "finished")
+    }
+
+    def row(mask: Bools) -> dict[str, Any]:
+        n, k = int(mask.sum()), int(correct[mask].sum())
+        wilson = wilson_interval(k, n, confidence)
+        return {
+            "n": n,
+            "correct": k,
+            "accuracy": wilson.estimate,
+            "low": wilson.low,
+            "high": wilson.high,
+            **{name: float(values[mask].mean()) for name, values in means.items()},
+        }
+
+    return {
+        "label": evaluation.label,
+        "seed": evaluation.seed,
+        "temperature": evaluation.temperature,
+        "seconds": evaluation.seconds,
+        "confidence": confidence,
+        **_breakdown(evaluation, row),
+    }
+
+
+def _check_same_items(evaluations: Sequence[Evaluation]) -> None:
+    first = evaluations[0]
+    for other in evaluations:
+        _check_evaluation(other)
+        if other.item_ids != first.item_ids:
+            shared = len(set(first.item_ids) & set(other.item_ids))
+            raise UserError(
+                f"{first.label!r} and {other.label!r} are not the same problems in the same order "
+                f"({len(first.item_ids)} and {len(other.item_ids)} items, {shared} shared); "
+                "evaluate both on one problem set"
+            )
+
+
+def _difference(
+    was: Bools, now: Bools, strata: NDArray[Any], samples: int, seed: int, confidence: float
+) -> dict[str, Any]:
+    """One row of :func:`compare`."""
+    gained, lost, n = int((now & ~was).sum()), int((was & ~now).sum()), was.size
+    if gained + lost:
+        interval = paired_bootstrap(
+            was, now, samples=samples, seed=seed, confidence=confidence, strata=strata
+        )
+    else:
+        # No item changed, where the bootstrap would claim [0, 0] at any n. Had a share q of all
+        # items changed, we would have seen none with probability (1 - q)^n ("rule of three").
+        unseen = 1 - ((1 - confidence) / 2) ** (1 / n)
+        interval = Interval(0.0, -unseen, unseen)
+    p_value = mcnemar(was, now)
+    return {
+        "n": n,
+        "before": float(was.mean()),
+        "after": float(now.mean()),
+        "difference": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "gained": gained,
+        "lost": lost,
+        "p_value": p_value,
+        # Both must agree: in small cells the bootstrap alone is too easily convinced.
+        "significant": p_value < 1 - confidence and not interval.low <= 0 <= interval.high,
+    }
+
+
+def compare(
+    before: Evaluation,
+    after: Evaluation,
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Paired comparison of two evaluations of the same problems.
+
+    Returns ``{"before": label, "after": label, "confidence", "samples", "overall",
+    "by_domain", "by_difficulty", "cells"}``, shaped as in :func:`accuracy_table`, with
+    ``row = {"n", "before", "after", "difference", "low", "high", "gained", "lost",
+    "p_value", "significant"}``. The interval is :func:`paired_bootstrap` stratified by
+    cell, p is :func:`mcnemar`; ``significant`` asks that both exclude "no change".
+    Rows are not corrected for looking at many of them.
+
+    Raises UserError if the two do not hold the same items in the same order.
+    """
+    _check_same_items([before, after])
+    _check_confidence(confidence)
+    was, now = _outcomes(before.correct, after.correct)
+    pairs = list(zip(before.domains, before.difficulties, strict=True))
+    number = {pair: i for i, pair in enumerate(sorted(set(pairs)))}
+    strata = np.array([number[pair] for pair in pairs])
+    return {
+        "before": before.label,
+        "after": after.label,
+        "confidence": confidence,
+        "samples": samples,
+        **_breakdown(
+            before,
+            lambda mask: _difference(was[mask], now[mask], strata[mask], samples, seed, confidence),
+        ),
+    }
+
+
+def forgetting_matrix(
+    evaluations: Sequence[Evaluation],
+    trained: Sequence[Iterable[str]] | None = None,
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Accuracy after each stage by difficulty, and how much of it the end has lost.
+
+    ``evaluations`` are in the order of training, the first one before it, all of the
+    same items. ``trained[i]`` holds the difficulties trained since evaluation i - 1;
+    left out, it is read from labels such as "after basic", and labels that name no
+    difficulty at all mean that every stage trained all of them.
+
+    Forgetting of difficulty j follows Chaudhry et al. 2018 (Riemannian Walk, eq. 3),
+    f_j = max_l a[l, j] - a[last, j], with l from the stage that trained j up to the
+    last but one: what was not yet taught cannot be forgotten. It is negative if
+    later stages helped, and None for what only the last stage trained. The paired
+    interval takes the best l as given, which flatters forgetting a little.
+
+    Returns ``{"rows": labels, "columns": difficulties, "accuracy": [row][column],
+    "n": {difficulty: items}, "forgetting": {difficulty: None or {"points", "points_low",
+    "points_high", "p_value", "significant", "best": label}}, "mean_points": their mean
+    or None, "confidence"}``. Points are percentage points.
+    """
+    if not evaluations:
+        raise UserError("a forgetting matrix needs at least one evaluation; none was given")
+    _check_same_items(evaluations)
+    _check_confidence(confidence)
+    labels = [evaluation.label for evaluation in evaluations]
+    columns = difficulty_order(evaluations[0].difficulties)
+    if trained is None:
+        named = [[x for x in columns if x in label.split()] for label in labels]
+        trained = named if any(named) else [[], *([columns] * (len(labels) - 1))]
+    if len(trained) != len(labels):
+        raise UserError(
+            f"trained has {len(trained)} entries for {len(labels)} evaluations; give one for each"
+        )
+    trained = [set(names) for names in trained]
+    correct = np.array([evaluation.correct for evaluation in evaluations], dtype=bool)
+    level, domain = np.array(evaluations[0].difficulties), np.array(evaluations[0].domains)
+    masks = {x: level == x for x in columns}
+    accuracy = np.stack([correct[:, masks[x]].mean(axis=1) for x in columns], axis=1)
+
+    def forgotten(column: int, difficulty: str) -> dict[str, Any] | None:
+        taught = next((i for i, names in enumerate(trained) if difficulty in names), len(labels))
+        if taught >= len(labels) - 1:
+            return None
+        best = taught + int(accuracy[taught:-1, column].argmax())
+        mask = masks[difficulty]
+        # Backwards in time (last, then best), so that what was lost counts as positive.
+        row = _difference(
+            correct[-1, mask], correct[best, mask], domain[mask], samples, seed, confidence
+        )
+        return {
+            "points": 100 * row["difference"],
+            "points_low": 100 * row["low"],
+            "points_high": 100 * row["high"],
+            "p_value": row["p_value"],
+            "significant": row["significant"],
+            "best": labels[best],
+        }
+
+    forgetting = {x: forgotten(column, x) for column, x in enumerate(columns)}
+    points = [cell["points"] for cell in forgetting.values() if cell is not None]
+    return {
+        "rows": labels,
+        "columns": columns,
+        "accuracy": accuracy.tolist(),
+        "n": {x: int(masks[x].sum()) for x in columns},
+        "forgetting": forgetting,
+        "mean_points": float(np.mean(points)) if points else None,
+        "confidence": confidence,
+    }
