@@ -78,13 +78,13 @@ def brings_cuda(report: str) -> bool:
 
 
 def install_torch(python: Path, torch: str) -> None:
-    plan = ("install", "--quiet", "--dry-run", "--report", "-", "--only-binary", ":all:", torch)
+    plan = ("install", "-qq", "--dry-run", "--report", "-", "--only-binary", ":all:", torch)
     if not brings_cuda(pip(python, *plan, capture=True)):
-        pip(python, "install", "--quiet", "--no-deps", torch)
+        pip(python, "install", "-qq", "--no-deps", torch)
         return
     print(f"The usual index offers a CUDA build; taking the CPU build from {TORCH_INDEX}")
     try:
-        pip(python, "install", "--quiet", "--no-deps", "--index-url", TORCH_INDEX, torch)
+        pip(python, "install", "-qq", "--no-deps", "--index-url", TORCH_INDEX, torch)
     except SystemExit:
         sys.exit(
             f"Cannot get the CPU build of {torch} from {TORCH_INDEX}; check the network, or set "
@@ -105,7 +105,7 @@ def check_cpu_build(python: Path) -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 10):  # noqa: UP036: an older Python may well run this script
+    if sys.version_info < (3, 10):  # noqa: UP036  an older Python may run this
         have = sys.version.split()[0]
         sys.exit(f"Python {have} is too old; use 3.10 or newer: make run PYTHON=python3.11")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -118,13 +118,14 @@ def main() -> None:
     stamp.unlink(missing_ok=True)
 
     python = create(folder)
-    print("Installing; this takes some minutes the first time and about 2 GB of disk", flush=True)
+    print("Installing torch (this and the rest: some minutes, about 2 GB of disk)", flush=True)
     # 23.3: the first pip whose --dry-run reads metadata without downloading whole wheels
-    pip(python, "install", "--quiet", "pip>=23.3")
+    pip(python, "install", "-qq", "pip>=23.3")
     install_torch(python, pinned_torch())
-    pip(python, "install", "--quiet", "--no-deps", "-r", str(LOCK))
+    print("Installing the other packages of requirements.lock", flush=True)
+    pip(python, "install", "-qq", "--no-deps", "-r", str(LOCK))
     project = f"{ROOT}[{EXTRAS}]"
-    pip(python, "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", project)
+    pip(python, "install", "-qq", "--no-deps", "--no-build-isolation", "--editable", project)
     pip(python, "check")
     check_cpu_build(python)
     stamp.write_text(fingerprint())

@@ -1,0 +1,301 @@
+"""The project's promises about itself: one source of pins, CPU only, small, portable, licensed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import cpugrpo_edu
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DECLARED = [
+    Requirement(text)
+    for texts in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for text in texts
+]
+PINS = [
+    Requirement(line)
+    for line in (ROOT / "requirements.lock").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+SYSTEMS = {
+    "linux": ("posix", "Linux", "x86_64"),
+    "darwin": ("posix", "Darwin", "arm64"),
+    "win32": ("nt", "Windows", "AMD64"),
+}
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+install = load_tool("install")
+
+
+def files() -> list[Path]:
+    """The files that are or would be committed, relative to the project."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout, so what is committed is unknown")
+    return sorted({Path(name) for name in done.stdout.split("\0") if (ROOT / name).is_file()})
+
+
+def texts() -> dict[str, str]:
+    """The text files by name; binary ones are left out."""
+    found = {}
+    for path in files():
+        data = (ROOT / path).read_bytes()
+        if b"\0" not in data:
+            found[path.as_posix()] = data.decode("utf-8", errors="replace")
+    return found
+
+
+# --- one source of pins -------------------------------------------------------------------------
+
+
+def environment(python: str, system: str) -> dict[str, str]:
+    """The markers' variables for a Python version on a system."""
+    os_name, platform_system, machine = SYSTEMS[system]
+    return {
+        "python_version": python,
+        "python_full_version": f"{python}.13",
+        "sys_platform": system,
+        "os_name": os_name,
+        "platform_system": platform_system,
+        "platform_machine": machine,
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "extra": "",
+    }
+
+
+def applies(requirement: Requirement, where: dict[str, str]) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate(where)
+
+
+def pinned(where: dict[str, str]) -> dict[str, str]:
+    """Package name to version; fails on a pin that is not exact or not the only one."""
+    versions: dict[str, str] = {}
+    for pin in PINS:
+        if not applies(pin, where):
+            continue
+        name = canonicalize_name(pin.name)
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==", f"{pin} is not exact"
+        assert name not in versions, f"{name} is pinned twice for {where}"
+        versions[name] = specifier.version
+    return versions
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("python", PYTHONS)
+def test_lock_pins_every_dependency_within_its_range(python, system):
+    where = environment(python, system)
+    versions = pinned(where)
+    for requirement in DECLARED:
+        if applies(requirement, where):
+            version = versions.get(canonicalize_name(requirement.name))
+            assert version is not None, f"{requirement} is not locked; run `make lock`"
+            assert version in requirement.specifier, f"{requirement} but the lock has {version}"
+
+
+def test_every_supported_python_is_checked():
+    assert PYTHONS[0] in SpecifierSet(PROJECT["requires-python"])
+    assert "3.9" not in SpecifierSet(PROJECT["requires-python"])
+
+
+def test_conda_environment_agrees_with_the_lock():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert conda["name"] == PROJECT["name"]
+    assert conda["channels"] == ["conda-forge", "nodefaults"]
+
+    specs = [line.split("=") for line in conda["dependencies"] if isinstance(line, str)]
+    (python,) = [spec[1] for spec in specs if spec[0] == "python"]
+    assert python in SpecifierSet(PROJECT["requires-python"])
+    versions = pinned(environment(python, "linux"))
+    for name, *version in specs:
+        if name not in ("python", "pip"):
+            assert version[0] == versions[name.replace("pytorch", "torch")], name
+
+    assert ["pytorch", versions["torch"], "cpu*"] in specs
+    assert {"pip": ["-r requirements.lock", "-e ."]} in conda["dependencies"]
+
+
+def test_lock_has_no_cuda_package():
+    names = {canonicalize_name(pin.name) for pin in PINS}
+    assert not {name for name in names if install.CUDA.match(name)}
+    assert not any("cu1" in str(pin.specifier) for pin in PINS)
+
+
+# --- installing the CPU build of torch ----------------------------------------------------------
+
+
+def report(*names: str) -> str:
+    return json.dumps({"install": [{"metadata": {"name": name}} for name in names]})
+
+
+@pytest.mark.parametrize("name", ["nvidia-cublas", "nvidia_cudnn_cu13", "triton", "cuda-bindings"])
+def test_cuda_packages_are_recognised(name):
+    assert install.brings_cuda(report("torch", name))
+    assert not install.brings_cuda(report("torch", "sympy"))
+
+
+@pytest.mark.parametrize(("offered", "from_cpu_index"), [("sympy", False), ("triton", True)])
+def test_torch_comes_from_the_cpu_index_only_where_needed(monkeypatch, offered, from_cpu_index):
+    calls = []
+
+    def pip(python, *arguments, capture=False):
+        calls.append(arguments)
+        return report("torch", offered)
+
+    monkeypatch.setattr(install, "pip", pip)
+    install.install_torch(Path("python"), install.pinned_torch())
+    plan, installation = calls
+    assert "--dry-run" in plan
+    assert (install.TORCH_INDEX in installation) is from_cpu_index
+    assert installation[-1] == f"torch=={pinned(environment('3.11', 'linux'))['torch']}"
+
+
+def test_an_unreachable_cpu_index_ends_with_the_mend(monkeypatch):
+    def pip(python, *arguments, capture=False):
+        if "--index-url" in arguments:
+            raise SystemExit("pip failed")
+        return report("triton")
+
+    monkeypatch.setattr(install, "pip", pip)
+    with pytest.raises(SystemExit, match="set TORCH_INDEX"):
+        install.install_torch(Path("python"), "torch==0")
+
+
+@pytest.mark.parametrize(("kind", "accepted"), [("cpu", True), ("13.0", False)])
+def test_only_a_cpu_build_is_accepted(monkeypatch, kind, accepted):
+    done = subprocess.CompletedProcess([], 0, stdout=f"2.13.0 {kind}\n")
+    monkeypatch.setattr(install.subprocess, "run", lambda *_, **__: done)
+    if accepted:
+        install.check_cpu_build(Path("env/bin/python"))
+    else:
+        with pytest.raises(SystemExit, match="CUDA 13.0"):
+            install.check_cpu_build(Path("env/bin/python"))
+
+
+def test_installing_again_does_nothing_until_the_lock_changes(monkeypatch, tmp_path):
+    def create(folder):
+        raise RuntimeError("installs again")
+
+    monkeypatch.setattr(install, "create", create)
+    monkeypatch.setattr(install.sys, "argv", ["install.py", "--venv", str(tmp_path)])
+    (tmp_path / "installed.txt").write_text(install.fingerprint())
+    install.main()
+
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("torch==0\n")
+    monkeypatch.setattr(install, "LOCK", lock)
+    with pytest.raises(RuntimeError, match="installs again"):
+        install.main()
+    assert not (tmp_path / "installed.txt").exists()
+
+
+# --- what is committed --------------------------------------------------------------------------
+
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".npz"}
+HOSTS = [("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("npmjs", "com"),
+         ("anaconda", "org"), ("anaconda", "com"), ("deb.debian", "org"), ("crates", "io"),
+         ("golang", "org")]  # fmt: skip
+REGISTRY = re.compile("|".join(re.escape(".".join(host)) for host in HOSTS))
+DEVELOPER_PATH = re.compile(r"(?<![\w.~$}-])/(?:work/|root/|tmp/w/|opt/pypi|home/\w|Users/\w)")
+TORCH_HOST = ".".join(("download", "pytorch", "org"))
+
+
+def test_weights_are_small():
+    sizes = {path: (ROOT / path).stat().st_size for path in files() if path.suffix in WEIGHTS}
+    assert sum(sizes.values()) <= 16e6, sizes
+
+
+@pytest.mark.parametrize("line", [f"see https://{'.'.join(host)}/x" for host in HOSTS])
+def test_registry_hosts_are_recognised(line):
+    assert REGISTRY.search(line)
+
+
+@pytest.mark.parametrize("path", ["work/main", "root/x", "tmp/w/venv", "home/ann", "Users/ann"])
+def test_developer_paths_are_recognised(path):
+    assert DEVELOPER_PATH.search(f'File "/{path}/a.py"')
+    assert not DEVELOPER_PATH.search(f"https://example.org/{path}/a.py")
+
+
+def test_no_file_names_a_registry_or_a_developers_folder():
+    found = {}
+    for name, text in texts().items():
+        for pattern in (REGISTRY, DEVELOPER_PATH):
+            if match := pattern.search(text):
+                found[name] = match.group()
+    assert not found
+
+
+def test_only_the_installer_names_the_torch_index():
+    assert [name for name, text in texts().items() if TORCH_HOST in text] == ["tools/install.py"]
+
+
+def test_marked_notebook_cells_have_the_output_they_are_compared_with():
+    # nbval passes a marked cell without a stored output silently
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            source = "".join(cell["source"])
+            tagged = "nbval-check-output" in cell["metadata"].get("tags", [])
+            if tagged or "NBVAL_CHECK_OUTPUT" in source:
+                assert cell["outputs"], f"{path.name}: {source}"
+
+
+# --- what is said -------------------------------------------------------------------------------
+
+
+def test_licences_are_there():
+    assert "MIT License" in (ROOT / "LICENSE-CODE").read_text()
+    prose = (ROOT / "LICENSE-PROSE").read_text()
+    assert "CC-BY-4.0" in prose and "creativecommons.org/licenses/by/4.0" in prose
+    assert PROJECT["license"] == "MIT"
+    assert PROJECT["license-files"] == ["LICENSE-CODE", "LICENSE-PROSE"]
+
+
+def test_citation_and_changelog_name_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == cpugrpo_edu.__version__
+    assert citation["authors"] == PROJECT["authors"]
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None and newest.group(1) == cpugrpo_edu.__version__
+
+
+def test_readme_has_the_place_for_results_once():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("<!-- results:begin -->") == readme.count("<!-- results:end -->") == 1
+    assert readme.index("<!-- results:begin -->") < readme.index("<!-- results:end -->")
+
+
+def test_documented_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set()
+    for name, text in texts().items():
+        if name.endswith(".md") or name == ".pre-commit-config.yaml":
+            named |= set(re.findall(r"(?:^|`|entry: )make ([a-z]+)", text, re.MULTILINE))
+    assert {"run", "test"} <= named
+    assert named <= targets, named - targets
