@@ -46,17 +46,22 @@ def extract_answer(completion: str) -> str | None:
     answers differ, or when one is longer than `MAX_ANSWER_CHARS`. Takes time linear in
     the completion's length.
     """
-    stated: dict[str, None] = {}  # distinct spellings, in order
-    for line in completion.splitlines():
-        if ANSWER_MARK in line:
-            stated.update((text.strip(), None) for text in _MARK.split(line)[1:])
-    stated.pop("", None)  # a bare mark states nothing
-    if not stated or len(stated) > MAX_STATEMENTS:
+    stated = [text for text in stated_answers(completion) if text]  # a bare mark states nothing
+    spellings = set(stated)
+    if not spellings or len(spellings) > MAX_STATEMENTS:
         return None
-    if len({normalize_answer(text) for text in stated}) > 1:
-        return None
-    last = list(stated)[-1]
-    return last if normalize_answer(last) else None
+    values = {normalize_answer(text) for text in spellings}
+    return stated[-1] if len(values) == 1 and "" not in values else None
+
+
+def stated_answers(completion: str) -> list[str]:
+    """Return what follows each ``####`` on its line, stripped, in order; may hold ``""``."""
+    return [
+        text.strip()
+        for line in completion.splitlines()
+        if ANSWER_MARK in line
+        for text in _MARK.split(line)[1:]
+    ]
 
 
 def normalize_answer(text: str) -> str:

@@ -1,0 +1,378 @@
+"""Rewards: their values, their guards, and every trick that must not pay."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpugrpo_edu import rewards
+from cpugrpo_edu.answers import MAX_ANSWER_CHARS, answers_match, extract_answer
+from cpugrpo_edu.rewards import (
+    REWARDS,
+    Reward,
+    combine,
+    correct_answer,
+    good_format,
+    guarded,
+    length_penalty,
+    make_length_penalty,
+    parse_rewards,
+    problem_columns,
+    valid_steps,
+)
+from cpugrpo_edu.tasks import DOMAINS, TASKS
+from cpugrpo_edu.tasks.gsm8k import GSM8K
+from cpugrpo_edu.types import Problem, StepReport, UserError
+
+PROBLEM = Problem(
+    "fake/1",
+    "fake",
+    "basic",
+    "A box holds 12 pens. Ann buys 3 boxes and loses 1 pen. How many remain?",
+    "35",
+    "12 * 3 = 36\n36 - 1 = 35\n#### 35",
+)
+RIGHT = PROBLEM.solution
+KEYWORDS = "first then next so therefore step calculate multiply divide add subtract "
+
+
+class FakeTask(GSM8K):
+    """Stands for any domain."""
+
+    def verify(self, problem, completion):
+        return answers_match(extract_answer(completion), problem.answer)
+
+
+@pytest.fixture(autouse=True)
+def fake_task(monkeypatch):
+    monkeypatch.setitem(TASKS, "fake", FakeTask("fake"))
+
+
+def score(reward, *completions, problem=PROBLEM, **extra):
+    columns = problem_columns([problem] * len(completions))
+    return reward(
+        prompts=["prompt"] * len(completions), completions=list(completions), **columns, **extra
+    )
+
+
+# --- values ---------------------------------------------------------------------------
+
+
+def test_all_rewards_of_a_perfect_completion():
+    assert [score(f, RIGHT) for f in REWARDS.values()] == [[1.0], [1.0], [1.0], [0.0]]
+
+
+def test_one_number_per_completion_in_order():
+    assert score(correct_answer, RIGHT, "#### 34", RIGHT) == [1.0, 0.0, 1.0]
+    assert score(valid_steps, RIGHT, "12 * 3 = 36\n#### 36") == [1.0, 0.5]
+    assert score(correct_answer) == []
+
+
+def test_what_trl_hands_over_besides_is_ignored():
+    extra = {"trainer_state": object(), "log_metric": print, "completion_ids": [[1, 2]], "x": [0]}
+    assert [score(f, RIGHT, **extra) for f in REWARDS.values()] == [[1.0], [1.0], [1.0], [0.0]]
+
+
+def test_conversational_completions():
+    said = [{"role": "assistant", "content": RIGHT}]
+    called = [{"role": "assistant", "content": None}, {"role": "tool", "content": "#### 35"}]
+    assert score(correct_answer, said, called, []) == [1.0, 0.0, 0.0]
+    assert score(good_format, said, called, []) == [1.0, 0.0, 0.0]
+
+
+def test_each_completion_meets_its_own_problem():
+    other = Problem("fake/2", "fake", "basic", "1 + 1?", "2", "1 + 1 = 2\n#### 2")
+    columns = problem_columns([PROBLEM, other])
+    assert correct_answer(["", ""], ["#### 2", "#### 2"], **columns) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_real_domains_reward_their_own_solutions(domain):
+    problem = TASKS[domain].generate("intermediate", random.Random(0))
+    for reward in (correct_answer, valid_steps, good_format):
+        assert score(reward, problem.solution, problem=problem) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(0, 0), (10, 0), (11, -0.1), (15, -0.5), (20, -1), (10**6, -1)]
+)
+def test_length_penalty_is_dapo_equation_13(length, expected):
+    penalty = make_length_penalty(soft_limit=10, hard_limit=20)
+    assert score(penalty, "x" * length) == pytest.approx([expected])  # characters
+    ids = [[7] * length]
+    assert score(penalty, "short", completion_ids=ids) == pytest.approx([expected])  # tokens
+
+
+@given(st.integers(0, 100), st.integers(0, 100))
+def test_length_penalty_never_rewards_length(a, b):
+    penalty = make_length_penalty(20, 60)
+    short, long = score(penalty, "x" * min(a, b), "x" * max(a, b))
+    assert 0 >= short >= long >= -1
+
+
+@pytest.mark.parametrize("limits", [(5, 5), (6, 5), (-1, 5)])
+def test_length_limits_that_do_not_fit(limits):
+    with pytest.raises(UserError, match="soft < hard"):
+        make_length_penalty(*limits)
+
+
+# --- gaming ---------------------------------------------------------------------------
+
+WRONG_ANSWERS = {
+    "empty": "",
+    "whitespace": " \n\t\u00a0\u2003 ",
+    "zero-width only": "\u200b\u200d\ufeff",
+    "keyword stuffing": KEYWORDS * 20,
+    "keyword stuffing with a mark": KEYWORDS * 20 + "\n#### therefore",
+    "two answers, wrong then right": "12 * 3 = 36\n#### 34\n#### 35",
+    "two answers, right then wrong": "12 * 3 = 36\n#### 35\n#### 34",
+    "two answers on a line": "#### 34 #### 35",
+    "two answers in words": "12 * 3 = 36\n#### 34 or 35",
+    "every answer": "\n".join(f"#### {i}" for i in range(100)),
+    "a range": "working\n#### 30-40",
+    "the answer in the steps only": "12 * 3 = 36\n36 - 1 = 35",
+    "the answer in the steps, another stated": "12 * 3 = 36\n36 - 1 = 35\n#### 36",
+    "an echoed prompt": "End with #### answer.\n12 * 3 = 36\n#### 35",
+    "an echoed example": "For example: #### 7\n12 * 3 = 36\n#### 35",
+    "superscripts": "working\n#### 3⁵",
+    "digits apart": "working\n#### 3 5",
+    "a heading": "working\n##### 35",
+    "a broken mark": "working\n##\u200b## 35",
+    "absurdly long": "working\n#### " + "0" * 10**6 + "35",
+    "answer hidden behind spaces": "working\n#### 34" + " " * 500 + "35",
+    "vertical whitespace": "working\n####\n35",
+    "not a number": "working\n#### nan",
+    "infinite": "working\n#### inf",
+    "always true": "working\n#### True",
+}
+
+
+@pytest.mark.parametrize("trick", WRONG_ANSWERS)
+def test_no_trick_earns_correct_answer(trick):
+    assert score(correct_answer, WRONG_ANSWERS[trick]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "stated", ["35", "35.", "$35.", "35 pens", "35.0", "３５", "٣٥", "70/2", "\u202e35", "3\u200b5"]
+)
+def test_honest_spellings_earn_correct_answer(stated):
+    assert score(correct_answer, f"#### {stated}") == [1.0]
+
+
+def test_thousands_separators_either_way():
+    big = Problem("fake/3", "fake", "basic", "?", "1,000")
+    spellings = ["#### 1000", "#### 1,000", "#### $1,000.00.", "#### 1,00", "#### 10,00"]
+    assert score(correct_answer, *spellings, problem=big) == [1, 1, 1, 0, 0]
+
+
+ILL_FORMED = {
+    name: text
+    for name, text in WRONG_ANSWERS.items()
+    if name
+    not in {
+        # well-formed though wrong: format says nothing on right or wrong
+        "keyword stuffing with a mark",
+        "two answers in words",
+        "a range",
+        "the answer in the steps, another stated",
+        "superscripts",
+        "digits apart",
+        "not a number",
+        "infinite",
+        "always true",
+    }
+} | {
+    "no working": "#### 35",
+    "invisible working": "\u200b\n#### 35",
+    "working of punctuation": "...\n---\n#### 35",
+    "chatter after the answer": "12 * 3 = 36\n#### 35\nI hope this helps!",
+    "answer inside a line": "12 * 3 = 36\nso #### 35",
+    "no space": "12 * 3 = 36\n####35",
+    "many spaces": "12 * 3 = 36\n####      35",
+    "the same answer twice": "12 * 3 = 36\n#### 35\n#### 35",
+    "a bare mark besides": "12 * 3 = 36\n####\n#### 35",
+    "an exotic line end": "12 * 3 = 36\u2028#### 35",
+    "an essay as answer": "12 * 3 = 36\n#### " + "x" * (MAX_ANSWER_CHARS + 1),
+}
+
+
+@pytest.mark.parametrize("trick", ILL_FORMED)
+def test_no_trick_earns_good_format(trick):
+    assert score(good_format, ILL_FORMED[trick]) == [0.0]
+
+
+def test_good_format_pays_once_however_many_keywords():
+    plain, stuffed = score(good_format, "so\n#### 1", KEYWORDS * 50 + "\n#### 1")
+    assert plain == stuffed == 1.0
+
+
+WORTHLESS_STEPS = {
+    "empty": "",
+    "whitespace": " \n ",
+    "keyword stuffing": KEYWORDS * 20 + "\n#### 35",
+    "answer without steps": "#### 35",
+    "true but useless": "1 + 1 = 2\n2 + 2 = 4\n1 * 1 = 1\n#### 35",
+    "from unknown operands": "34 + 1 = 35\n30 + 6 = 36\n#### 35",
+    "adding zero": "36 + 0 = 36\n35 + 0 = 35\n#### 35",
+    "false": "12 * 3 = 35\n#### 35",
+    "steps after the answer": "#### 35\n12 * 3 = 36\n36 - 1 = 35",
+    "identities": "35 = 35\n36 = 36\n#### 35",
+    "results alone": "36\n35\n#### 35",
+    "a long way round is cut": "1 + 1 = 2\n" * 5000 + "12 * 3 = 36\n#### 35",
+}
+
+
+@pytest.mark.parametrize("trick", WORTHLESS_STEPS)
+def test_no_trick_earns_valid_steps(trick):
+    assert score(valid_steps, WORTHLESS_STEPS[trick]) == [0.0]
+
+
+def test_padding_never_raises_valid_steps():
+    half = "12 * 3 = 36\n"
+    padded = [half + "12 * 3 = 36\n" * 10, half + "1 + 1 = 2\n" * 10, half + KEYWORDS]
+    assert score(valid_steps, half, *padded) == [0.5] * 4
+    assert score(valid_steps, RIGHT.replace("####", "2 + 2 = 5\n####")) == [
+        0.5
+    ]  # a false one costs
+
+
+@given(st.lists(st.sampled_from(["12 * 3 = 36", "36 - 1 = 35", "1 + 1 = 2", "1 + 1 = 3", "so"])))
+def test_valid_steps_never_exceed_the_distinct_useful_ones(lines):
+    useful = len({"12 * 3 = 36", "36 - 1 = 35"} & set(lines))
+    assert 0 <= score(valid_steps, "\n".join(lines))[0] <= useful / 2
+
+
+def test_silence_beats_length_but_never_a_right_answer():
+    """The length penalty is at most 0, so an empty completion only avoids a loss."""
+    empty = [score(f, "")[0] for f in REWARDS.values()]
+    assert empty == [0.0, 0.0, 0.0, 0.0]
+
+
+# --- guards ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reward", "method"), [(correct_answer, "verify"), (valid_steps, "check_steps")]
+)
+def test_a_verifier_that_raises_is_named_with_its_problem(reward, method, monkeypatch):
+    def broken(self, problem, completion):
+        raise ZeroDivisionError("oh no")
+
+    monkeypatch.setattr(FakeTask, method, broken)
+    with pytest.raises(UserError, match=r"fake/1.*ZeroDivisionError: oh no"):
+        score(reward, RIGHT)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, 1.1])
+def test_a_step_score_out_of_range_is_refused(value, monkeypatch):
+    monkeypatch.setattr(FakeTask, "check_steps", lambda *_: StepReport((), 1, value))
+    with pytest.raises(UserError, match=r"valid_steps.*fake/1.*outside"):
+        score(valid_steps, RIGHT)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "1", [1.0]])
+def test_a_reward_that_is_no_finite_number_is_refused(value):
+    def mine(prompts, completions, **columns):
+        return [0.0, value]
+
+    with pytest.raises(UserError, match=r"reward mine gave .* for completion 1"):
+        score(guarded(mine), "a", "b")
+
+
+@pytest.mark.parametrize("value", [None, 1.0, [], [1.0], [1.0, 1.0, 1.0]])
+def test_a_wrong_number_of_rewards_is_refused(value):
+    with pytest.raises(UserError, match="list of 2"):
+        score(guarded(lambda **_: value), "a", "b")
+
+
+def test_a_reward_that_raises_is_named():
+    class Mine:
+        def __call__(self, prompts, completions, **columns):
+            raise KeyError("secret column")
+
+    with pytest.raises(UserError, match=r"reward Mine failed with KeyError.*secret column"):
+        score(guarded(Mine()), "a")
+
+
+def test_numbers_of_numpy_are_numbers():
+    result = score(guarded(lambda **_: [np.float32(0.5), True]), "a", "b")
+    assert result == [0.5, 1.0]
+    assert all(type(reward) is float for reward in result)
+
+
+def test_a_missing_column_is_named():
+    columns = problem_columns([PROBLEM])
+    del columns["answer"]
+    with pytest.raises(UserError, match=r"'answer'.*problem_columns"):
+        correct_answer(["p"], [RIGHT], **columns)
+    with pytest.raises(UserError, match="'problem_id'"):
+        correct_answer(["p"] * 2, [RIGHT] * 2, **problem_columns([PROBLEM]))
+
+
+def test_an_unknown_domain_is_named():
+    with pytest.raises(UserError, match="nowhere"):
+        score(correct_answer, RIGHT, problem=Problem("1", "nowhere", "basic", "?", "1"))
+
+
+# --- composition ----------------------------------------------------------------------
+
+
+def test_parse():
+    parsed = parse_rewards(" correct_answer = 1 ,valid_steps=.5")
+    assert [(r.name, r.weight) for r in parsed] == [("correct_answer", 1.0), ("valid_steps", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "correct_answer, valid_steps"),
+        ("correct_answer", "name=weight"),
+        ("correct_answer=high", "name=weight"),
+        ("correct_answer=1,", "name=weight"),
+        ("right=1", r"unknown reward 'right'.*correct_answer"),
+        ("correct_answer=1,correct_answer=2", "twice"),
+    ],
+)
+def test_parse_errors(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_rewards(text)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_weights_that_are_not_allowed(weight):
+    with pytest.raises(UserError, match="not allowed"):
+        combine({"correct_answer": weight})
+
+
+def test_combine_takes_text_mapping_or_rewards():
+    def mine(prompts, completions, **columns):
+        return [math.nan]
+
+    for given_ in ("valid_steps=0.5", {"valid_steps": 0.5}, [Reward("s", valid_steps, 0.5)]):
+        functions, weights = combine(given_)
+        assert weights == [0.5]
+        assert [f.__name__ for f in functions] == ["valid_steps"]
+        assert score(functions[0], RIGHT) == [1.0]
+    functions, _ = combine([Reward("mine", mine)])
+    with pytest.raises(UserError, match="mine"):
+        score(functions[0], "a")
+
+
+@pytest.mark.parametrize("nothing", [{}, [], {"correct_answer": 0.0}])
+def test_combine_refuses_to_reward_nothing(nothing):
+    with pytest.raises(UserError, match="zero"):
+        combine(nothing)
+
+
+def test_names_agree_with_functions():
+    assert {name: f.__name__ for name, f in REWARDS.items()} == {name: name for name in REWARDS}
+    assert rewards.length_penalty is length_penalty
+
+
+@pytest.mark.parametrize("text", ["5" * 10**6, "#" * 10**6, "#### 5\n" * 10**5, "1+1=2\n" * 10**5])
+def test_a_million_characters_are_handled(text):
+    """A super-linear parser would not come back from this."""
+    assert all(math.isfinite(score(f, text)[0]) for f in REWARDS.values())
