@@ -82,7 +82,9 @@ def install_torch(python: Path, torch: str) -> None:
     if not brings_cuda(pip(python, *plan, capture=True)):
         pip(python, "install", "-qq", "--no-deps", torch)
         return
-    print(f"The usual index offers a CUDA build; taking the CPU build from {TORCH_INDEX}")
+    print(
+        f"The usual index offers a CUDA build; taking the CPU build from {TORCH_INDEX}", flush=True
+    )
     try:
         pip(python, "install", "-qq", "--no-deps", "--index-url", TORCH_INDEX, torch)
     except SystemExit:
