@@ -1,0 +1,267 @@
+"""Metrics that survive a crash, progress in and out of terminals, plots with alt text."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import time
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cpugrpo_edu.monitor import (
+    Dashboard,
+    MetricsLog,
+    ProgressDisplay,
+    clock_time,
+    gib,
+    plot_learning,
+    read_metrics,
+)
+from cpugrpo_edu.types import UserError
+
+# Metrics on disk
+
+
+def test_metrics_round_trip(tmp_path):
+    path = tmp_path / "new" / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.write({"stage": "basic", "step": 1, "reward": np.float32(0.5), "kl": math.nan})
+        # On disk already, before the file is closed:
+        assert read_metrics(path)[0]["reward"] == 0.5
+        log.write({"stage": "basic", "step": 2, "loss": math.inf, "time": 3.0})
+    first, second = read_metrics(path)
+    assert first["kl"] is None and abs(first["time"] - time.time()) < 60
+    assert second == {"stage": "basic", "step": 2, "loss": None, "time": 3.0}
+    assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
+
+
+def test_every_possible_crash_leaves_whole_rows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1, "reward": 0.5}\n'
+    half = '{"step": 2, "reward": 0.25}\n'
+    for cut in range(len(half)):
+        path.write_text(whole + half[:cut])
+        assert [row["step"] for row in read_metrics(path)][:1] == [1]
+        with MetricsLog(path) as log:
+            log.write({"step": 2, "reward": 0.75})
+        assert [row["reward"] for row in read_metrics(path)] == [0.5, 0.75]
+
+
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for stage, step, reward in [
+            ("a", 1, 0),
+            ("a", 2, 1),
+            ("b", 1, 2),
+            ("b", 2, 3),
+            ("b", 1, 4),
+        ]:
+            log.write({"stage": stage, "step": step, "reward": reward})
+        log.write({"note": 1})
+        log.write({"note": 2})
+    rows = read_metrics(path)
+    assert [r["reward"] for r in rows if "reward" in r] == [0, 1, 4, 3] and len(rows) == 6
+
+
+def test_reading_refuses_what_is_no_metrics_file(tmp_path):
+    with pytest.raises(UserError, match="cannot read metrics"):
+        read_metrics(tmp_path / "none.jsonl")
+    for bad in ("nonsense", "[1]", "3"):
+        path = tmp_path / "bad.jsonl"
+        path.write_text(f'{bad}\n{{"step": 1}}\n')
+        with pytest.raises(UserError, match="line 1 of"):
+            read_metrics(path)
+    path.write_bytes(b'{"step": 1}\n\xff\xfe')
+    assert read_metrics(path) == [{"step": 1}]
+
+
+# Progress
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def display_to_pipe(**options):
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, force_terminal=False, width=40)
+    return ProgressDisplay(console=console, clock=clock, **options), out, clock
+
+
+def test_a_pipe_gets_few_plain_lines():
+    display, out, clock = display_to_pipe()
+    with display:
+        display.start_stage("basic", steps=100)
+        for step in range(1, 101):
+            clock.now += 0.5  # 50 seconds in all
+            display.update(step, reward=step / 100, accuracy=0.256, tokens_per_second=310.4)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "basic: begins" and len(lines) == 6  # 10, 20, 30, 40 s, and complete
+    assert lines[1].startswith(
+        "basic: 20/100  40.0 s left  reward 0.20  accuracy 26%  310 tokens/s"
+    )
+    assert "memory" in lines[1] and "\x1b" not in out.getvalue()
+    assert lines[-1].startswith("basic: 100/100  reward 1.00")
+
+
+def test_a_resumed_stage_judges_speed_by_its_own_steps():
+    display, out, clock = display_to_pipe(interval=0)
+    display.start_stage("advanced", steps=100, done=90)
+    clock.now += 4
+    display.update(92, rss_bytes=2**20)
+    assert out.getvalue().splitlines()[-1] == "advanced: 92/100  16.0 s left  memory 1 MiB"
+
+
+def test_track_yields_everything():
+    display, out, clock = display_to_pipe(interval=1)
+    seen = []
+    for item in display.track(range(3), "evaluating"):
+        seen.append(item)
+        clock.now += 2
+    assert seen == [0, 1, 2]
+    assert out.getvalue().splitlines()[1:] == [
+        "evaluating: 1/3  4.0 s left",
+        "evaluating: 2/3  2.0 s left",
+        "evaluating: 3/3",
+    ]
+    assert list(display.track(iter("ab"), "unknown length")) == ["a", "b"]
+    assert list(display.track(iter("ab"), "Fisher", total=2)) == ["a", "b"]
+    assert out.getvalue().splitlines()[-1] == "Fisher: 2/2"
+
+
+def test_messages_are_not_markup():
+    display, out, _ = display_to_pipe()
+    display.message("[bold]x[/bold] " + 60 * "y")
+    assert out.getvalue() == "[bold]x[/bold] " + 60 * "y" + "\n"
+
+
+def test_quiet_prints_nothing(capsys):
+    with ProgressDisplay(quiet=True, console=Console(force_terminal=True)) as display:
+        display.start_stage("basic", steps=1)
+        display.update(1)
+        display.message("x")
+        assert list(display.track([1], "evaluating")) == [1]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_live_bar_and_messages_above_it():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    with ProgressDisplay(console=console) as display:
+        display.start_stage("[basic]", steps=2)
+        display.update(1, reward=0.25)
+        display.message("a message")
+        assert list(display.track([1, 2], "evaluating")) == [1, 2]
+        display.update(2, reward=0.75)
+    text = out.getvalue()
+    assert "[basic]" in text and "reward 0.75" in text and "2/2" in text and "evaluating" in text
+    assert "a message" in text and "\x1b" in text
+
+
+def test_the_display_ends_when_the_run_fails():
+    out = io.StringIO()
+    display = ProgressDisplay(console=Console(file=out, force_terminal=True))
+    with pytest.raises(ZeroDivisionError), display:
+        display.start_stage("basic", steps=2)
+        raise ZeroDivisionError
+    assert out.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_update_needs_a_stage():
+    with pytest.raises(UserError, match="start_stage"):
+        ProgressDisplay(quiet=True).update(1)
+
+
+def test_units():
+    assert [clock_time(s) for s in (0.04, 59.9, 63, 187, 3723)] == [
+        "0.0 s",
+        "59.9 s",
+        "1:03",
+        "3:07",
+        "1:02:03",
+    ]
+    assert (gib(2**29), gib(3 * 2**29)) == ("512 MiB", "1.50 GiB")
+
+
+# Plots
+
+
+def rows(n, **extra):
+    return [
+        {"stage": "a" if i < n / 2 else "b", "reward": i / n + 0.013, **extra} for i in range(n)
+    ]
+
+
+def test_learning_curves_show_what_was_recorded():
+    plot = plot_learning(rows(100, reward_std=0.1, kl=0.5, loss=None, entropy=2.0))
+    assert [axes.get_title(loc="left") for axes in plot.figure.axes] == [
+        "Reward",
+        "KL to the reference",
+        "Entropy",
+    ]
+    assert "over 100 optimizer steps (a from step 1, b from step 51)" in plot.alt
+    # the means of 0.013 ... 0.103 and of 0.913 ... 1.003
+    assert "went from 0.06 in the first tenth to 0.96 in the last" in plot.alt
+    assert all(axes.get_ylabel() for axes in plot.figure.axes)
+    data, metadata = plot._repr_mimebundle_()
+    assert metadata["image/png"]["alt"] == plot.alt == data["text/plain"]
+
+
+def test_learning_curves_of_little():
+    assert "no step" in plot_learning([]).alt
+    assert "no step" in plot_learning([{"step": 1, "reward": None}]).alt
+    one = plot_learning([{"reward": 0.5}])
+    assert "from 0.50" in one.alt and one.png(dpi=30).startswith(b"\x89PNG")
+    gap = plot_learning([{"reward": 0.5}, {"kl": 1.0}, {"reward": 0.7}])
+    assert "between 0.50 and 0.70" in gap.alt
+
+
+# Dashboard
+
+
+def test_dashboard_follows_the_file(tmp_path, monkeypatch):
+    pytest.importorskip("ipywidgets")
+    monkeypatch.setattr("IPython.display.display", lambda *_: None)
+    path = tmp_path / "metrics.jsonl"
+    with Dashboard(path, interval=0.01) as dashboard:
+        dashboard.refresh()
+        assert "Waiting" in dashboard.widget.value
+        path.write_text('{"half')
+        dashboard.refresh()
+        assert "Waiting" in dashboard.widget.value
+        path.write_text(json.dumps({"stage": "<b>", "step": 7, "reward": 0.5}) + "\n")
+        deadline = time.monotonic() + 20
+        while "img" not in dashboard.widget.value and time.monotonic() < deadline:
+            time.sleep(0.02)
+        first = dashboard.widget.value
+        assert "&lt;b&gt;, step 7  reward 0.50" in first and 'alt="Line charts' in first
+        with path.open("a") as file:
+            file.write(json.dumps({"stage": "<b>", "step": 8, "reward": 0.6}) + "\n")
+    assert "step 8" in dashboard.widget.value  # drawn once more at the end
+    assert not dashboard._thread.is_alive()
+
+
+def test_dashboard_without_ipywidgets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(UserError, match="pip install ipywidgets"):
+        Dashboard("metrics.jsonl")
+
+
+def test_import_is_light():
+    """Neither torch nor pyplot is needed to watch a run."""
+    import subprocess
+
+    code = (
+        "import sys, cpugrpo_edu.report; "
+        "print(*[m for m in ('torch', 'matplotlib.pyplot') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
