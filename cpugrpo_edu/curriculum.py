@@ -1,0 +1,134 @@
+"""Which problems come when: three stages, their order, and replay of what came before.
+
+Curriculum learning (Bengio et al. 2009) trains on easy examples first. Stages in
+strict order forget, so each stage may replay a share of the other difficulties.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from cpugrpo_edu.rewards import problem_columns
+from cpugrpo_edu.tasks import make_problems, prompt_messages
+from cpugrpo_edu.types import DIFFICULTIES, Difficulty, Problem, UserError
+
+ORDERS = ("curriculum", "mixed", "reversed")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training: its mixture of difficulties, its steps and learning rate."""
+
+    name: str
+    mixture: dict[str, float]
+    steps: int
+    learning_rate: float
+
+
+def make_stages(
+    order: str = "curriculum",
+    *,
+    steps: Sequence[int] = (16, 16, 16),
+    learning_rates: Sequence[float] = (1e-4, 1e-4, 1e-4),
+    replay: float = 0.25,
+) -> list[Stage]:
+    """Three stages. ``replay`` is the share of each that comes from the other difficulties.
+
+    "curriculum" goes from basic to advanced, "reversed" the other way, and "mixed"
+    draws all difficulties alike in every stage: the control at equal compute.
+    """
+    if order not in ORDERS:
+        raise UserError(f"unknown order {order!r}; allowed are {', '.join(ORDERS)}")
+    if len(steps) != 3 or len(learning_rates) != 3 or min(steps) < 0 or sum(steps) < 1:
+        raise UserError(
+            f"steps {list(steps)} and learning rates {list(learning_rates)} must be three each, "
+            "one a stage, with at least one step in all"
+        )
+    if not 0 <= replay < 1:
+        raise UserError(f"replay is {replay}; give a share of at least 0 and below 1")
+    names = list(reversed(DIFFICULTIES)) if order == "reversed" else list(DIFFICULTIES)
+    stages = []
+    for name, count, rate in zip(names, steps, learning_rates, strict=True):
+        if order == "mixed":
+            mixture = {other: 1 / 3 for other in DIFFICULTIES}
+        else:
+            mixture = {other: 1 - replay if other == name else replay / 2 for other in DIFFICULTIES}
+        stages.append(Stage(f"mixed {len(stages) + 1}" if order == "mixed" else name, mixture, count, rate))
+    return stages
+
+
+def stage_problems(stage: Stage, domains: Sequence[str], count: int, seed: int) -> list[Problem]:
+    """``count`` training problems of the stage's mixture, domains taken in turn.
+
+    They come in an order that keeps every stretch close to the mixture.
+    """
+    pools: dict[tuple[str, str], list[Problem]] = {}
+    for difficulty, share in stage.mixture.items():
+        for domain in domains:
+            if share > 0:
+                need = 2 + int(share * count / len(domains)) + count // 8
+                pools[domain, difficulty] = make_problems(
+                    domain, check_difficulty(difficulty), "train", need, seed
+                )
+    debt = dict.fromkeys(pools, 0.0)
+    problems = []
+    while len(problems) < count:
+        for domain, difficulty in debt:
+            debt[domain, difficulty] += stage.mixture[difficulty] / len(domains)
+        cell = max(debt, key=lambda key: debt[key])
+        debt[cell] -= 1
+        problems.append(pools[cell].pop())
+    return problems
+
+
+def select_problems(
+    stage: Stage, problems: Sequence[Problem], count: int, offset: int = 0
+) -> list[Problem]:
+    """The same from a fixed set such as GSM8K: cycles through it if it is too small."""
+    chosen: list[Problem] = []
+    for difficulty, share in stage.mixture.items():
+        pool = [problem for problem in problems if problem.difficulty == difficulty]
+        take = round(share * count)
+        if pool:
+            chosen += [pool[(offset + i) % len(pool)] for i in range(take)]
+    if not chosen:
+        raise UserError(
+            f"no problems for stage {stage.name!r}: the data has none of the difficulties "
+            f"{', '.join(d for d, share in stage.mixture.items() if share)}; add some"
+        )
+    rest = [chosen[i % len(chosen)] for i in range(count)]
+    return sorted(rest, key=lambda problem: complexity(problem.question))
+
+
+def check_difficulty(name: str) -> Difficulty:
+    for difficulty in DIFFICULTIES:
+        if name == difficulty:
+            return difficulty
+    raise UserError(f"unknown difficulty {name!r}; allowed are {', '.join(DIFFICULTIES)}")
+
+
+def complexity(question: str) -> float:
+    """The ancestor project's sorting score: tokens + 2 operators + 1.5 numbers + 3 depth.
+
+    A heuristic on the text alone; tokens are words, depth is that of brackets.
+    """
+    depth = deepest = 0
+    for character in question:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    operators = len(re.findall(r"[-+*/=%]", question))
+    numbers = len(re.findall(r"\d+(?:\.\d+)?", question))
+    return len(question.split()) + 2 * operators + 1.5 * numbers + 3 * deepest
+
+
+def to_dataset(problems: Iterable[Problem], system: str | None = None) -> Dataset:
+    """A data set for TRL: the prompt as a conversation, and the columns that rewards read."""
+    problems = list(problems)
+    columns: dict[str, list[Any]] = dict(problem_columns(problems))
+    columns["prompt"] = [prompt_messages(problem, system) for problem in problems]
+    return Dataset.from_dict(columns)

@@ -1,0 +1,216 @@
+"""Load a policy: the bundled model, a local folder, or a hub id. The same code for all.
+
+Weights are memory-mapped from safetensors straight into their final dtype, so
+loading needs the model's size once, and a model that cannot fit is refused
+before a single weight is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from cpugrpo_edu.hardware import native_bfloat16
+from cpugrpo_edu.memory import ensure_fits, estimate_model_bytes
+from cpugrpo_edu.types import UserError
+
+BUNDLED = Path(__file__).parent / "bundled"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+SYSTEM_PROMPT = (
+    "Work step by step, one step a line such as 12 * 3 = 36. "
+    "Then write the final answer alone on the last line after #### ."
+)
+"""Tells a general model the format that the bundled one already knows."""
+
+
+@dataclass
+class Policy:
+    """A model with its tokenizer and how to prompt it.
+
+    ``model`` may be wrapped by PEFT. ``system`` is the system prompt or None;
+    ``source`` is the folder or hub id it came from.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+    system: str | None = None
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Every token that ends a completion, from the tokenizer and the generation config."""
+        ids = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = ids if isinstance(ids, list) else [ids]
+        return {int(i) for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation through the chat template, ready for the answer."""
+        return list(
+            self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        )
+
+
+def resolve_source(name: str | Path) -> str:
+    """The folder or hub id that a model name means. "bundled" is the model that we ship."""
+    if str(name) == "bundled":
+        if not (BUNDLED / "model.safetensors").exists():
+            raise UserError(
+                f"the bundled model is missing from {BUNDLED}; reinstall the package, "
+                "or make it again with: cpugrpo pretrain"
+            )
+        return str(BUNDLED)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(
+                f"{path} holds no config.json; give a Hugging Face model folder, "
+                "a hub id such as Qwen/Qwen2-0.5B-Instruct, or bundled"
+            )
+        return str(path)
+    if path.exists() or len(path.parts) > 2 or str(name).startswith((".", "/", "~")):
+        raise UserError(
+            f"no model folder at {name}; give an existing folder, "
+            "a hub id such as Qwen/Qwen2-0.5B-Instruct, or bundled"
+        )
+    return str(name)
+
+
+def load_policy(
+    name: str | Path = "bundled",
+    *,
+    dtype: str = "float32",
+    lora_rank: int = 0,
+    system: str | None = None,
+    seed: int = 0,
+    check_memory: bool = True,
+) -> Policy:
+    """Load model and tokenizer; ``lora_rank`` > 0 freezes the base and adds adapters.
+
+    ``dtype`` is float32, bfloat16, or auto (bfloat16 where the CPU computes in it).
+    A model other than ours gets ``SYSTEM_PROMPT`` unless ``system`` says otherwise.
+    Raises UserError for an unknown model, a broken download, or too little memory.
+    """
+    if dtype == "auto":
+        dtype = "bfloat16" if native_bfloat16() else "float32"
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
+    if lora_rank < 0:
+        raise UserError(f"lora_rank is {lora_rank}; give 0 (full fine-tuning) or more")
+    source = resolve_source(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if check_memory:
+            ensure_fits(f"loading {name}", estimate_model_bytes(config, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+    except (OSError, ValueError, ConnectionError) as error:
+        raise UserError(
+            f"cannot load the model {str(name)!r} ({first_sentence(error)}); give an existing "
+            "local folder, or check the name and the network and run the same command again: "
+            "a broken download is resumed"
+        ) from error
+    prepare_tokenizer(tokenizer)
+    if lora_rank:
+        model = add_lora(model, lora_rank, seed)
+    if system is None and source != str(BUNDLED):
+        system = default_system(source)
+    return Policy(model, tokenizer, source, system)
+
+
+def default_system(source: str) -> str | None:
+    """None for a model of ours (marked in its config), else the format instructions."""
+    config = AutoConfig.from_pretrained(source)
+    return None if getattr(config, "cpugrpo_format", False) else SYSTEM_PROMPT
+
+
+def first_sentence(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def prepare_tokenizer(tokenizer: Any) -> None:
+    """Left padding, a padding token and a chat template: what rollouts need."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            "the tokenizer has neither a padding nor an end-of-text token; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+
+
+def add_lora(model: Any, rank: int, seed: int = 0) -> Any:
+    """Low-rank adapters on all linear layers (Hu et al. 2021, arXiv:2106.09685), alpha = 2 rank.
+
+    The base is frozen; B starts at zero, so the policy is unchanged at first.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def snapshot(model: Any) -> dict[str, Tensor]:
+    """Detached copies of the trainable parameters."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def relative_change(model: Any, before: dict[str, Tensor]) -> float:
+    """||theta - theta_0|| / ||theta_0|| over the trainable parameters; 0 if nothing moved."""
+    moved = total = 0.0
+    for name, parameter in model.named_parameters():
+        if name in before:
+            old = before[name].float()
+            moved += float((parameter.detach().float() - old).square().sum())
+            total += float(old.square().sum())
+    return (moved / max(total, 1e-30)) ** 0.5
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 over all weights: equal if and only if no bit changed."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_policy(policy: Policy, folder: str | Path) -> Path:
+    """Save as a standard Hugging Face folder that plain ``transformers`` loads.
+
+    LoRA adapters are merged into a copy of the base; the adapter alone is kept
+    beside it in ``adapter/``.
+    """
+    folder = Path(folder)
+    model = policy.model
+    if hasattr(model, "merge_and_unload"):
+        import copy
+
+        model.save_pretrained(folder / "adapter")
+        model = copy.deepcopy(model).merge_and_unload()
+    model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,359 @@
+"""The CPU decode engine: G completions for each prompt, with their log-probabilities.
+
+Generic generation prefills a prompt G times, copies the whole key/value cache at
+every token, and computes finished rows to the end. Here
+
+1. every prompt is prefilled once and its keys and values are expanded to G rows,
+2. the cache is allocated once and written in place,
+3. finished rows are retired, so that the batch shrinks as completions end,
+4. the log-probability of every sampled token is kept: GRPO needs it anyway.
+
+The layers are those of the live Hugging Face model (Qwen2, Llama and others of
+the same build), so LoRA and INT8 linear layers work as they are. Other
+architectures go through ``model.generate``, which is slower and means the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpugrpo_edu.types import Episode, Group, UserError
+
+RETIRE_SHARE = 0.75
+"""Compact the batch when fewer than this share of its rows is still running."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens. ``temperature`` 0 means greedy."""
+
+    max_new_tokens: int = 96
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}; give 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; give a number above 0 and at most 1")
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The bare causal language model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_supported(model: nn.Module) -> bool:
+    """Whether the fast engine knows this architecture's layers."""
+    lm = causal_lm(model)
+    config = lm.config
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return config.model_type in {"qwen2", "llama"} and not sliding
+
+
+class Cache:
+    """Keys and values of all layers, (rows, kv heads, positions, head dim) each, in place."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], mask: Tensor, length: int):
+        self.keys, self.values = keys, values
+        self.mask = mask  # (rows, capacity), True where a real token stands
+        self.length = length
+
+    @classmethod
+    def empty(cls, lm: nn.Module, rows: int, capacity: int) -> Cache:
+        attention = lm.model.layers[0].self_attn
+        shape = (rows, lm.config.num_key_value_heads, capacity, attention.head_dim)
+        dtype = lm.model.norm.weight.dtype
+        layers = range(len(lm.model.layers))
+        return cls(
+            [torch.empty(shape, dtype=dtype) for _ in layers],
+            [torch.empty(shape, dtype=dtype) for _ in layers],
+            torch.zeros(rows, capacity, dtype=torch.bool),
+            0,
+        )
+
+    def select(self, rows: Tensor, capacity: int | None = None) -> Cache:
+        """A cache with the given rows (repeats allowed) and room for ``capacity`` positions."""
+        capacity = capacity or self.mask.shape[1]
+
+        def pick(old: Tensor) -> Tensor:
+            new = old.new_empty(len(rows), old.shape[1], capacity, old.shape[3])
+            new[:, :, : self.length] = old[:, :, : self.length].index_select(0, rows)
+            return new
+
+        mask = self.mask.new_zeros(len(rows), capacity)
+        mask[:, : self.length] = self.mask[:, : self.length].index_select(0, rows)
+        return Cache(
+            [pick(k) for k in self.keys], [pick(v) for v in self.values], mask, self.length
+        )
+
+
+def forward(lm: nn.Module, ids: Tensor, positions: Tensor, valid: Tensor, cache: Cache) -> Tensor:
+    """Run ``ids`` (rows, T) through the layers, appending to the cache.
+
+    ``positions`` are the rotary positions, ``valid`` is False on padding.
+    Returns the last position's hidden state (rows, hidden), after the final norm.
+    """
+    start, end = cache.length, cache.length + ids.shape[1]
+    cache.mask[:, start:end] = valid
+    cache.length = end
+    hidden = lm.model.embed_tokens(ids)
+    cos, sin = lm.model.rotary_emb(hidden, positions)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    visible = cache.mask[:, None, None, :end]  # (rows, 1, 1, end)
+    if ids.shape[1] > 1:
+        causal = torch.ones(ids.shape[1], end, dtype=torch.bool).tril(start)
+        visible = visible & causal
+        # A padded query sees nothing; let it see itself, so that no softmax is empty.
+        visible = visible | torch.eye(ids.shape[1], end, dtype=torch.bool)
+    bias = torch.zeros(visible.shape, dtype=hidden.dtype).masked_fill_(~visible, -torch.inf)
+    for index, layer in enumerate(lm.model.layers):
+        normed = layer.input_layernorm(hidden)
+        mixed = attend(layer.self_attn, normed, cos, sin, bias, cache, index, start)
+        hidden = hidden + mixed
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return lm.model.norm(hidden[:, -1])
+
+
+def attend(
+    attention: Any,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    bias: Tensor,
+    cache: Cache,
+    index: int,
+    start: int,
+) -> Tensor:
+    """One attention layer over the cache. Query heads that share keys go as one block."""
+    rows, length, _ = hidden.shape
+    dim = attention.head_dim
+    end = start + length
+    query = attention.q_proj(hidden).view(rows, length, -1, dim).transpose(1, 2)
+    key = attention.k_proj(hidden).view(rows, length, -1, dim).transpose(1, 2)
+    value = attention.v_proj(hidden).view(rows, length, -1, dim).transpose(1, 2)
+    keys, values = cache.keys[index], cache.values[index]
+    keys[:, :, start:end] = rotate(key, cos, sin)
+    values[:, :, start:end] = value
+    query = rotate(query, cos, sin)
+    keys, values = keys[:, :, :end], values[:, :, :end]
+    if length == 1:  # (rows, kv heads, queries of that head, dim): no copy of the cache
+        query = query.reshape(rows, keys.shape[1], -1, dim)
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
+        mixed = mixed.reshape(rows, 1, -1)
+    else:
+        mixed = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=bias, enable_gqa=True
+        )
+        mixed = mixed.transpose(1, 2).reshape(rows, length, -1)
+    return attention.o_proj(mixed)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw one token a row from (rows, V) logits; return ids (rows,) and log-probs in nats.
+
+    The log-probs are those of the distribution drawn from, so temperature and
+    top-p are included. Greedy decoding reports the model's own log-probs.
+    """
+    logits = logits.float()
+    if sampling.temperature == 0:
+        token = logits.argmax(-1)
+        return token, log_prob_of(logits, token)
+    logits = logits / sampling.temperature
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    # Gumbel-max: adding Gumbel noise and taking the maximum samples from the softmax.
+    noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
+    token = noise.add_(logits).argmax(-1)
+    return token, log_prob_of(logits, token)
+
+
+def log_prob_of(logits: Tensor, token: Tensor) -> Tensor:
+    return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Nucleus truncation: the fewest tokens whose mass reaches ``top_p``; the rest -inf."""
+    ordered, order = logits.sort(-1, descending=True)
+    mass = ordered.softmax(-1).cumsum(-1)
+    drop = mass - ordered.softmax(-1) >= top_p
+    return logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+
+
+def prefill(
+    lm: nn.Module, prompts: Sequence[Sequence[int]], room: int, pad_id: int
+) -> tuple[Tensor, Tensor, Cache]:
+    """Left-pad and run the prompts once.
+
+    Returns the last hidden states (prompts, hidden), the lengths, and the cache.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    valid = torch.arange(width) >= (width - lengths)[:, None]
+    positions = (valid.cumsum(-1) - 1).clamp(min=0)
+    cache = Cache.empty(lm, len(prompts), width + room)
+    return forward(lm, ids, positions, valid, cache), lengths, cache
+
+
+def decode(
+    lm: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    copies: int,
+    sampling: Sampling,
+    eos_ids: set[int],
+    pad_id: int,
+    generator: torch.Generator,
+) -> list[Group]:
+    """Complete each prompt ``copies`` times, all rows in one batch."""
+    hidden, lengths, prompt_cache = prefill(lm, prompts, 0, pad_id)
+    rows = torch.arange(len(prompts)).repeat_interleave(copies)
+    cache = prompt_cache.select(rows, prompt_cache.length + sampling.max_new_tokens)
+    del prompt_cache
+    hidden, position = hidden[rows], lengths[rows]
+    total = len(rows)
+    tokens = torch.full((total, sampling.max_new_tokens), pad_id)
+    logprobs = torch.zeros(total, sampling.max_new_tokens)
+    counts = torch.zeros(total, dtype=torch.long)
+    ended = torch.zeros(total, dtype=torch.bool)
+    stop = torch.tensor(sorted(eos_ids), dtype=torch.long)
+    active = torch.arange(total)  # which original row each batch row is
+    running = torch.ones(total, dtype=torch.bool)
+    for t in range(sampling.max_new_tokens):
+        token, logprob = draw(lm.lm_head(hidden), sampling, generator)
+        live = active[running]
+        tokens[live, t], logprobs[live, t] = token[running], logprob[running]
+        counts[live] = t + 1
+        finished = running & torch.isin(token, stop)
+        ended[active[finished]] = True
+        running = running & ~finished
+        alive = int(running.sum())
+        if alive == 0 or t + 1 == sampling.max_new_tokens:
+            break
+        if alive < RETIRE_SHARE * len(active):
+            keep = running.nonzero().squeeze(1)
+            cache, active, token = cache.select(keep), active[keep], token[keep]
+            position, running = position[keep], running[keep]
+        hidden = forward(
+            lm, token[:, None], position[:, None], torch.ones(len(active), 1, dtype=torch.bool), cache
+        )
+        position = position + 1
+    groups = []
+    for index, prompt in enumerate(prompts):
+        episodes = []
+        for row in range(index * copies, (index + 1) * copies):
+            n = int(counts[row])
+            episodes.append(
+                Episode(tokens[row, :n].tolist(), logprobs[row, :n].tolist(), bool(ended[row]))
+            )
+        groups.append(Group(list(prompt), episodes))
+    return groups
+
+
+def decode_with_generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    copies: int,
+    sampling: Sampling,
+    eos_ids: set[int],
+    pad_id: int,
+) -> list[Group]:
+    """The reference: Hugging Face ``generate`` on left-padded prompts, each given G times."""
+    width = max(len(prompt) for prompt in prompts)
+    repeated = [prompt for prompt in prompts for _ in range(copies)]
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in repeated])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in repeated])
+    greedy = sampling.temperature == 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sampling.seed)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=not greedy,
+            temperature=None if greedy else sampling.temperature,
+            top_p=None if greedy else sampling.top_p,
+            top_k=None if greedy else 0,
+            repetition_penalty=1.0,
+            eos_token_id=sorted(eos_ids) or None,
+            pad_token_id=pad_id,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    scores = torch.stack(output.scores, dim=1).float().log_softmax(-1)
+    tokens = output.sequences[:, width:]
+    chosen = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    groups = []
+    for index, prompt in enumerate(prompts):
+        episodes = []
+        for row in range(index * copies, (index + 1) * copies):
+            ids_row = tokens[row].tolist()
+            end = next((i for i, token in enumerate(ids_row) if token in eos_ids), None)
+            n = len(ids_row) if end is None else end + 1
+            episodes.append(Episode(ids_row[:n], chosen[row, :n].tolist(), end is not None))
+        groups.append(Group(list(prompt), episodes))
+    return groups
+
+
+@torch.inference_mode()
+def rollout(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    copies: int,
+    sampling: Sampling,
+    *,
+    eos_ids: set[int],
+    pad_id: int,
+    engine: str = "fast",
+    on_done: Callable[[int], None] = lambda rows: None,
+) -> list[Group]:
+    """Sample ``copies`` completions of each tokenized prompt, in the order given.
+
+    Prompts of like length are decoded together, at most ``sampling.max_rows``
+    rows at a time. ``engine`` is "fast" or "generate" (the reference); ``eos_ids``
+    may be empty, which forces completions of full length. Completions keep their
+    end-of-text token. Raises UserError for an empty prompt or an unknown engine.
+    """
+    if engine not in {"fast", "generate"}:
+        raise UserError(f"unknown rollout engine {engine!r}; allowed are fast and generate")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise UserError("a prompt has no tokens; give it some text")
+    was_training = model.training
+    model.eval()  # dropout must not act on rollouts
+    generator = torch.Generator().manual_seed(sampling.seed)
+    groups: list[Group | None] = [None] * len(prompts)
+    for chunk in chunks_by_length(prompts, max(1, sampling.max_rows // copies)):
+        texts = [prompts[i] for i in chunk]
+        if engine == "fast" and is_supported(model):
+            lm = causal_lm(model)
+            done = decode(lm, texts, copies, sampling, eos_ids, pad_id, generator)
+        else:
+            done = decode_with_generate(model, texts, copies, sampling, eos_ids, pad_id)
+        for i, group in zip(chunk, done, strict=True):
+            groups[i] = group
+        on_done(len(chunk))
+    model.train(was_training)
+    return [group for group in groups if group is not None]
+
+
+def chunks_by_length(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Indices of the prompts, sorted by length, ``size`` at a time."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

@@ -1,0 +1,82 @@
+"""Domains of problems. Each task generates, solves and verifies its own.
+
+Splits are disjoint by construction: a problem belongs to the split that the hash
+of its question falls into, whoever draws it and with whatever seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import replace
+
+from cpugrpo_edu.tasks.algebra import Algebra
+from cpugrpo_edu.tasks.arithmetic import Arithmetic
+from cpugrpo_edu.tasks.lists import Lists
+from cpugrpo_edu.tasks.word_problems import WordProblems
+from cpugrpo_edu.types import DIFFICULTIES, Difficulty, Problem, Split, Task, UserError
+
+TASKS: dict[str, Task] = {task.name: task for task in (Arithmetic(), WordProblems(), Algebra(), Lists())}
+
+DOMAINS: tuple[str, ...] = tuple(TASKS)
+"""The generated domains, in the order tables show them."""
+
+SPLIT_SHARES: dict[Split, float] = {"pretrain": 0.70, "train": 0.15, "eval": 0.15}
+
+
+def register(task: Task) -> None:
+    """Make a task known by its name, e.g. one with the user's own verifier."""
+    TASKS[task.name] = task
+
+
+def get_task(name: str) -> Task:
+    if name not in TASKS:
+        raise UserError(f"unknown domain {name!r}; known are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def question_hash(question: str) -> str:
+    return hashlib.sha256(question.encode()).hexdigest()
+
+
+def split_of(question: str) -> Split:
+    """The one split that a question belongs to."""
+    position = int(question_hash(question)[:8], 16) / 16**8
+    for split, share in SPLIT_SHARES.items():
+        if position < share:
+            return split
+        position -= share
+    return "eval"
+
+
+def make_problems(
+    domain: str, difficulty: Difficulty, split: Split, count: int, seed: int = 0
+) -> list[Problem]:
+    """Draw ``count`` distinct problems of one cell from one split.
+
+    The same arguments give the same problems on every machine.
+    """
+    if difficulty not in DIFFICULTIES:
+        raise UserError(f"unknown difficulty {difficulty!r}; allowed are {', '.join(DIFFICULTIES)}")
+    task = get_task(domain)
+    rng = random.Random(f"{domain}/{difficulty}/{split}/{seed}")
+    problems: dict[str, Problem] = {}
+    for _ in range(200 * count + 1000):
+        if len(problems) == count:
+            break
+        problem = task.generate(difficulty, rng)
+        if problem.question not in problems and split_of(problem.question) == split:
+            identity = f"{domain}/{difficulty}/{question_hash(problem.question)[:10]}"
+            problems[problem.question] = replace(problem, id=identity)
+    else:
+        raise UserError(
+            f"only {len(problems)} distinct {difficulty} {domain} problems found in the {split} "
+            f"split, {count} were asked; ask for fewer"
+        )
+    return list(problems.values())
+
+
+def prompt_messages(problem: Problem, system: str | None = None) -> list[dict[str, str]]:
+    """The conversation that asks the question, for a chat template."""
+    messages = [{"role": "user", "content": problem.question}]
+    return [{"role": "system", "content": system}, *messages] if system else messages

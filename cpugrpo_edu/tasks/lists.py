@@ -1,0 +1,64 @@
+"""List manipulation, a domain that is not mathematics: ``reverse, drop first``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cpugrpo_edu.answers import answers_match, extract_answer
+from cpugrpo_edu.tasks.equations import step_score, working_lines
+from cpugrpo_edu.types import ANSWER_MARK, Difficulty, Problem, Step, StepReport
+
+OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
+    "reverse": lambda items: items[::-1],
+    "rotate left": lambda items: items[1:] + items[:1],
+    "rotate right": lambda items: items[-1:] + items[:-1],
+    "swap ends": lambda items: [items[-1], *items[1:-1], items[0]],
+    "drop first": lambda items: items[1:],
+    "drop last": lambda items: items[:-1],
+    "sort": sorted,
+}
+SHAPES: dict[str, tuple[int, int]] = {
+    # difficulty: (letters, operations)
+    "basic": (4, 2),
+    "intermediate": (5, 3),
+    "advanced": (6, 4),
+}
+LETTERS = "abcdefghijkl"
+
+
+@dataclass(frozen=True)
+class Lists:
+    name: str = "lists"
+
+    def generate(self, difficulty: Difficulty, rng: random.Random) -> Problem:
+        length, count = SHAPES[difficulty]
+        items = rng.sample(LETTERS, length)
+        names = [rng.choice(list(OPERATIONS)) for _ in range(count)]
+        lines, current = [], items
+        for name in names:
+            current = OPERATIONS[name](current)
+            lines.append(f"{name}: {' '.join(current)}")
+        answer = " ".join(current)
+        question = f"Take {' '.join(items)}. Then {', '.join(names)}."
+        solution = "\n".join([*lines, f"{ANSWER_MARK} {answer}"])
+        return Problem("", self.name, difficulty, question, answer, solution)
+
+    def verify(self, problem: Problem, completion: str) -> bool:
+        stated = extract_answer(completion)
+        return stated is not None and answers_match(stated, problem.answer)
+
+    def check_steps(self, problem: Problem, completion: str) -> StepReport:
+        """A step is valid if it is the next line of the one right way to work."""
+        wanted = working_lines(problem.solution)
+        given = working_lines(completion)
+        useful = 0
+        steps = []
+        for line in given:
+            valid = useful < len(wanted) and line == wanted[useful]
+            useful += valid
+            steps.append(Step(line, valid))
+        return StepReport(
+            tuple(steps), len(wanted), step_score(useful, len(given) - useful, len(wanted))
+        )

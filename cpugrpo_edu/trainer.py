@@ -1,0 +1,383 @@
+"""GRPO through TRL, made for CPUs: ``CPUGRPOTrainer(GRPOTrainer)``.
+
+TRL computes rewards, advantages and the loss. This subclass changes only what a
+CPU needs, by calling ``super()`` and adding to it:
+
+* rollouts come from our decode engine, from an INT8 copy of the policy if asked;
+* the batch is trained in micro-batches, sorted by length, trimmed and planned by memory;
+* completions whose advantage is zero are skipped where that is exact;
+* the EWC gradient is added once per optimizer step;
+* every step is reported, and a run that cannot learn is stopped with a sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl.trainer.utils
+from datasets import Dataset
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
+from cpugrpo_edu.hardware import available_memory
+from cpugrpo_edu.memory import estimate_training_memory, plan_micro_batch
+from cpugrpo_edu.models import Policy
+from cpugrpo_edu.quantization import quantize_for_rollout, refresh
+from cpugrpo_edu.rollout import Sampling, rollout
+from cpugrpo_edu.types import UserError
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+MEAN_OVER_ROWS = {"grpo", "sapo", "dr_grpo", "luspo"}
+"""Losses that average over completions; "bnpo" averages over tokens; the rest divide by
+the token count of the whole generation batch, whatever the micro-batch."""
+
+
+@dataclass(frozen=True)
+class CPUOptions:
+    """What the subclass adds to TRL's configuration."""
+
+    int8_rollouts: bool = False
+    importance_correction: bool = True
+    """Take the policy ratio against the INT8 policy that sampled, not against the float one."""
+    engine: str = "fast"
+    micro_batch: int | None = None
+    """Completions per backward pass; None plans it from the available memory."""
+    skip_zero_advantage: bool = True
+    ewc_strength: float = 0.0
+    patience: int = 8
+    """Steps without any learning signal before the run is stopped; 0 never stops it."""
+
+
+def cpu_config(
+    output_dir: str | Path,
+    *,
+    prompts_per_step: int = 16,
+    num_generations: int = 8,
+    max_completion_length: int = 96,
+    gradient_checkpointing: bool = False,
+    **overrides: Any,
+) -> GRPOConfig:
+    """A ``GRPOConfig`` that works on a CPU: the stock defaults ask for bf16 and raise.
+
+    One optimizer step trains ``prompts_per_step`` groups of ``num_generations``
+    completions. Any field of TRL's config can be given as well.
+    """
+    if num_generations < 2:
+        raise UserError(
+            f"num_generations is {num_generations}; give at least 2, since the advantage "
+            "compares the completions of a group with each other"
+        )
+    if prompts_per_step < 1:
+        raise UserError(f"prompts_per_step is {prompts_per_step}; give at least 1")
+    loss_type = overrides.get("loss_type", "dapo")
+    if loss_type not in LOSS_TYPES:
+        raise UserError(f"unknown loss type {loss_type!r}; allowed are {', '.join(LOSS_TYPES)}")
+    defaults: dict[str, Any] = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "shuffle_dataset": False,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "constant",
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    return GRPOConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=prompts_per_step * num_generations,
+        num_generations=num_generations,
+        max_completion_length=max_completion_length,
+        gradient_checkpointing=gradient_checkpointing,
+        **{**defaults, **overrides},
+    )
+
+
+@dataclass
+class Guard:
+    """Stops a run that silently learns nothing, and says what to do."""
+
+    patience: int
+    without_signal: int = 0
+    truncated: int = 0
+
+    def check(self, metrics: dict[str, Any]) -> None:
+        """Look at one step's metrics, with TRL's names."""
+        loss = metrics.get("loss")
+        if loss is not None and loss != loss:
+            raise UserError(
+                "the loss is NaN; lower the learning rate, or train in float32 instead of bfloat16"
+            )
+        if not self.patience:
+            return
+        zero = metrics.get("frac_reward_zero_std", 0.0) == 1.0
+        self.without_signal = self.without_signal + 1 if zero else 0
+        cut = metrics.get("completions/clipped_ratio", 0.0) == 1.0
+        self.truncated = self.truncated + 1 if cut else 0
+        if self.truncated >= self.patience:
+            raise UserError(
+                f"all completions were cut at the length limit in {self.truncated} steps in a row; "
+                "raise --max-completion, or check that the chat template and the end-of-text "
+                "token are those the model was trained with"
+            )
+        if self.without_signal >= self.patience:
+            raise UserError(
+                f"in {self.without_signal} steps in a row every group's rewards were all equal, so "
+                "nothing can be learnt; choose easier problems, a denser reward such as "
+                "valid_steps, more generations or a higher temperature"
+            )
+
+
+class StopRequest(TrainerCallback):
+    """Ends training after the current step and saves a checkpoint to resume from."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+@dataclass
+class RolloutTally:
+    """Tokens and seconds that rollouts took, over a stage."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    rows: int = 0
+    micro_batches: list[int] = field(default_factory=list)
+
+
+class CPUGRPOTrainer(GRPOTrainer):
+    """GRPO (Shao et al. 2024, arXiv:2402.03300) on a CPU.
+
+    ``policy.model`` is trained in place; ``anchor`` holds what EWC protects.
+    ``on_step`` receives every optimizer step's metrics.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        args: GRPOConfig,
+        reward_functions: list[Any],
+        dataset: Dataset,
+        options: CPUOptions | None = None,
+        anchor: Anchor | None = None,
+        on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    ):
+        if len(dataset) == 0:
+            raise UserError("the training data is empty; give at least one problem")
+        # On CPUs TRL projects prompt and padding through the head too; this asks it to
+        # project completion positions only. Same values (tested), fewer of them.
+        trl.trainer.utils._use_triton = lambda device: True
+        self.options = options or CPUOptions()
+        self.policy = policy
+        self.anchor = anchor
+        self.on_step = on_step
+        self.guard = Guard(self.options.patience)
+        self.stop_request = StopRequest()
+        self.tally = RolloutTally()
+        self.int8_copy: Any = None
+        super().__init__(
+            model=policy.model,
+            args=args,
+            reward_funcs=reward_functions,
+            train_dataset=dataset,
+            processing_class=policy.tokenizer,
+            callbacks=[self.stop_request],
+        )
+        self.remove_callback(PrinterCallback)
+
+    # Rollouts
+
+    def sampling_model(self) -> Any:
+        """The model that rolls out: the live policy, or its INT8 copy with fresh weights."""
+        live = self.accelerator.unwrap_model(self.model)
+        if not self.options.int8_rollouts:
+            return live
+        if self.int8_copy is None:
+            self.int8_copy = quantize_for_rollout(live)
+        else:
+            refresh(self.int8_copy, live)
+        return self.int8_copy
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        # Prompts arrive repeated, G times in a row; undo that, so each is prefilled once.
+        # Under several processes a group may be cut, then every prompt counts alone.
+        copies = num_generations
+        blocks = [prompt_ids[i : i + copies] for i in range(0, len(prompt_ids), copies)]
+        if any(len(block) < copies or block != [block[0]] * copies for block in blocks):
+            copies, blocks = 1, [[prompt] for prompt in prompt_ids]
+        sampling = Sampling(
+            max_new_tokens=self.max_completion_length,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.args.seed * 1_000_003 + self._step * 101 + self.accelerator.process_index,
+        )
+        start = time.perf_counter()
+        groups = rollout(
+            self.sampling_model(),
+            [block[0] for block in blocks],
+            copies,
+            sampling,
+            eos_ids=self.policy.eos_ids,
+            pad_id=self.policy.pad_id,
+            engine=self.options.engine,
+        )
+        seconds = time.perf_counter() - start
+        episodes = [episode for group in groups for episode in group.episodes]
+        tokens = sum(len(episode.completion_ids) for episode in episodes)
+        self.tally.tokens += tokens
+        self.tally.seconds += seconds
+        self._metrics["train"]["rollout/tokens_per_second"].append(tokens / seconds)
+        return [e.completion_ids for e in episodes], [e.logprobs for e in episodes]
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        # The clipped surrogate's ratio is pi / pi_old, where pi_old is whoever sampled. That
+        # was the INT8 policy, whose log-probs we have; with delta set, the ratio is truncated.
+        sampled = output.pop("sampling_per_token_logps", None)
+        if self.options.int8_rollouts and self.options.importance_correction:
+            output["old_per_token_logps"] = sampled
+        return output
+
+    # Training
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """TRL's loss, accumulated over micro-batches; the last one is left to ``backward``."""
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        rows = len(inputs["completion_ids"])
+        tokens = inputs["completion_mask"].sum()
+        keep = self.rows_with_signal(inputs)
+        self.tally.rows += rows
+        self.tally.skipped += rows - len(keep)
+        if len(keep) == 0:
+            return self.zero_loss()
+        size = self.plan(inputs)
+        total: Tensor | float = 0.0
+        micro_batches = list(split_by_length(inputs, keep, size))
+        for index, micro in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            share: Any = 1.0
+            if self.loss_type in MEAN_OVER_ROWS:
+                share = len(micro["completion_ids"]) / rows
+            elif self.loss_type == "bnpo":
+                share = micro["completion_mask"].sum() / tokens
+            syncing = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            with syncing:
+                loss = share * super().compute_loss(model, micro)
+                if not last:
+                    self.accelerator.backward(loss)
+                    loss = loss.detach()
+            total = total + loss
+        assert isinstance(total, Tensor)
+        return total
+
+    def rows_with_signal(self, inputs: dict[str, Any]) -> Tensor:
+        """Rows to train on. A zero advantage has a zero policy gradient, so where the loss
+        holds nothing else (no KL term, no entropy bonus) skipping is exact."""
+        everything = torch.arange(len(inputs["completion_ids"]))
+        exact = self.beta == 0.0 and not self._entropy_bonus_enabled
+        if not (self.options.skip_zero_advantage and exact):
+            return everything
+        advantages = inputs["advantages"]
+        nonzero = advantages != 0 if advantages.dim() == 1 else (advantages != 0).any(1)
+        return everything[nonzero.cpu()]
+
+    def zero_loss(self) -> Tensor:
+        """A step without signal: zero gradients, so that the optimizer's momentum still acts."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in trainable:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return (trainable[0].flatten()[0] * 0.0).float()
+
+    def plan(self, inputs: dict[str, Any]) -> int:
+        """Completions per micro-batch: as given, or what the memory now available allows."""
+        if self.options.micro_batch is not None:
+            size = self.options.micro_batch
+        else:
+            length = inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
+            parts = estimate_training_memory(
+                self.policy.model.config,
+                tokens_per_sequence=length,
+                checkpointing=self.args.gradient_checkpointing,
+                dtype_bytes=self.model.dtype.itemsize,
+            )
+            per_sequence = parts["activations"] + parts["logits"]
+            size = plan_micro_batch(available_memory(), per_sequence, len(inputs["completion_ids"]))
+        self.tally.micro_batches.append(size)
+        return size
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.anchor is not None and self.options.ewc_strength and self.accelerator.sync_gradients:
+            # Once per optimizer step, after the gradients of all processes were averaged and
+            # before they are clipped.
+            model = self.accelerator.unwrap_model(self.model)
+            penalty = add_ewc_gradient(model, self.anchor, self.options.ewc_strength)
+            self._metrics["train"]["ewc_penalty"].append(float(penalty))
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self.on_step({**logs, "step": self.state.global_step})
+            self.guard.check(logs)
+
+
+def split_by_length(
+    inputs: dict[str, Any], keep: Tensor, size: int
+) -> Iterator[dict[str, Any]]:
+    """Micro-batches of at most ``size`` of the kept rows, like lengths together, trimmed.
+
+    Padding that no row of a micro-batch needs is cut off on both sides.
+    """
+    rows = len(inputs["completion_ids"])
+    prompt_lengths = inputs["prompt_mask"].sum(1)
+    completion_lengths = inputs["completion_mask"].sum(1)
+    order = keep[torch.argsort((prompt_lengths + completion_lengths)[keep], stable=True)]
+    for chosen in order.split(size):
+        micro = {
+            key: value[chosen]
+            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
+            else value
+            for key, value in inputs.items()
+        }
+        prompt, completion = int(prompt_lengths[chosen].max()), int(completion_lengths[chosen].max())
+        for key, value in micro.items():
+            if key in ("prompt_ids", "prompt_mask"):
+                micro[key] = value[:, value.shape[1] - prompt :]
+            elif isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] > 1:
+                micro[key] = value[:, :completion]
+        yield micro
