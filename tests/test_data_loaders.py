@@ -257,6 +257,10 @@ def test_padding_and_repetition_do_not_pay():
     assert report("5 - 4 = 1\n1 - 6 = -5", answer="-5").score == 1.0
 
 
+def test_a_step_must_build_on_what_was_reached():
+    assert report("24-5=19\n#### 19", solution=SOLUTION).score == 0.0  # where is the 24 from?
+
+
 def test_givens_that_the_question_spells_in_words():
     solution = "30/2=15\n15-5=10\n#### 10"  # "half" is the 2 of the worked solution
     question = "Half of a class of 30, less 5?"

@@ -251,6 +251,11 @@ def test_silence_beats_length_but_never_a_right_answer():
     assert empty == [0.0, 0.0, 0.0, 0.0]
 
 
+def test_an_empty_completion_earns_nothing_even_from_a_lenient_task(monkeypatch):
+    monkeypatch.setattr(FakeTask, "verify", lambda *_: True)
+    assert score(correct_answer, "", " \n\t", "a") == [0.0, 0.0, 1.0]
+
+
 # --- guards ---------------------------------------------------------------------------
 
 
