@@ -1,0 +1,329 @@
+"""INT8 from scales and zero points up, and an INT8 copy of the policy for rollouts.
+
+A real number x is stored as the integer ``q = round(x / scale) + zero_point`` and
+read back as ``(q - zero_point) * scale`` (Jacob et al. 2018, arXiv 1712.05877,
+equation 1). Decoding reads every weight once per token, so a quarter of the bytes
+is what makes it faster; training needs float weights and keeps them.
+
+"Dynamic" means: weights are quantized once, activations at every call, with one
+scale for the whole batch. So what a row gets depends, slightly, on its batch
+mates, and INT8 log-probs are those of a *different* policy from the float one:
+correct for it by importance sampling, or score the tokens with the live model.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .types import UserError
+
+_linear_dynamic = torch.ops.quantized.linear_dynamic
+
+
+# --- from zero ---------------------------------------------------------------------------
+
+
+def quantize_tensor(
+    w: Tensor, per_channel: bool = True, symmetric: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize to int8; returns (q like ``w``, scale, zero_point), see :func:`dequantize`.
+
+    ``per_channel`` gives each row (first dimension, a linear layer's output) its
+    own scale, so that one outlier spoils only its row: scale and zero_point then
+    have shape (rows,), else (). Symmetric: scale = max|w| / 127, zero point 0.
+    Asymmetric: scale = (max - min) / 255 over the range widened to contain 0.
+    Either way ``|w - dequantize(...)| <= scale / 2``.
+    """
+    w = w.detach().float()
+    if not w.numel() or (per_channel and w.dim() < 2):
+        raise UserError(
+            f"cannot quantize a tensor of shape {tuple(w.shape)}; "
+            "give a matrix (out, in), or any non-empty tensor with per_channel=False"
+        )
+    rows = w.flatten(1) if per_channel else w.reshape(1, -1)
+    low, high = rows.amin(1).double(), rows.amax(1).double()  # double: high - low may overflow
+    if not (low.isfinite() & high.isfinite()).all():
+        raise UserError(
+            "cannot quantize weights that are NaN or infinite; "
+            "the run diverged: lower the learning rate and start from an earlier checkpoint"
+        )
+    smallest = torch.finfo(torch.float32).tiny  # an all-zero row: any scale will do
+    if symmetric:
+        scale = (torch.maximum(-low, high) / 127).clamp(min=smallest).float()
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = ((high - low) / 255).clamp(min=smallest).float()
+        zero_point = (-128 - (low / scale).round()).to(torch.int32)
+    q = (rows / scale[:, None]).round_().add_(zero_point[:, None]).clamp_(-128, 127)
+    if not per_channel:
+        scale, zero_point = scale[0], zero_point[0]
+    return q.to(torch.int8).view(w.shape), scale, zero_point
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The float32 tensor that :func:`quantize_tensor` stored, up to rounding."""
+    shape = (-1,) + (1,) * (q.dim() - 1) if scale.dim() else ()
+    return (q.float() - zero_point.reshape(shape)) * scale.reshape(shape)
+
+
+def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize activations as a dynamic layer does: unsigned, one scale for all of ``x``.
+
+    Returns (q uint8 in [0, 2**bits - 1], scale (), zero_point ()). With 7 bits a
+    pair of products fits into 16 bits, see :class:`Int8Linear`.
+    """
+    top = 2**bits - 1
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    scale = ((high - low) / top).clamp(min=torch.finfo(torch.float32).tiny)
+    zero_point = (-low / scale).round()
+    q = ((x / scale).round() + zero_point).clamp(0, top)
+    return q.to(torch.uint8), scale, zero_point.to(torch.int32)
+
+
+# --- the layer ---------------------------------------------------------------------------
+
+
+def _pack(q: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None) -> Any:
+    """Hand our integers to torch's kernel, which stores them in its own order."""
+    with warnings.catch_warnings():
+        # torch means to move int8 out to torchao, whose CPU wheel has no kernels as yet.
+        warnings.simplefilter("ignore")
+        if scale.dim():
+            weight = torch._make_per_channel_quantized_tensor(q, scale, zero_point.long(), 0)
+        else:
+            weight = torch._make_per_tensor_quantized_tensor(q, float(scale), int(zero_point))
+        return torch.ops.quantized.linear_prepack(weight, bias)
+
+
+@lru_cache
+def _kernel_works(engine: str) -> bool:
+    """Whether the engine computes a product that a saturating kernel gets wrong."""
+    try:
+        q = torch.full((16, 64), 127, dtype=torch.int8)
+        packed = _pack(q, torch.full((16,), 1 / 127), torch.zeros(16, dtype=torch.int32), None)
+        got = _linear_dynamic(torch.ones(2, 64), packed, engine != "qnnpack")
+        return bool((got - 64).abs().max() < 0.5)
+    except (RuntimeError, AttributeError):
+        return False
+
+
+def quantized_engine() -> str:
+    """The INT8 kernel in use: "x86", "fbgemm", "onednn" or "qnnpack", else "torch".
+
+    "torch" is our own fallback for builds without a working kernel: the same
+    numbers, four times smaller weights, but no speed.
+    """
+    engine = str(torch.backends.quantized.engine)
+    return engine if _kernel_works(engine) else "torch"
+
+
+class Int8Linear(nn.Module):
+    """``x @ W.T + b`` with W in int8 and x quantized at each call; for inference only.
+
+    ``x`` is (..., in_features) in float32 (other dtypes are converted there and
+    back), the result (..., out_features). On x86 activations get 7 bits: without
+    VNNI instructions the kernel adds two u8 * s8 products in 16 bits, and
+    2 * 255 * 127 would saturate and give wrong sums silently; 2 * 127 * 127 fits.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, per_channel: bool = True):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.per_channel = per_channel
+        self.pack(weight, bias)
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Quantize these float weights in place of the present ones."""
+        q, scale, zero_point = quantize_tensor(weight, self.per_channel)
+        bias = None if bias is None else bias.detach().float().clone()
+        engine = quantized_engine()
+        self.reduce_range = engine != "qnnpack"
+        self.packed: Any = None
+        self.plain: Any = None  # what the fallback computes with
+        if engine == "torch":
+            self.plain = (q, scale, zero_point, bias)
+        else:
+            self.packed = _pack(q, scale, zero_point, bias)
+        # Scale, zero point and, in the kernel, the sum of each row: 4 bytes a row each.
+        self.nbytes = q.nbytes + 12 * self.out_features + (0 if bias is None else bias.nbytes)
+
+    def dequantized(self) -> Tensor:
+        """The weights it computes with, float32 (out_features, in_features)."""
+        if self.plain:
+            return dequantize(*self.plain[:3])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            weight: Tensor = torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(  # torch would go on and return zero gradients
+                "an INT8 layer has no gradient; train the float model and refresh() this copy"
+            )
+        if self.plain:
+            return self._forward_plain(x)
+        if x.dtype is torch.float32:  # the one path that runs at every decode step
+            return _linear_dynamic(x, self.packed, self.reduce_range)
+        return _linear_dynamic(x.float(), self.packed, self.reduce_range).to(x.dtype)
+
+    def _forward_plain(self, x: Tensor) -> Tensor:
+        weight, scale, _, bias = self.plain
+        if not x.numel():
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        q, x_scale, x_zero = quantize_activations(x.float())
+        # Integers up to 2**24 are exact in float32, which has the fast matrix product.
+        y = F.linear(q.float() - x_zero, weight.float()) * (x_scale * scale)
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        kind = "per channel" if self.per_channel else "per tensor"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
+
+
+# --- the rollout copy --------------------------------------------------------------------
+
+
+def _without_peft(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel (its layers still wrapped), or the model."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UserError(
+            "cannot quantize a model with a learned prompt, since it is no part of any layer; "
+            "use LoRA or full fine-tuning"
+        )
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return base
+
+
+def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every linear layer; one wrapped by LoRA comes as its wrapper."""
+    child: Any
+    for name, child in module.named_children():
+        base = child.get_base_layer() if hasattr(child, "get_base_layer") else child
+        if isinstance(base, nn.Linear):
+            yield prefix + name, child
+        else:
+            yield from _linears(child, f"{prefix}{name}.")
+
+
+def _float_weights(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias that the layer computes with now, its active adapters merged in."""
+    if hasattr(layer, "get_base_layer"):
+        if not layer.merged and not layer.disable_adapters:
+            # Merge a float32 copy: peft knows DoRA, rsLoRA and the rest, and a bf16
+            # weight would swallow the small difference.
+            layer = copy.deepcopy(layer).float()
+            layer.merge()
+        layer = layer.get_base_layer()
+    return layer.weight, layer.bias
+
+
+@torch.no_grad()
+def quantize_for_rollout(
+    model: nn.Module, *, per_channel: bool = True, quantize_head: bool = False
+) -> nn.Module:
+    """A drop-in copy of a causal LM whose linear layers are INT8, for generation and scoring.
+
+    LoRA is merged in, so a PeftModel gives a plain transformers model. All other
+    parameters (embeddings, norms) are *shared* with the live model, not copied,
+    so a rollout is of one policy only after :func:`refresh`. The head stays float
+    unless asked for: with tied embeddings it then costs no memory, and the
+    log-probs hang on it most directly; but with a vocabulary of 150,000 it is a
+    good part of all bytes read per token. The copy is in eval mode, no parameter
+    requires a gradient, and asking an INT8 layer for one raises RuntimeError.
+    """
+    live: Any = _without_peft(model)
+    head = live.get_output_embeddings() if hasattr(live, "get_output_embeddings") else None
+    memo: dict[int, Any] = {}  # deepcopy puts these in place of what they stand for
+    for _, layer in _linears(live):
+        if quantize_head or layer is not head:
+            memo[id(layer)] = Int8Linear(*_float_weights(layer), per_channel)
+    if not memo:
+        raise UserError(
+            f"{type(live).__name__} has no torch.nn.Linear layer to quantize; "
+            "use an architecture built of them, such as Qwen2 or Llama"
+        )
+    for parameter in live.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    served = copy.deepcopy(live, memo).eval()
+    if hasattr(served, "disable_input_require_grads"):
+        served.disable_input_require_grads()  # a hook that checkpointing with LoRA leaves
+    return served
+
+
+@torch.no_grad()
+def refresh(served: nn.Module, model: nn.Module) -> nn.Module:
+    """Bring the copy up to the live weights, in place, after an optimizer step."""
+    live = _without_peft(model)
+    for name, layer in _linears(live):
+        target = served.get_submodule(name)
+        if isinstance(target, Int8Linear):
+            target.pack(*_float_weights(layer))
+    for name, parameter in served.named_parameters():
+        parameter.data = live.get_parameter(name).data  # shared unless the live one was replaced
+    return served
+
+
+# --- report ------------------------------------------------------------------------------
+
+
+def _storages(model: nn.Module) -> dict[int, int]:
+    """{address: bytes} of all parameters and buffers, what is shared or tied once."""
+    tensors = (*model.parameters(), *model.buffers())
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+@torch.no_grad()
+def quantization_report(
+    model: nn.Module,
+    served: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+) -> dict[str, Any]:
+    """What INT8 saves and what it costs, on ``input_ids`` (B, T).
+
+    * ``bytes_before``, ``bytes_after``: weights of either model by itself;
+      ``bytes_extra``: what the copy takes beside the live model, sharing with it;
+    * ``layer_error``: ||W - W_int8|| / ||W|| (Frobenius) by layer name;
+    * ``max_logit_error``: max |difference|; ``kl``: KL(float || int8), nats, mean
+      over tokens; ``top1_agreement``: share of tokens with the same argmax.
+
+    Masked positions (``attention_mask`` 0) do not count.
+    """
+    before, shared = _storages(model), _storages(served)
+    packed = sum(m.nbytes for m in served.modules() if isinstance(m, Int8Linear))
+    errors = {}
+    for name, layer in _linears(_without_peft(model)):
+        target = served.get_submodule(name)
+        if isinstance(target, Int8Linear):
+            weight = _float_weights(layer)[0].float()
+            errors[name] = float((weight - target.dequantized()).norm() / weight.norm())
+    training = model.training
+    model.eval()
+    try:
+        ours = model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+    finally:
+        model.train(training)
+    theirs = served(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+    if attention_mask is not None:
+        ours, theirs = ours[attention_mask.bool()], theirs[attention_mask.bool()]
+    p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    return {
+        "engine": quantized_engine(),
+        "bytes_before": sum(before.values()),
+        "bytes_after": packed + sum(shared.values()),
+        "bytes_extra": packed + sum(n for at, n in shared.items() if at not in before),
+        "layer_error": errors,
+        "max_logit_error": float((ours - theirs).abs().max()),
+        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        "top1_agreement": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+    }

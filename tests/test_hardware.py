@@ -1,0 +1,399 @@
+"""What the machine is and what it may use, against made-up machines and control groups."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cpugrpo_edu import hardware as H
+from cpugrpo_edu.types import RunRecord, UserError
+
+GIB = 2**30
+
+
+def write(folder: Path, **files) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+    return folder
+
+
+def group(tmp_path, line):
+    """Where a made-up control group lies: the keyword arguments of the readers."""
+    write(tmp_path, membership=line)
+    (tmp_path / "fs").mkdir(exist_ok=True)
+    return {"root": tmp_path / "fs", "proc": tmp_path / "membership"}
+
+
+def run_python(code, **env):
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **env}, cwd=H.PACKAGE.parent
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+# --- control groups
+
+
+def test_cgroup_v2_takes_the_tightest_level(tmp_path):
+    where = group(tmp_path, "0::/a/b")
+    write(tmp_path / "fs" / "a", cpu__max="150000 100000", memory__max=4 * GIB)
+    write(tmp_path / "fs" / "a", memory__current=3 * GIB, memory__stat=f"inactive_file {GIB}")
+    write(tmp_path / "fs" / "a" / "b", cpu__max="max 100000", memory__max="max", memory__current=9)
+    assert H.cpu_quota(**where) == 1.5
+    assert H.cgroup_memory(**where) == (4 * GIB, 2 * GIB)  # cache counts as free
+    write(tmp_path / "fs" / "a" / "b", memory__max=GIB, memory__current=GIB + 5)
+    assert H.cgroup_memory(**where) == (GIB, 0)  # never negative
+    write(tmp_path / "fs", cpu__max="50000 100000")
+    assert H.cpu_quota(**where) == 0.5
+
+
+def test_cgroup_v1(tmp_path):
+    where = group(tmp_path, "4:memory:/host/path\n3:cpu,cpuacct:/\n2:pids:/")
+    cpu = tmp_path / "fs" / "cpu,cpuacct"
+    write(cpu, cpu__cfs_quota_us=-1)
+    # In a container the host's path does not exist under the mount; the root then counts.
+    memory = write(tmp_path / "fs" / "memory")
+    (memory / "memory.limit_in_bytes").write_text(str(2 * GIB))
+    (memory / "memory.usage_in_bytes").write_text(str(GIB))
+    (memory / "memory.stat").write_text("total_inactive_file 1024\ninactive_file 7\n")
+    assert H.cgroup_memory(**where) == (2 * GIB, GIB + 1024)
+    (memory / "memory.limit_in_bytes").write_text("9223372036854771712")
+    assert H.cgroup_memory(**where) is None
+    for name, value in (("cpu.cfs_quota_us", -1), ("cpu.cfs_period_us", 100000)):
+        (cpu / name).write_text(str(value))
+    assert H.cpu_quota(**where) is None
+    (cpu / "cpu.cfs_quota_us").write_text("300000")
+    assert H.cpu_quota(**where) == 3
+
+
+def test_no_cgroups_no_limits(tmp_path):
+    where = {"root": tmp_path, "proc": tmp_path / "absent"}
+    assert H.cpu_quota(**where) is None and H.cgroup_memory(**where) is None
+    where = group(tmp_path, "0::/")
+    write(tmp_path / "fs", memory__max="", cpu__max="garbage")
+    assert H.cpu_quota(**where) is None and H.cgroup_memory(**where) is None
+
+
+def test_available_memory_is_the_smaller(monkeypatch):
+    memory = SimpleNamespace(available=8 * GIB, total=16 * GIB)
+    monkeypatch.setattr(H.psutil, "virtual_memory", lambda: memory)
+    for group_memory, free in ((None, 8), ((4 * GIB, 3 * GIB), 3), ((32 * GIB, 20 * GIB), 8)):
+        monkeypatch.setattr(H, "cgroup_memory", lambda g=group_memory: g)
+        assert H.available_memory() == free * GIB
+    monkeypatch.setattr(H, "cgroup_memory", lambda: (4 * GIB, 3 * GIB))
+    assert H.describe_machine().total_memory == 4 * GIB
+
+
+# --- cores
+
+
+def topology(tmp_path, siblings):
+    for cpu, text in enumerate(siblings):
+        write(tmp_path / f"cpu{cpu}" / "topology", thread_siblings_list=text)
+    return tmp_path
+
+
+def test_hyperthreads_share_a_core(tmp_path, monkeypatch):
+    folder = topology(tmp_path, ["0,2", "1,3", "0,2", "1,3"])
+    monkeypatch.setattr(H, "cpu_quota", lambda: None)
+    for affinity, cores in (([0, 1, 2, 3], 2), ([0, 2], 1), ([3], 1), ([1, 2], 2)):
+        monkeypatch.setattr(H, "_affinity", lambda a=affinity: a)
+        assert H.usable_cores(folder) == cores
+        assert H.usable_cpus() == len(affinity)
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [(0.1, 1), (1.0, 1), (1.9, 1), (2.0, 2), (64, 4), (None, 4)]
+)
+def test_quota_limits_cores_but_never_to_zero(tmp_path, monkeypatch, quota, cores):
+    monkeypatch.setattr(H, "_affinity", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(H, "cpu_quota", lambda: quota)
+    assert H.usable_cores(topology(tmp_path, "0123")) == H.usable_cpus() == cores
+
+
+def test_cores_without_topology_or_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(H, "cpu_quota", lambda: None)
+    monkeypatch.setattr(H, "_affinity", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(H.psutil, "cpu_count", lambda logical=True: None)  # some containers
+    assert H.usable_cores(tmp_path / "absent") == 4
+    monkeypatch.setattr(H.psutil, "cpu_count", lambda logical=True: 2)
+    assert H.usable_cores(tmp_path / "absent") == 2
+
+
+def test_affinity_where_the_system_has_none(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert H._affinity() == [0, 1, 2]
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert H._affinity() == [0]
+
+
+# --- instruction sets
+
+X86 = "processor: 0\nmodel name: Some CPU @ 3 GHz\nflags: fpu avx2 {}\n\nprocessor: 1\nflags: bad\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "native"),
+    [
+        (X86.format(""), False),
+        (X86.format("avx512f avx512_vnni"), False),
+        (X86.format("avx512f avx512_bf16"), True),
+        (X86.format("amx_bf16 amx_int8"), True),
+        ("Features : fp asimd bf16 i8mm", True),
+        ("Features : fp asimd", False),
+    ],
+)
+def test_native_bfloat16_needs_its_own_flag(tmp_path, monkeypatch, text, native):
+    write(tmp_path, cpuinfo=text)
+    info = H._cpuinfo(tmp_path / "cpuinfo")
+    monkeypatch.setattr(H, "_cpuinfo", lambda: info)
+    assert H.native_bfloat16() is native
+    machine = H.describe_machine()
+    assert machine.native_bfloat16 is native
+    assert "AVX2" in machine.isa or "NEON" in machine.isa
+    assert ("AVX-512" in machine.isa) == ("avx512f" in text)
+    assert machine.cpu == ("Some CPU @ 3 GHz" if "model name" in text else info[0])
+
+
+def test_without_proc_torch_is_asked(tmp_path, monkeypatch):
+    backend = SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: "AVX2"))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(backends=backend))
+    name, flags = H._cpuinfo(tmp_path / "absent")
+    assert name and flags == {"avx2"}
+
+
+def test_machine_goes_into_a_record(tmp_path):
+    machine = H.describe_machine()
+    assert 1 <= machine.usable_cores <= machine.logical_cores
+    assert 0 < machine.available_memory <= machine.total_memory
+    record = RunRecord("t", "now", 0, "c", "h", machine.to_json(), H.versions(), {})
+    path = record.save(tmp_path / "record.json")
+    assert RunRecord.load(path) == record
+
+
+# --- threads
+
+
+def test_threads_are_set_before_torch_and_twice_is_safe():
+    code = (
+        "import sys, os; from cpugrpo_edu import hardware as H; assert 'torch' not in sys.modules;"
+        "a = H.configure_threads(1); import torch; torch.ones(4000, 4) @ torch.ones(4, 4000);"
+        "b = H.configure_threads(1); assert a.pop('before_torch') and not b.pop('before_torch');"
+        "assert a == b and os.environ['MKL_NUM_THREADS'] == '1';"
+        "print(torch.get_num_threads(), torch.get_num_interop_threads(), a['mkldnn'])"
+    )
+    assert run_python(code, OMP_NUM_THREADS="2")[:2] == ["1", "1"]
+
+
+def test_interop_threads_cannot_be_set_any_more(monkeypatch):
+    import torch
+
+    def refuse(_):
+        raise RuntimeError("cannot set number of interop threads after parallel work has started")
+
+    monkeypatch.setattr(torch, "get_num_interop_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_interop_threads", refuse)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    before = torch.get_num_threads()
+    try:
+        set_to = H.configure_threads(1)
+    finally:
+        torch.set_num_threads(before)
+    assert set_to["threads"] == 1 and set_to["interop_threads"] == 7
+
+
+@pytest.mark.parametrize(("ranks", "threads"), [("1", 4), ("2", 2), ("3", 1), ("9", 1)])
+def test_none_takes_usable_cores_shared_by_local_ranks(monkeypatch, ranks, threads):
+    torch = SimpleNamespace(
+        set_num_threads=lambda n: asked.append(n),
+        get_num_threads=lambda: asked[-1],
+        get_num_interop_threads=lambda: 1,
+        backends=SimpleNamespace(
+            mkldnn=SimpleNamespace(is_available=lambda: True, enabled=False),
+            mkl=SimpleNamespace(is_available=lambda: False),
+        ),
+    )
+    asked: list[int] = []
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(H, "usable_cores", lambda: 4)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "17")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    result = H.configure_threads()
+    assert result == {
+        "threads": threads,
+        "interop_threads": 1,
+        "before_torch": False,
+        "mkldnn": False,
+        "mkl": False,
+    }
+    assert os.environ["OMP_NUM_THREADS"] == str(threads)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "4", True])
+def test_refuses_thread_counts(bad):
+    with pytest.raises(UserError, match=r"threads is .*at least 1"):
+        H.configure_threads(bad)
+
+
+# --- provenance
+
+
+def test_versions_of_what_is_and_is_not_there(monkeypatch):
+    monkeypatch.setattr(H, "CORE_PACKAGES", ("psutil", "surely-not-a-package"))
+    found = H.versions()
+    assert found["psutil"] == importlib.metadata.version("psutil")
+    assert found["surely-not-a-package"] == "missing" and found["python"].startswith("3.")
+
+
+def test_git_commit(tmp_path, monkeypatch):
+    assert H.git_commit(tmp_path) == "unknown"  # no repository
+    assert H.git_commit(tmp_path / "absent") == "unknown"
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    write(tmp_path, code="1")
+    assert H.git_commit(tmp_path) == "unknown"  # nothing committed
+    git("add", "code")
+    git("commit", "-m", "one")
+    head = git("rev-parse", "HEAD")
+    assert H.git_commit(tmp_path) == head
+    environment = write(tmp_path / "venv", module="x")
+    assert H.git_commit(tmp_path) == head  # untracked files do not make it dirty
+    assert H.git_commit(environment) == "unknown"  # installed inside somebody's repository
+    write(tmp_path, code="2")
+    assert H.git_commit(tmp_path) == head + "+dirty"
+    monkeypatch.setenv("PATH", "")
+    assert H.git_commit(tmp_path) == "unknown"  # git is not installed
+
+
+def test_code_hash_sees_content_and_names_only(tmp_path):
+    a = write(tmp_path / "a", one__py="x = 1", note__txt="ignored")
+    write(a / "sub", two__py="y = 2")
+    b = write(tmp_path / "b", one__py="x = 1", note__txt="other")
+    write(b / "sub", two__py="y = 2")
+    (b / "one.py").write_bytes(b"x = 1\r\n")
+    assert H.code_hash([a]) == H.code_hash([b])
+    write(b, one__py="x = 2")
+    assert H.code_hash([a]) != H.code_hash([b])
+    write(b, one__py="x = 1")
+    (b / "one.py").rename(b / "uno.py")
+    assert H.code_hash([a]) != H.code_hash([b])
+    assert H.code_hash([a / "one.py"]) == H.code_hash([str(a / "one.py")])
+    assert len(H.code_hash()) == 64
+    with pytest.raises(UserError, match="absent"):
+        H.code_hash([tmp_path / "absent"])
+
+
+def test_code_hash_does_not_run_files_together(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, first, second in ((a, "12", "3"), (b, "1", "23")):
+        folder.mkdir()
+        (folder / "p.py").write_text(first)
+        (folder / "q.py").write_text(second)
+    assert H.code_hash([a]) != H.code_hash([b])
+
+
+# --- doctor
+
+
+def check(name):
+    (found,) = [c for c in H.doctor() if c.name == name]
+    return found
+
+
+def test_doctor_always_says_how_to_mend():
+    checks = H.doctor()
+    assert len({c.name for c in checks}) == len(checks) == 10
+    for c in checks:
+        assert c.ok in ("ok", "warn", "fail") and c.detail
+        assert bool(c.mend) == (c.ok != "ok")
+
+
+def test_doctor_on_the_bundled_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(H, "BUNDLED_MODEL", tmp_path / "model.safetensors")
+    assert check("bundled model").ok == "fail"
+    H.BUNDLED_MODEL.write_bytes(b"x")
+    assert check("bundled model").ok == "ok"
+
+
+@pytest.mark.parametrize(("gib", "ok"), [(8, "ok"), (1.5, "warn"), (0.5, "fail")])
+def test_doctor_on_memory_and_disk(monkeypatch, gib, ok):
+    monkeypatch.setattr(H, "available_memory", lambda: int(gib * GIB))
+    assert check("memory").ok == ok
+    free = SimpleNamespace(free=int(gib / 4 * GIB) if ok == "fail" else gib * GIB)
+    monkeypatch.setattr(H.shutil, "disk_usage", lambda _: free)
+    assert check("disk").ok == ok
+
+
+def test_doctor_on_one_core_and_threads(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(H, "usable_cores", lambda: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert check("cores").ok == "warn" and check("threads").ok == "ok"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert check("threads").ok == "warn"
+
+
+def test_doctor_on_instruction_sets(monkeypatch):
+    for flags, ok, said in (
+        ({"avx2"}, "ok", "no native bfloat16"),
+        ({"avx512f", "avx512_bf16"}, "ok", "; native bfloat16"),
+        ({"sse2"}, "warn", "unknown"),
+    ):
+        monkeypatch.setattr(H, "_cpuinfo", lambda f=flags: ("CPU", f))
+        found = check("instruction set")
+        assert found.ok == ok and said in found.detail
+
+
+def test_doctor_on_an_unwritable_temporary_folder(monkeypatch):
+    monkeypatch.setattr(H.tempfile, "gettempdir", lambda: "/surely/not/there")
+    assert check("temporary folder").ok == "fail"
+
+
+def test_doctor_on_old_python_and_torch(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(H, "MINIMUM_PYTHON", (3, 99))
+    assert check("python").ok == "fail"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert check("torch").ok == "warn"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    assert check("torch").ok == "ok"
+    monkeypatch.setitem(sys.modules, "torch", None)  # import raises ImportError
+    assert H._check_torch().ok == "fail"
+
+
+def test_doctor_on_packages_and_pins(monkeypatch):
+    def requires(*lines):
+        monkeypatch.setattr(importlib.metadata, "requires", lambda name: list(lines))
+        return check("packages")
+
+    assert requires("psutil>=1", 'absent>=1; extra == "book"').ok == "ok"
+    found = requires("psutil>=1", "numpy==0.1.*", "surely-not-a-package>=2")
+    assert found.ok == "fail" and "psutil" not in found.detail
+    assert "numpy" in found.detail and "surely-not-a-package is missing" in found.detail
+
+    def uninstalled(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", uninstalled)
+    assert check("packages").ok == "warn"
+    monkeypatch.setattr(H, "CORE_PACKAGES", ("psutil", "surely-not-a-package"))
+    found = check("packages")
+    assert found.ok == "fail" and found.mend == "pip install surely-not-a-package"

@@ -1,0 +1,403 @@
+"""Measuring, estimating and planning memory, against real models and counted bytes."""
+
+import gc
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+)
+
+from cpugrpo_edu import memory as M
+from cpugrpo_edu.types import UserError
+
+torch.set_num_threads(1)
+MIB, GIB = 2**20, 2**30
+
+
+def config(kind=Qwen2Config, **changes):
+    base = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+    return kind(**{**base, **changes})
+
+
+# --- measuring
+
+
+def test_peak_sees_memory_that_is_gone_again():
+    with M.PeakMemory(interval=0.01) as peak:
+        start = peak.current_rss
+        block = np.ones(100 * MIB, dtype=np.uint8)
+        time.sleep(0.05)
+        del block
+        gc.collect()
+    assert 90 * MIB < peak.peak_rss_bytes - start < 300 * MIB
+    assert peak.current_rss < peak.peak_rss_bytes - 50 * MIB
+    assert peak.seconds >= 0.05
+
+
+def test_kernel_mark_catches_a_spike_between_samples(monkeypatch):
+    marks = iter([500 * GIB, 900 * GIB])
+    monkeypatch.setattr(M, "_own_high_water", lambda: next(marks))
+    with M.PeakMemory(interval=60) as peak:
+        pass
+    assert peak.peak_rss_bytes == 900 * GIB
+    marks = iter([500 * GIB, 500 * GIB])  # an older spike, before the block, is not ours
+    with M.PeakMemory(interval=60) as peak:
+        pass
+    assert peak.peak_rss_bytes < 100 * GIB
+
+
+def test_own_high_water_is_at_least_the_present(monkeypatch, tmp_path):
+    mark = M._own_high_water()
+    assert mark == 0 or mark > 0.9 * M.psutil.Process().memory_info().rss
+    monkeypatch.setattr(M, "Path", lambda _: tmp_path / "absent")
+    assert M._own_high_water() == 0
+
+
+def test_peak_includes_children(monkeypatch):
+    monkeypatch.setattr(M, "RESCAN", 1)
+    code = "x = bytearray(150 * 2**20); import time; time.sleep(0.4)"
+    with M.PeakMemory(interval=0.02) as peak:
+        start = peak.current_rss
+        subprocess.run([sys.executable, "-c", code], check=True)
+    assert peak.peak_rss_bytes - start > 140 * MIB
+
+
+def test_cpu_percent_counts_work_and_not_sleep(monkeypatch):
+    monkeypatch.setattr(M, "usable_cpus", lambda: 4)
+    with M.PeakMemory(interval=1) as idle:
+        time.sleep(0.2)
+    with M.PeakMemory(interval=1) as busy:
+        until = time.process_time() + 0.3
+        while time.process_time() < until:
+            pass
+    assert idle.cpu_percent < 15
+    # 0.3 s of CPU time, however long others made it take; cpu_times ticks every 10 ms.
+    assert busy.cpu_percent * busy.seconds * 4 / 100 == pytest.approx(0.3, abs=0.06)
+
+
+def test_reset_peak_starts_a_new_phase():
+    with M.PeakMemory(interval=0.01) as peak:
+        block = np.ones(100 * MIB, dtype=np.uint8)
+        time.sleep(0.05)
+        first = peak.peak_rss_bytes
+        del block
+        gc.collect()
+        peak.reset_peak()
+    assert peak.peak_rss_bytes < first - 50 * MIB
+
+
+def test_a_process_that_ended_is_no_error():
+    peak = M.PeakMemory()
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    peak._tree.append(M.psutil.Process(child.pid))
+    child.wait()
+    assert peak.current_rss > 0
+
+
+def test_release_memory(monkeypatch):
+    rss = iter([300, 100, 100, 150])
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=next(rss)))
+    monkeypatch.setattr(M.psutil, "Process", lambda: process)
+    assert M.release_memory() == 200
+    monkeypatch.setattr(M.ctypes, "CDLL", lambda _: SimpleNamespace())  # not glibc
+    assert M.release_memory() == 0  # growth meanwhile is not a negative gift
+
+
+def test_release_memory_collects_cycles():
+    class Node:
+        alive = 0
+
+        def __init__(self):
+            Node.alive += 1
+            self.me = self
+
+        def __del__(self):
+            Node.alive -= 1
+
+    gc.disable()
+    try:
+        Node()
+        assert Node.alive == 1
+        M.release_memory()
+        assert Node.alive == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("used", "free", "warns"),
+    [(0, 8, False), (0, 0.1, False), (0.5, 8, False), (4, 8, True), (0.1, 0.5, True)],
+)
+def test_swap_pressure(monkeypatch, used, free, warns):
+    swap = SimpleNamespace(used=int(used * GIB))
+    memory = SimpleNamespace(total=16 * GIB, available=int(free * GIB))
+    monkeypatch.setattr(M.psutil, "swap_memory", lambda: swap)
+    monkeypatch.setattr(M.psutil, "virtual_memory", lambda: memory)
+    said = M.swap_pressure()
+    assert (said is not None) == warns
+    assert not warns or "swapped out" in said
+
+
+# --- estimating
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        config(),
+        config(tie_word_embeddings=False),
+        config(num_key_value_heads=4),
+        config(LlamaConfig),
+        config(LlamaConfig, head_dim=32, tie_word_embeddings=False),
+    ],
+)
+def test_formula_is_the_real_count(made):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(made)
+    real = sum(p.numel() for p in model.parameters())
+    assert M.Architecture.from_config(made).parameters == M.count_parameters(made) == real
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("SmolLM2-135M-Instruct", 134_515_008),
+        ("SmolLM2-360M-Instruct", 361_821_120),
+        ("Qwen2-0.5B-Instruct", 494_032_768),
+        ("TinyLlama-1.1B-Chat", 1_100_048_384),
+        ("Qwen2.5-1.5B-Instruct", 1_543_714_304),
+    ],
+)
+def test_catalogue_has_the_published_sizes(name, published):
+    (model,) = [m for m in M.CATALOGUE if m.name == name]
+    assert model.parameters == published
+    assert M.estimate_model_bytes(model) == 4 * published
+    assert M.estimate_model_bytes(model, torch.bfloat16) == 2 * published
+
+
+def test_lora_formula_is_what_peft_adds():
+    from peft import LoraConfig, get_peft_model
+
+    made = config()
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(made), LoraConfig(r=5, target_modules="all-linear")
+    )
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert M.Architecture.from_config(made).lora_parameters(5) == real
+
+
+def test_model_bytes_from_a_folder(tmp_path):
+    made = config(tie_word_embeddings=False)
+    made.save_pretrained(tmp_path)
+    count = M.count_parameters(made)
+    assert M.estimate_model_bytes(tmp_path) == M.estimate_model_bytes(str(tmp_path)) == 4 * count
+    assert M.Architecture.from_config(tmp_path).parameters == count
+    assert M.count_parameters(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)) > 0
+    with pytest.raises(UserError, match="absent"):
+        M.estimate_model_bytes(tmp_path / "absent")
+    with pytest.raises(UserError, match="'float3'"):
+        M.estimate_model_bytes(made, "float3")
+
+
+def test_counting_allocates_no_weights():
+    big = config(hidden_size=8192, intermediate_size=32768, num_hidden_layers=16)
+    assert M.estimate_model_bytes(big) > 40 * GIB
+
+
+@pytest.mark.parametrize("kind", [GPT2Config, Qwen2MoeConfig])
+def test_other_architectures_are_refused(kind):
+    with pytest.raises(UserError, match="dense decoder-only"):
+        M.Architecture.from_config(kind())
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("changes", [{}, {"intermediate_size": 64}, {"hidden_size": 128}])
+def test_activation_formula_against_counted_bytes(mode, changes):
+    """Padded batch, as in training: what autograd keeps, within a fifth of the formula."""
+    made = config(num_hidden_layers=4, **changes)
+    model = Qwen2ForCausalLM(made).train()
+    if mode == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    ids = torch.zeros(3, 40, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    body = model.get_base_model().model if mode == "lora" else model.model
+    counted = M.saved_activation_bytes(
+        model, lambda: body(input_ids=ids, attention_mask=mask, use_cache=False)
+    )
+    estimate = M.estimate_training_memory(
+        made, mode=mode, lora_rank=2, tokens_per_sequence=40, micro_batch=3
+    )
+    assert estimate["activations"] == pytest.approx(counted, rel=0.2)
+
+
+def test_checkpointing_is_seen_by_the_count_and_by_the_formula():
+    made = config(num_hidden_layers=6)
+    model = Qwen2ForCausalLM(made).train()
+    ids = torch.zeros(2, 64, dtype=torch.long)
+
+    def count():
+        return M.saved_activation_bytes(model, lambda: model.model(input_ids=ids, use_cache=False))
+
+    plain = count()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    kept = count()
+    assert kept < plain / 5
+    sizes = {"tokens_per_sequence": 64, "micro_batch": 2}
+    on = M.estimate_training_memory(made, checkpointing=True, **sizes)["activations"]
+    off = M.estimate_training_memory(made, **sizes)["activations"]
+    assert kept < on < off / 3  # the formula adds the layer that is being recomputed
+
+
+def test_saved_bytes_by_hand():
+    linear = torch.nn.Linear(8, 8)
+    x = torch.ones(4, 8)
+    # The square keeps its input (the layer's output), the layer keeps x; the weights are its own.
+    assert M.saved_activation_bytes(linear, lambda: linear(x).square().sum()) == 2 * x.nbytes
+    with torch.no_grad():
+        assert M.saved_activation_bytes(linear, lambda: linear(x).square()) == 0
+
+
+def test_training_memory_by_hand():
+    a = M.Architecture("toy", 1, 8, 16, 2, 1, 10, True)
+    p = 10 * 8 + (2 * 8 * (8 + 4) + 3 * 8 * 16 + 16) + 8
+    assert a.parameters == p
+    full = M.estimate_training_memory(a, tokens_per_sequence=3, micro_batch=2, reference=True)
+    assert full["weights"] == full["gradients"] == full["reference"] == 4 * p
+    assert full["optimizer"] == 8 * p
+    assert full["activations"] == 6 * (6 * 8 + 4 * 8 + 4 * 16) * 4
+    assert full["logits"] == 3 * 4 * 6 * 10
+    assert full["total"] == sum(v for k, v in full.items() if k != "total")
+    lora = M.estimate_training_memory(a, mode="lora", lora_rank=1, dtype_bytes=2, reference=True)
+    adapters = 8 + 8 + 8 + 8 + 8 + 4 + 8 + 4 + 3 * (8 + 16)
+    assert lora["weights"] == 2 * p + 4 * adapters and lora["reference"] == 0
+    assert lora["gradients"] == 4 * adapters and lora["optimizer"] == 8 * adapters
+    tiled = M.estimate_training_memory(a, tokens_per_sequence=3, micro_batch=2, logits_tile=2)
+    assert tiled["logits"] == full["logits"] // 3
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"mode": "qlora"},
+        {"lora_rank": 0},
+        {"dtype_bytes": 0},
+        {"tokens_per_sequence": -1},
+        {"micro_batch": 0},
+        {"logits_tile": 0},
+    ],
+)
+def test_training_memory_refuses(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        M.estimate_training_memory(M.CATALOGUE[0], **bad)
+
+
+# --- deciding
+
+
+sizes = st.integers(1, 200)
+
+
+@given(sizes, sizes, sizes, st.sampled_from([0.5, 0.8, 1.0]), st.none() | sizes, st.booleans())
+def test_plan_fits_and_is_the_fewest(available, each, count, safety, maximum, must_divide):
+    options = {"safety": safety, "maximum": maximum, "must_divide": must_divide}
+    budget = int(safety * available)
+    able = [n for n in range(1, min(count, maximum or count) + 1) if n * each <= budget]
+    if not able:
+        with pytest.raises(UserError, match="one sequence needs"):
+            M.plan_micro_batch(available, each, count, **options)
+        return
+    size = M.plan_micro_batch(available, each, count, **options)
+    assert size in able
+    if must_divide:
+        assert size == max(n for n in able if count % n == 0)
+    else:
+        batches = -(-count // size)
+        assert batches == -(-count // max(able))  # as few as the largest size would need
+        assert not any(-(-count // n) == batches for n in range(1, size))  # and the most even
+
+
+def test_plan_evens_out():
+    assert M.plan_micro_batch(25, 1, 32) == 16  # 20 fit: 16 and 16, not 20 and 12
+    assert M.plan_micro_batch(10**9, 1, 32, maximum=5) == 5
+    assert M.plan_micro_batch(10**9, 1, 32, maximum=5, must_divide=True) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ((9, 0, 1), {}),
+        ((9, 1, 0), {}),
+        ((9, 1, 1), {"maximum": 0}),
+        ((9, 1, 1), {"safety": 0}),
+        ((9, 1, 1), {"safety": 1.1}),
+    ],
+)
+def test_plan_refuses(arguments, options):
+    with pytest.raises(UserError, match="at least 1|safety"):
+        M.plan_micro_batch(*arguments, **options)
+
+
+def test_plan_names_budget_need_and_mend():
+    with pytest.raises(UserError) as error:
+        M.plan_micro_batch(2 * GIB, 3 * GIB, 8)
+    for words in ("3.00 GiB", "1.60 GiB", "2.00 GiB", "checkpointing"):
+        assert words in str(error.value)
+
+
+def test_fits_keeps_a_reserve(monkeypatch):
+    assert M.fits(8, 10) and not M.fits(9, 10) and M.fits(9, 10, safety=0.9)
+    monkeypatch.setattr(M, "available_memory", lambda: 100)
+    assert M.fits(80) and not M.fits(81)
+    M.ensure_fits("it", 80)
+    with pytest.raises(UserError, match="Qwen2 needs about 3.00 GiB") as error:
+        M.ensure_fits("Qwen2", 3 * GIB, 2 * GIB)
+    assert "2.00 GiB" in str(error.value) and "LoRA" in str(error.value)
+
+
+def test_checkpointing_only_when_needed():
+    policy = M.checkpointing_policy
+    assert policy("on", 1, 100) and not policy("off", 1000, 100)
+    assert policy("auto", 81, 100) and not policy("auto", 80, 100)
+    with pytest.raises(UserError, match="'maybe'"):
+        policy("maybe")
+
+
+def test_models_that_fit(monkeypatch, tmp_path):
+    monkeypatch.setattr(M, "BUNDLED_MODEL", tmp_path / "model.safetensors")
+    assert [row["verdict"] for row in M.models_that_fit(0)] == ["too big"] * 5
+    assert {row["verdict"] for row in M.models_that_fit(10**13)} == {"full"}
+    monkeypatch.setattr(M, "available_memory", lambda: 6 * GIB)
+    rows = {row["name"]: row for row in M.models_that_fit()}
+    assert rows["SmolLM2-135M-Instruct"]["verdict"] == "full"
+    assert rows["Qwen2-0.5B-Instruct"]["verdict"] == "lora"
+    assert rows["TinyLlama-1.1B-Chat"]["verdict"] == "evaluate"
+    assert rows["Qwen2.5-1.5B-Instruct"]["verdict"] == "too big"
+    for row in rows.values():
+        assert row["parameters"] * 4 < row["evaluate_bytes"] < row["lora_bytes"] < row["full_bytes"]
+    config().save_pretrained(tmp_path)
+    first = M.models_that_fit()[0]  # smallest first
+    assert first["name"] == "bundled" and first["parameters"] == M.count_parameters(config())
