@@ -1,0 +1,200 @@
+"""Elastic weight consolidation: learn the next stage without forgetting the last.
+
+After a stage we keep an *anchor*: the parameters theta* and the diagonal Fisher F there.
+While the next stage trains, each parameter is tied to its anchor by a spring whose
+stiffness is its Fisher (Kirkpatrick et al. 2017, arXiv 1612.00796, eq. 3):
+
+    penalty = lambda / 2 * sum_i F_i (theta_i - theta*_i)^2
+
+F is the curvature of KL(pi_theta* || pi_theta) at theta*, so the penalty is lambda times
+a second-order estimate of how far the old policy has been left, in nats a completion.
+
+**Several stages: one running anchor** (``merge_anchors``), as in online EWC (Schwarz et al.
+2018, arXiv 1805.06370, section 3.3): Fishers are added, theta* is the latest. It needs
+constant memory, and at decay 1 it is the recursive Laplace approximation (Huszar 2018,
+arXiv 1712.03847): the latest theta* was already found under the earlier springs, so a
+second anchor there would count the earlier tasks twice. For Kirkpatrick's original
+with one spring a task, add the penalties of a list of anchors.
+
+Cautions. Under Adam the spring's gradient is rescaled along with the loss's, so
+choose lambda by trying. Under plain gradient descent the spring is only stable while
+learning rate * lambda * max(F) < 2. With LoRA the springs hold the factors A and B; that is
+not quadratic in their product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cpugrpo_edu.types import UserError
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """theta* and its Fisher, by parameter name; equal keys and shapes, Fisher in fp32."""
+
+    params: dict[str, Tensor]
+    fisher: dict[str, Tensor]
+
+
+def take_anchor(model: Any, fisher: dict[str, Tensor]) -> Anchor:
+    """Copy the parameters that ``fisher`` covers, as they are now.
+
+    Raises ``UserError`` if a name or shape does not fit the model, or if a Fisher value is
+    negative or not finite: a negative spring would push the parameter away.
+    """
+    for name, f in fisher.items():
+        if not (f.isfinite().all() and (f >= 0).all()):
+            raise UserError(
+                f"the Fisher of {name} has negative or non-finite entries; all must be at least 0: "
+                "compute it again with fisher_diagonal"
+            )
+    return Anchor(
+        params={n: p.detach().clone() for n, p, _ in _anchored(model, fisher)},
+        fisher={n: f.detach().float() for n, f in fisher.items()},
+    )
+
+
+def merge_anchors(previous: Anchor | None, latest: Anchor, decay: float = 1.0) -> Anchor:
+    """The running anchor after a stage: F = decay * F_previous + F_latest, theta* the latest.
+
+    ``decay`` is Schwarz et al.'s gamma in [0, 1]: below 1 the policy forgets old stages
+    gracefully instead of stiffening for ever. ``previous`` is None after the first stage.
+    """
+    if not 0 <= decay <= 1:
+        raise UserError(
+            f"decay is {decay}; it must lie in [0, 1]: 1 keeps every earlier stage at full weight"
+        )
+    if previous is None:
+        return latest
+    if previous.fisher.keys() != latest.fisher.keys():
+        raise UserError(
+            f"the anchors cover {len(previous.fisher)} and {len(latest.fisher)} parameters with "
+            "different names; they must be the same: train the same parameters in every stage"
+        )
+    fisher = {n: decay * previous.fisher[n] + f for n, f in latest.fisher.items()}
+    return Anchor(params=latest.params, fisher=fisher)
+
+
+def normalize_fisher(
+    fisher: dict[str, Tensor], mode: Literal["mean", "max"] = "mean"
+) -> dict[str, Tensor]:
+    """Scale all parameters' Fisher by one factor so that its overall mean (or max) is 1.
+
+    Ratios between parameters stay. Lambda then loses its meaning in nats, but one value can
+    be tried on differently scaled estimates. Raises ``UserError`` on an all-zero Fisher.
+    """
+    if mode == "mean":
+        scale = sum(f.sum().item() for f in fisher.values()) / sum(
+            f.numel() for f in fisher.values()
+        )
+    elif mode == "max":
+        scale = max(f.max().item() for f in fisher.values())
+    else:
+        raise UserError(f"mode is {mode!r}; allowed are 'mean' and 'max': choose one")
+    if scale <= 0:
+        raise UserError(
+            "the Fisher is 0 everywhere and cannot be scaled; at least one entry must be positive: "
+            "compute it on completions that the policy is not certain of"
+        )
+    return {n: f / scale for n, f in fisher.items()}
+
+
+def ewc_penalty(model: Any, anchor: Anchor, strength: float) -> Tensor:
+    """strength / 2 * sum F (theta - theta*)^2: an fp32 scalar with gradient, to add to a loss.
+
+    The readable form; the trainer uses ``add_ewc_gradient``, which has the same gradient.
+    """
+    _check_strength(strength)
+    energies = [
+        (f * (p.float() - anchor.params[name].float()).square()).sum()
+        for name, p, f in _anchored(model, anchor.fisher)
+    ]
+    return strength / 2 * torch.stack(energies).sum()
+
+
+@torch.no_grad()
+def add_ewc_gradient(model: Any, anchor: Anchor, strength: float) -> float:
+    """Add strength * F (theta - theta*) to each ``.grad``; returns the penalty.
+
+    Call it **once an optimizer step**, after the last backward pass and before gradient
+    clipping: once a micro-batch would multiply lambda by their number. There is no graph;
+    extra memory is a few copies of the largest parameter. Creates ``.grad`` where it is
+    None, and leaves frozen parameters alone: they cannot drift.
+    """
+    _check_strength(strength)
+    penalty = 0.0
+    for name, p, f in _anchored(model, anchor.fisher):
+        drift = p.float() - anchor.params[name].float()
+        force = f * drift
+        penalty += strength / 2 * (force * drift).sum().item()
+        if not p.requires_grad or strength == 0:
+            continue
+        if p.grad is None:
+            p.grad = force.mul_(strength).to(p.dtype)
+        else:
+            p.grad.add_(force, alpha=strength)
+    return penalty
+
+
+def _anchored(model: Any, fisher: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, parameter, Fisher) for every parameter that the Fisher covers."""
+    parameters = dict(model.named_parameters())
+    if not fisher:
+        raise UserError(
+            "the anchor covers 0 parameters; at least 1 is needed: "
+            "compute the Fisher on a model with trainable parameters"
+        )
+    for name, f in fisher.items():
+        if name not in parameters or parameters[name].shape != f.shape:
+            found = tuple(parameters[name].shape) if name in parameters else "absent"
+            raise UserError(
+                f"the anchor's parameter {name} has shape {tuple(f.shape)} but the model's is "
+                f"{found}; they must be the same: use the model that the anchor was taken from"
+            )
+        yield name, parameters[name], f
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 <= strength < float("inf"):
+        raise UserError(
+            f"strength is {strength}; it must be at least 0 and finite: 0 switches EWC off"
+        )
+
+
+def save_anchor(anchor: Anchor, path: str | Path) -> Path:
+    """Write as safetensors, tensors named ``params/<name>`` and ``fisher/<name>``."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"params/{n}": p.contiguous() for n, p in anchor.params.items()}
+    tensors |= {f"fisher/{n}": f.contiguous() for n, f in anchor.fisher.items()}
+    save_file(tensors, path)
+    return path
+
+
+def load_anchor(path: str | Path) -> Anchor:
+    """Read what ``save_anchor`` wrote. Raises ``UserError`` if it is not such a file."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read an anchor from {path}: {error}; give a file that save_anchor wrote"
+        ) from error
+    parts: dict[str, dict[str, Tensor]] = {"params": {}, "fisher": {}}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        parts.setdefault(part, {})[name] = tensor
+    if len(parts) != 2 or parts["params"].keys() != parts["fisher"].keys():
+        raise UserError(
+            f"{path} holds tensors that are not an anchor's; allowed are params/<name> and "
+            "fisher/<name> in pairs: give a file that save_anchor wrote"
+        )
+    return Anchor(**parts)
