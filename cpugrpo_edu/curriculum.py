@@ -52,13 +52,15 @@ def make_stages(
     if not 0 <= replay < 1:
         raise UserError(f"replay is {replay}; give a share of at least 0 and below 1")
     names = list(reversed(DIFFICULTIES)) if order == "reversed" else list(DIFFICULTIES)
-    stages = []
+    stages: list[Stage] = []
     for name, count, rate in zip(names, steps, learning_rates, strict=True):
         if order == "mixed":
-            mixture = {other: 1 / 3 for other in DIFFICULTIES}
+            mixture: dict[str, float] = {other: 1 / 3 for other in DIFFICULTIES}
         else:
             mixture = {other: 1 - replay if other == name else replay / 2 for other in DIFFICULTIES}
-        stages.append(Stage(f"mixed {len(stages) + 1}" if order == "mixed" else name, mixture, count, rate))
+        stages.append(
+            Stage(f"mixed {len(stages) + 1}" if order == "mixed" else name, mixture, count, rate)
+        )
     return stages
 
 
@@ -76,7 +78,7 @@ def stage_problems(stage: Stage, domains: Sequence[str], count: int, seed: int) 
                     domain, check_difficulty(difficulty), "train", need, seed
                 )
     debt = dict.fromkeys(pools, 0.0)
-    problems = []
+    problems: list[Problem] = []
     while len(problems) < count:
         for domain, difficulty in debt:
             debt[domain, difficulty] += stage.mixture[difficulty] / len(domains)

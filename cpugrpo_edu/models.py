@@ -173,19 +173,27 @@ def add_lora(model: Any, rank: int, seed: int = 0) -> Any:
     return get_peft_model(model, config)
 
 
+SNAPSHOT_NUMBERS = 65_536
+
+
+def thinned(parameter: Tensor) -> Tensor:
+    """At most about ``SNAPSHOT_NUMBERS`` evenly spaced entries, in float32."""
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, flat.numel() // SNAPSHOT_NUMBERS)].float().clone()
+
+
 def snapshot(model: Any) -> dict[str, Tensor]:
-    """Detached copies of the trainable parameters."""
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    """Copies of the trainable parameters, thinned where they are large."""
+    return {n: thinned(p) for n, p in model.named_parameters() if p.requires_grad}
 
 
 def relative_change(model: Any, before: dict[str, Tensor]) -> float:
-    """||theta - theta_0|| / ||theta_0|| over the trainable parameters; 0 if nothing moved."""
+    """||theta - theta_0|| / ||theta_0|| over a snapshot's entries; 0 if none moved."""
     moved = total = 0.0
     for name, parameter in model.named_parameters():
         if name in before:
-            old = before[name].float()
-            moved += float((parameter.detach().float() - old).square().sum())
-            total += float(old.square().sum())
+            moved += float((thinned(parameter) - before[name]).square().sum())
+            total += float(before[name].square().sum())
     return (moved / max(total, 1e-30)) ** 0.5
 
 

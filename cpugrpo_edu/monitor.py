@@ -222,8 +222,22 @@ class ProgressDisplay:
         if self._stage is None:
             raise UserError("progress was updated before a stage began; call start_stage first")
         self._stage.done = step
-        metrics.setdefault("rss_bytes", self._process.memory_info().rss)
+        metrics.setdefault("rss_bytes", self.rss_bytes())
         self._show(self._stage, _summary(metrics))
+
+    def rss_bytes(self) -> int:
+        """Resident memory of this process now."""
+        return int(self._process.memory_info().rss)
+
+    def counter(self, description: str, total: int) -> Callable[[int], None]:
+        """Begin a phase of ``total`` items; call the result with how many more are done."""
+        phase = self._begin(description, total)
+
+        def show(more: int) -> None:
+            phase.done += more
+            self._show(phase)
+
+        return show
 
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None

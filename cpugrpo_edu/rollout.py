@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpugrpo_edu.types import Episode, Group, UserError
 
@@ -48,12 +48,12 @@ class Sampling:
             raise UserError(f"top_p is {self.top_p}; give a number above 0 and at most 1")
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: Any) -> Any:
     """The bare causal language model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def is_supported(model: nn.Module) -> bool:
+def is_supported(model: Any) -> bool:
     """Whether the fast engine knows this architecture's layers."""
     lm = causal_lm(model)
     config = lm.config
@@ -70,7 +70,7 @@ class Cache:
         self.length = length
 
     @classmethod
-    def empty(cls, lm: nn.Module, rows: int, capacity: int) -> Cache:
+    def empty(cls, lm: Any, rows: int, capacity: int) -> Cache:
         attention = lm.model.layers[0].self_attn
         shape = (rows, lm.config.num_key_value_heads, capacity, attention.head_dim)
         dtype = lm.model.norm.weight.dtype
@@ -98,7 +98,7 @@ class Cache:
         )
 
 
-def forward(lm: nn.Module, ids: Tensor, positions: Tensor, valid: Tensor, cache: Cache) -> Tensor:
+def forward(lm: Any, ids: Tensor, positions: Tensor, valid: Tensor, cache: Cache) -> Tensor:
     """Run ``ids`` (rows, T) through the layers, appending to the cache.
 
     ``positions`` are the rotary positions, ``valid`` is False on padding.
@@ -152,9 +152,7 @@ def attend(
         mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
         mixed = mixed.reshape(rows, 1, -1)
     else:
-        mixed = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=bias, enable_gqa=True
-        )
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, enable_gqa=True)
         mixed = mixed.transpose(1, 2).reshape(rows, length, -1)
     return attention.o_proj(mixed)
 
@@ -197,7 +195,7 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
 
 
 def prefill(
-    lm: nn.Module, prompts: Sequence[Sequence[int]], room: int, pad_id: int
+    lm: Any, prompts: Sequence[Sequence[int]], room: int, pad_id: int
 ) -> tuple[Tensor, Tensor, Cache]:
     """Left-pad and run the prompts once.
 
@@ -213,7 +211,7 @@ def prefill(
 
 
 def decode(
-    lm: nn.Module,
+    lm: Any,
     prompts: Sequence[Sequence[int]],
     copies: int,
     sampling: Sampling,
@@ -251,7 +249,11 @@ def decode(
             cache, active, token = cache.select(keep), active[keep], token[keep]
             position, running = position[keep], running[keep]
         hidden = forward(
-            lm, token[:, None], position[:, None], torch.ones(len(active), 1, dtype=torch.bool), cache
+            lm,
+            token[:, None],
+            position[:, None],
+            torch.ones(len(active), 1, dtype=torch.bool),
+            cache,
         )
         position = position + 1
     groups = []

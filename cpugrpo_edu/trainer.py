@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import trl.trainer.utils
 from datasets import Dataset
@@ -51,6 +52,8 @@ class CPUOptions:
     engine: str = "fast"
     micro_batch: int | None = None
     """Completions per backward pass; None plans it from the available memory."""
+    memory_limit: int | None = None
+    """Bytes this process may hold in all; None leaves it to what the machine has."""
     skip_zero_advantage: bool = True
     ewc_strength: float = 0.0
     patience: int = 8
@@ -232,7 +235,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         if any(len(block) < copies or block != [block[0]] * copies for block in blocks):
             copies, blocks = 1, [[prompt] for prompt in prompt_ids]
         sampling = Sampling(
-            max_new_tokens=self.max_completion_length,
+            max_new_tokens=int(self.max_completion_length or 0),
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.args.seed * 1_000_003 + self._step * 101 + self.accelerator.process_index,
@@ -274,7 +277,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """TRL's loss, accumulated over micro-batches; the last one is left to ``backward``."""
-        if not self.model.training:
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         rows = len(inputs["completion_ids"])
         tokens = inputs["completion_mask"].sum()
@@ -316,7 +319,7 @@ class CPUGRPOTrainer(GRPOTrainer):
 
     def zero_loss(self) -> Tensor:
         """A step without signal: zero gradients, so that the optimizer's momentum still acts."""
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        trainable = [p for p in self.policy.model.parameters() if p.requires_grad]
         for parameter in trainable:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -331,17 +334,29 @@ class CPUGRPOTrainer(GRPOTrainer):
             parts = estimate_training_memory(
                 self.policy.model.config,
                 tokens_per_sequence=length,
-                checkpointing=self.args.gradient_checkpointing,
-                dtype_bytes=self.model.dtype.itemsize,
+                checkpointing=bool(self.args.gradient_checkpointing),
+                dtype_bytes=self.policy.model.dtype.itemsize,
             )
             per_sequence = parts["activations"] + parts["logits"]
-            size = plan_micro_batch(available_memory(), per_sequence, len(inputs["completion_ids"]))
+            size = plan_micro_batch(self.free_memory(), per_sequence, len(inputs["completion_ids"]))
         self.tally.micro_batches.append(size)
         return size
 
+    def free_memory(self) -> int:
+        """Bytes left: what the machine (or its control group) has, within the budget if any."""
+        free = available_memory()
+        if self.options.memory_limit is not None:
+            held = psutil.Process().memory_info().rss
+            free = min(free, max(0, self.options.memory_limit - held))
+        return free
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self.anchor is not None and self.options.ewc_strength and self.accelerator.sync_gradients:
+        if (
+            self.anchor is not None
+            and self.options.ewc_strength
+            and self.accelerator.sync_gradients
+        ):
             # Once per optimizer step, after the gradients of all processes were averaged and
             # before they are clipped.
             model = self.accelerator.unwrap_model(self.model)
@@ -356,9 +371,7 @@ class CPUGRPOTrainer(GRPOTrainer):
             self.guard.check(logs)
 
 
-def split_by_length(
-    inputs: dict[str, Any], keep: Tensor, size: int
-) -> Iterator[dict[str, Any]]:
+def split_by_length(inputs: dict[str, Any], keep: Tensor, size: int) -> Iterator[dict[str, Any]]:
     """Micro-batches of at most ``size`` of the kept rows, like lengths together, trimmed.
 
     Padding that no row of a micro-batch needs is cut off on both sides.
@@ -374,7 +387,10 @@ def split_by_length(
             else value
             for key, value in inputs.items()
         }
-        prompt, completion = int(prompt_lengths[chosen].max()), int(completion_lengths[chosen].max())
+        prompt, completion = (
+            int(prompt_lengths[chosen].max()),
+            int(completion_lengths[chosen].max()),
+        )
         for key, value in micro.items():
             if key in ("prompt_ids", "prompt_mask"):
                 micro[key] = value[:, value.shape[1] - prompt :]

@@ -67,7 +67,8 @@ class StepReport:
 class Task(Protocol):
     """A domain: makes problems, and owns the reward's ground truth for them."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def generate(self, difficulty: Difficulty, rng: Any) -> Problem:
         """Draw one problem with its worked solution; ``rng`` is a ``random.Random``."""

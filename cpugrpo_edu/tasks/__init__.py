@@ -16,7 +16,9 @@ from cpugrpo_edu.tasks.lists import Lists
 from cpugrpo_edu.tasks.word_problems import WordProblems
 from cpugrpo_edu.types import DIFFICULTIES, Difficulty, Problem, Split, Task, UserError
 
-TASKS: dict[str, Task] = {task.name: task for task in (Arithmetic(), WordProblems(), Algebra(), Lists())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Arithmetic(), WordProblems(), Algebra(), Lists())
+}
 
 DOMAINS: tuple[str, ...] = tuple(TASKS)
 """The generated domains, in the order tables show them."""

@@ -1,4 +1,4 @@
-"""Linear equations in one unknown: ``Solve for x: 5x + 3 = 2x + 18``."""
+"""Linear equations in one unknown: ``Solve for x: 5x+3=2x+18``."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ class Algebra:
     name: str = "algebra"
 
     def generate(self, difficulty: Difficulty, rng: random.Random) -> Problem:
-        x = rng.randint(-9, 20) if difficulty == "advanced" else rng.randint(2, 20)
-        a, b = rng.randint(2, 9), rng.randint(1, 40)
+        x = rng.randint(2, 15)
+        a, b = rng.randint(2, 9), rng.randint(1, 50)
         if difficulty == "basic":
-            lines = [side(a, b) + f" = {a * x + b}"]
+            lines = [side(a, b) + f"={a * x + b}"]
         elif difficulty == "intermediate":
             c = rng.randint(1, 7)
             a += c
             right = (a - c) * x + b
-            lines = [f"{side(a, b)} = {side(c, right)}", f"{side(a - c, b)} = {right}"]
+            lines = [f"{side(a, b)}={side(c, right)}", f"{side(a - c, b)}={right}"]
             a -= c
         else:
-            b, c = rng.randint(1, 9), rng.randint(1, 7)
+            c = rng.randint(1, 5)
+            a, b = rng.randint(2, 6), rng.randint(1, 9)
             k = a + c
             total = (k - c) * x + k * b
             lines = [
-                f"{k}(x + {b}) - {term(c)} = {total}",
-                f"{term(k)} + {k * b} - {term(c)} = {total}",
-                f"{side(k - c, k * b)} = {total}",
+                f"{k}(x+{b})-{term(c)}={total}",
+                f"{term(k)}+{k * b}-{term(c)}={total}",
+                f"{side(k - c, k * b)}={total}",
             ]
             b, a = k * b, k - c
-        lines += [f"{term(a)} = {a * x}"] + ([f"x = {x}"] if a > 1 else [])
+        lines += [f"{term(a)}={a * x}"] + ([f"x={x}"] if a > 1 else [])
         question, *steps = lines
         solution = "\n".join([*steps, f"{ANSWER_MARK} {x}"])
         return Problem("", self.name, difficulty, f"Solve for x: {question}", str(x), solution)
@@ -73,11 +74,11 @@ def term(coefficient: int) -> str:
 
 
 def side(coefficient: int, constant: int) -> str:
-    return f"{term(coefficient)} {'+' if constant >= 0 else '-'} {abs(constant)}"
+    return f"{term(coefficient)}{'+' if constant >= 0 else '-'}{abs(constant)}"
 
 
 def linear(text: str) -> tuple[int, int] | None:
-    """Read ``4(x + 3) - 2x`` as (coefficient of x, constant); None if it is not linear text."""
+    """Read ``4(x+3)-2x`` as (coefficient of x, constant); None if it is not linear text."""
     text = text.replace(" ", "")
     coefficient = constant = 0
     for factor, inner in BRACKET.findall(text):

@@ -1,4 +1,4 @@
-"""Multi-step arithmetic: ``Compute 7 + 5 * 3 - 4.``, worked out by precedence."""
+"""Multi-step arithmetic: ``Compute 7+5*3-4.``, worked out by precedence."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from cpugrpo_edu.answers import answers_match, extract_answer
 from cpugrpo_edu.tasks.equations import check_equations, write_solution
 from cpugrpo_edu.types import Difficulty, Problem, StepReport
 
-SHAPES: dict[str, tuple[int, int, str]] = {
-    # difficulty: (operations, largest number, operators)
-    "basic": (2, 20, "+-"),
-    "intermediate": (3, 30, "+-*"),
-    "advanced": (4, 60, "+-*"),
+SHAPES: dict[str, tuple[int, int, int]] = {
+    # difficulty: (operations, of which multiplications, largest number)
+    "basic": (2, 0, 30),
+    "intermediate": (3, 1, 30),
+    "advanced": (4, 2, 50),
 }
 FACTOR_LIMIT = 9
-"""The right side of a multiplication, so that the tables of a small model suffice."""
+"""Both sides of a multiplication, so that the tables of a small model suffice."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,21 @@ class Arithmetic:
     name: str = "arithmetic"
 
     def generate(self, difficulty: Difficulty, rng: random.Random) -> Problem:
-        operations, largest, operators = SHAPES[difficulty]
+        operations, products, largest = SHAPES[difficulty]
         while True:
             numbers = [rng.randint(2, largest) for _ in range(operations + 1)]
-            chain = [rng.choice(operators) for _ in range(operations)]
-            if "*" in operators and chain.count("*") != 1:
+            chain = ["*"] * products + rng.choices("+-", k=operations - products)
+            rng.shuffle(chain)
+            if "**" in "".join(chain):
                 continue
             for i, operator in enumerate(chain):
                 if operator == "*":
-                    numbers[i + 1] = rng.randint(2, FACTOR_LIMIT)
+                    numbers[i : i + 2] = [rng.randint(2, FACTOR_LIMIT) for _ in range(2)]
             steps = order_of_work(numbers, chain)
             if steps is not None:
                 break
         solution, answer = write_solution(steps)
-        text = " ".join([str(numbers[0])] + [f"{o} {n}" for o, n in zip(chain, numbers[1:], strict=True)])
+        text = str(numbers[0]) + "".join(f"{o}{n}" for o, n in zip(chain, numbers[1:], strict=True))
         return Problem("", self.name, difficulty, f"Compute {text}.", answer, solution)
 
     def verify(self, problem: Problem, completion: str) -> bool:

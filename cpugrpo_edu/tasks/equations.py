@@ -1,4 +1,4 @@
-"""Steps of the form ``12 * 3 = 36``, shared by the numerical domains."""
+"""Steps of the form ``12*3=36``, shared by the numerical domains."""
 
 from __future__ import annotations
 
@@ -80,6 +80,6 @@ def write_solution(steps: list[tuple[int, str, int]], answer: int | None = None)
         if value is None or value.denominator != 1:
             raise ValueError(f"{left} {operator} {right} is not a whole number")
         result = int(value)
-        lines.append(f"{left} {operator} {right} = {result}")
+        lines.append(f"{left}{operator}{right}={result}")
     final = str(result if answer is None else answer)
     return "\n".join([*lines, f"{ANSWER_MARK} {final}"]), final

@@ -23,7 +23,7 @@ GOODS = ("pens", "books", "cups", "plants", "lamps", "maps")
 
 def weekly_saving(rng: random.Random) -> tuple[str, Steps]:
     name, start = rng.choice(NAMES), rng.randint(5, 60)
-    rate, weeks = rng.randint(3, 25), rng.randint(2, 9)
+    rate, weeks = rng.randint(3, 12), rng.randint(2, 9)
     question = (
         f"{name} has ${start} and saves ${rate} a week. How many dollars after {weeks} weeks?"
     )
@@ -32,20 +32,20 @@ def weekly_saving(rng: random.Random) -> tuple[str, Steps]:
 
 def change_from_shopping(rng: random.Random) -> tuple[str, Steps]:
     name, goods = rng.choice(NAMES), rng.choice(GOODS)
-    count, price = rng.randint(2, 9), rng.randint(2, 15)
+    count, price = rng.randint(2, 9), rng.randint(2, 9)
     money = count * price + rng.randint(1, 40)
     question = f"{name} buys {count} {goods} at ${price} each with ${money}. How much is left?"
     return question, [(price, "*", count), (money, "-", price * count)]
 
 
 def hours_and_minutes(rng: random.Random) -> tuple[str, Steps]:
-    name, hours, minutes = rng.choice(NAMES), rng.randint(2, 7), rng.randint(5, 55)
+    name, hours, minutes = rng.choice(NAMES), rng.randint(2, 9), rng.randint(5, 55)
     question = f"{name} reads for {hours} hours and {minutes} minutes. How many minutes is that?"
     return question, [(60, "*", hours), (60 * hours, "+", minutes)]
 
 
 def two_days_of_work(rng: random.Random) -> tuple[str, Steps]:
-    name, hours, minutes = rng.choice(NAMES), rng.randint(2, 7), rng.randint(5, 55)
+    name, hours, minutes = rng.choice(NAMES), rng.randint(2, 9), rng.randint(5, 55)
     second = rng.randint(10, 90)
     question = (
         f"{name} works {hours} hours and {minutes} minutes on Monday and {second} minutes "
@@ -55,65 +55,62 @@ def two_days_of_work(rng: random.Random) -> tuple[str, Steps]:
     return question, [(60, "*", hours), (60 * hours, "+", minutes), (first, "+", second)]
 
 
+def percent_off(value: int, percent: int) -> Steps:
+    """One hundredth, so many of them, and what is left."""
+    cut = value // 100 * percent
+    return [(value, "/", 100), (value // 100, "*", percent), (value, "-", cut)]
+
+
 def discount(rng: random.Random) -> tuple[str, Steps]:
-    goods, percent = rng.choice(GOODS), rng.choice((5, 10, 15, 20, 25, 30, 40, 50))
-    price = 20 * rng.randint(1, 25)
-    question = f"A box of {goods} costs ${price}. It gets {percent}% cheaper. What is the new price?"
-    cut = price * percent // 100
-    return question, [(price, "*", percent), (price * percent, "/", 100), (price, "-", cut)]
+    goods, percent = rng.choice(GOODS), 5 * rng.randint(1, 12)
+    price = 100 * rng.randint(2, 9)
+    question = (
+        f"A crate of {goods} costs ${price}. It gets {percent}% cheaper. What is the new price?"
+    )
+    return question, percent_off(price, percent)
 
 
 def wages(rng: random.Random) -> tuple[str, Steps]:
-    name, rate, hours = rng.choice(NAMES), rng.randint(8, 25), rng.randint(3, 9)
-    days, spent = rng.randint(2, 5), rng.randint(10, 90)
+    name, rate, hours = rng.choice(NAMES), rng.randint(5, 9), rng.randint(3, 9)
+    days, spent = rng.randint(2, 5), rng.randint(5, 60)
+    day = rate * hours
+    if day * days <= spent:
+        return wages(rng)
     question = (
         f"{name} earns ${rate} an hour, works {hours} hours a day for {days} days, "
         f"then spends ${spent}. How many dollars are left?"
     )
-    day = rate * hours
     return question, [(rate, "*", hours), (day, "*", days), (day * days, "-", spent)]
 
 
+def two_cuts(rng: random.Random, largest: int) -> tuple[int, int, int]:
+    """A multiple of 100 and two percentages, such that the first cut leaves a multiple of 100."""
+    while True:
+        value, first = 100 * rng.randint(2, largest), 5 * rng.randint(1, 15)
+        if (value // 100) * (100 - first) % 100 == 0:
+            return value, first, 5 * rng.randint(1, 15)
+
+
 def stock_in_two_parts(rng: random.Random) -> tuple[str, Steps]:
-    goods, stock = rng.choice(GOODS), 20 * rng.randint(2, 30)
-    first = rng.choice((5, 10, 20, 25, 30, 40, 50))
-    sold = stock * first // 100
-    rest = stock - sold
-    options = [p for p in (10, 20, 25, 50) if rest * p % 100 == 0]
-    if not options:
-        return stock_in_two_parts(rng)
-    second = rng.choice(options)
+    goods = rng.choice(GOODS)
+    stock, first, second = two_cuts(rng, 20)
+    rest = stock - stock // 100 * first
     question = (
         f"A shop has {stock} {goods}. It sells {first}% on Monday and {second}% of the rest "
         "on Tuesday. How many are left?"
     )
-    return question, [
-        (stock, "*", first),
-        (stock * first, "/", 100),
-        (stock, "-", sold),
-        (rest, "*", second),
-        (rest * second, "/", 100),
-        (rest, "-", rest * second // 100),
-    ]
+    return question, percent_off(stock, first) + percent_off(rest, second)
 
 
 def depreciation(rng: random.Random) -> tuple[str, Steps]:
-    percent, years = rng.choice((5, 10, 20, 25, 50)), rng.choice((1, 2))
-    value = 100 * rng.randint(2, 90)
-    steps: Steps = []
-    now = value
-    for _ in range(years):
-        if now * percent % 100:
-            return depreciation(rng)
-        loss = now * percent // 100
-        steps += [(now, "*", percent), (now * percent, "/", 100), (now, "-", loss)]
-        now -= loss
+    value, first, second = two_cuts(rng, 40)
+    rest = value - value // 100 * first
     thing = rng.choice(("car", "machine", "boat", "truck"))
     question = (
-        f"A {thing} costs ${value} and loses {percent}% of its value a year. "
-        f"What is it worth after {years} year{'s' if years > 1 else ''}?"
+        f"A {thing} costs ${value}. It loses {first}% of its value in the first year and "
+        f"{second}% of the rest in the second. What is it worth then?"
     )
-    return question, steps
+    return question, percent_off(value, first) + percent_off(rest, second)
 
 
 TEMPLATES: dict[str, tuple[Template, ...]] = {

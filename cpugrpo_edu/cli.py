@@ -1,0 +1,454 @@
+"""The command line: ``cpugrpo doctor | run | evaluate | generate | report | pretrain | models``.
+
+Results go to stdout, progress to stderr. A mistake in the input ends with one
+sentence and exit code 2, an interrupted run with 130.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+from cpugrpo_edu.types import DIFFICULTIES, UserError
+
+# Heavy imports (torch, transformers, trl) stand inside the commands: --help answers at
+# once, and threads are set before torch is loaded.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Learn GRPO by running it: reinforcement learning for language models on a CPU.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Model = Annotated[
+    str, typer.Option(help="bundled, a model folder, or a hub id such as Qwen/Qwen2-0.5B-Instruct.")
+]
+
+
+def main() -> None:
+    """Entry point: turns known mistakes into one sentence on stderr."""
+    with failing_clearly():
+        app()
+
+
+@contextmanager
+def failing_clearly() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        print(f"cpugrpo: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        print("cpugrpo: interrupted; what was complete is saved", file=sys.stderr)
+        raise SystemExit(130) from error
+    except MemoryError as error:
+        print(
+            "cpugrpo: out of memory; choose a smaller model, --lora, a smaller --micro-batch "
+            "or --checkpointing on",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from error
+
+
+def say(data: Any, as_json: bool, text: str) -> None:
+    print(json.dumps(data) if as_json else text)
+
+
+def comma_numbers(text: str, kind: type, what: str) -> tuple[Any, Any, Any]:
+    """Read ``16`` or ``16,16,16`` into three numbers."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) == 1:
+        values *= 3
+    if len(values) != 3:
+        raise UserError(f"cannot read {what} {text!r}; give one number or three, such as 16,16,16")
+    return values[0], values[1], values[2]
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: Python, packages, cores, memory, disk, the bundled model.
+
+    Exit code 1 if something is missing that a run needs.
+
+    Example: `cpugrpo doctor`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from cpugrpo_edu import hardware
+
+    checks = hardware.doctor()
+    if as_json:
+        print(json.dumps([asdict(check) for check in checks]))
+    else:
+        table = Table(title="cpugrpo doctor")
+        for heading in ("Check", "", "Found", "What to do"):
+            table.add_column(heading)
+        marks = {"ok": "[green]ok[/]", "warn": "[yellow]note[/]", "fail": "[red]FAIL[/]"}
+        for check in checks:
+            table.add_row(check.name, marks[check.ok], check.detail, check.mend)
+        Console().print(table)
+    if any(check.ok == "fail" for check in checks):
+        raise SystemExit(1)
+
+
+@app.command()
+def run(
+    model: Model = "bundled",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default runs/<time>-seed<n>.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of data order and rollouts.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --output.")] = False,
+    data: Annotated[
+        str,
+        typer.Option(help="generated, a GSM8K-format file, folder or hub id, or prompts.jsonl."),
+    ] = "generated",
+    verifier: Annotated[
+        str | None, typer.Option(help="Your verifier, path/to/file.py:function (it is executed).")
+    ] = None,
+    domains: Annotated[str | None, typer.Option(help="Some domains, by comma.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    order: Annotated[str, typer.Option(help="curriculum, mixed or reversed.")] = "curriculum",
+    steps: Annotated[str | None, typer.Option(help="GRPO steps, one number or three.")] = None,
+    lr: Annotated[str | None, typer.Option(help="Learning rate, one number or three.")] = None,
+    replay: Annotated[float | None, typer.Option(help="Share of other difficulties.")] = None,
+    prompts_per_step: Annotated[int | None, typer.Option(help="Groups in one step.")] = None,
+    num_generations: Annotated[int | None, typer.Option(help="G, completions a group.")] = None,
+    max_completion: Annotated[int | None, typer.Option(help="Longest completion, tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the rollouts.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Weight of the KL term.")] = None,
+    loss_type: Annotated[str | None, typer.Option(help="Any of TRL's, such as dapo, grpo.")] = None,
+    importance_level: Annotated[str | None, typer.Option(help="token, or sequence (GSPO).")] = None,
+    rewards: Annotated[
+        str | None, typer.Option(help="Such as correct_answer=1,valid_steps=0.5")
+    ] = None,
+    lora: Annotated[int | None, typer.Option(help="LoRA rank; 0 trains all weights.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")] = None,
+    checkpointing: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Completions a backward pass; default from memory.")
+    ] = None,
+    memory_gib: Annotated[float | None, typer.Option(help="Memory budget.")] = None,
+    cleanup: Annotated[bool, typer.Option(help="Give memory back after each stage.")] = True,
+    threads: Annotated[int | None, typer.Option(help="Default: all physical cores.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Rollouts: fast, or generate.")] = None,
+    int8_rollouts: Annotated[bool | None, typer.Option(help="Sample from an INT8 copy.")] = None,
+    int8_evaluation: Annotated[bool, typer.Option(help="Evaluate an INT8 copy as well.")] = True,
+    fisher: Annotated[str | None, typer.Option(help="Fisher variant for EWC.")] = None,
+    fisher_examples: Annotated[int | None, typer.Option(help="0 switches Fisher off.")] = None,
+    ewc: Annotated[float | None, typer.Option(help="EWC strength; 0 switches it off.")] = None,
+    per_cell: Annotated[
+        int | None, typer.Option(help="Held-out problems a domain and difficulty; 0: none.")
+    ] = None,
+    patience: Annotated[int | None, typer.Option(help="Steps without signal allowed.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model with GRPO in three stages and prove what changed.
+
+    Examples:
+
+    `cpugrpo run` trains the bundled model in about a minute.
+
+    `cpugrpo run --seed 1 --ewc 0 --output runs/no-ewc`
+
+    `cpugrpo run --model Qwen/Qwen2-0.5B-Instruct --lora 16 --data openai/gsm8k --per-cell 20`
+    """
+    from cpugrpo_edu.hardware import configure_threads
+
+    configure_threads(threads)
+    from cpugrpo_edu.monitor import ProgressDisplay
+    from cpugrpo_edu.pipeline import Interrupted, RunConfig
+    from cpugrpo_edu.pipeline import run as run_pipeline
+
+    given = {
+        "steps": steps and comma_numbers(steps, int, "--steps"),
+        "learning_rates": lr and comma_numbers(lr, float, "--lr"),
+        "domains": domains and tuple(part.strip() for part in domains.split(",")),
+        "replay": replay,
+        "prompts_per_step": prompts_per_step,
+        "num_generations": num_generations,
+        "max_completion": max_completion,
+        "temperature": temperature,
+        "beta": beta,
+        "loss_type": loss_type,
+        "importance_level": importance_level,
+        "rewards": rewards,
+        "lora_rank": lora,
+        "dtype": dtype,
+        "checkpointing": checkpointing,
+        "engine": engine,
+        "int8_rollouts": int8_rollouts,
+        "fisher": fisher,
+        "fisher_examples": fisher_examples,
+        "ewc_strength": ewc,
+        "per_cell": per_cell,
+        "patience": patience,
+    }
+    config = RunConfig(
+        model=model,
+        seed=seed,
+        data=data,
+        verifier=verifier,
+        system=system,
+        order=order,
+        micro_batch=micro_batch,
+        memory_budget_gib=memory_gib,
+        cleanup=cleanup,
+        threads=threads,
+        int8_evaluation=int8_evaluation,
+        **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )
+    if resume and output is None:
+        raise UserError("--resume needs the --output folder of the interrupted run")
+    folder = output or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"
+    started = psutil.Process().create_time()
+    try:
+        record = run_pipeline(
+            config, folder, resume=resume, display=ProgressDisplay(quiet=quiet), started=started
+        )
+    except (Interrupted, KeyboardInterrupt) as error:
+        reason = str(error) or "interrupted"
+        print(
+            f"cpugrpo: {reason}; saved. Go on with the same command "
+            f"and: --resume --output {folder}",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from error
+    from cpugrpo_edu.report import headline
+
+    path = folder / "record.json"
+    data_out = {
+        "record": str(path),
+        "report": str(folder / "report.html"),
+        "model": str(folder / "model"),
+        "seconds": record.results["seconds"],
+        "headline": headline(record),
+    }
+    say(data_out, as_json, f"{headline(record)}\nReport: {folder / 'report.html'}\nRecord: {path}")
+
+
+@app.command()
+def evaluate(
+    model: Model = "bundled",
+    per_cell: Annotated[int, typer.Option(help="Problems a domain and difficulty.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling, if the temperature is not 0.")] = 0,
+    data: Annotated[str, typer.Option(help="generated, or data as for run.")] = "generated",
+    verifier: Annotated[str | None, typer.Option(help="path/to/file.py:function.")] = None,
+    int8: Annotated[bool, typer.Option(help="Evaluate an INT8 copy.")] = False,
+    max_completion: Annotated[int, typer.Option(help="Longest completion, tokens.")] = 128,
+    output: Annotated[Path | None, typer.Option(help="Keep every item (.json.gz).")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model on held-out problems, with 95 % Wilson intervals.
+
+    Example: `cpugrpo evaluate --model runs/first/model --per-cell 300`
+    """
+    from cpugrpo_edu.hardware import configure_threads
+
+    configure_threads()
+    from rich.console import Console
+    from rich.table import Table
+
+    from cpugrpo_edu.evaluate import evaluate as evaluate_policy
+    from cpugrpo_edu.evaluate import save_evaluation
+    from cpugrpo_edu.models import load_policy
+    from cpugrpo_edu.monitor import ProgressDisplay
+    from cpugrpo_edu.pipeline import RunConfig, load_data
+    from cpugrpo_edu.quantization import quantize_for_rollout
+    from cpugrpo_edu.statistics import accuracy_table
+
+    if output is not None and output.exists():
+        raise UserError(f"{output} already exists; give another --output")
+    _, problems = load_data(RunConfig(data=data, verifier=verifier, per_cell=per_cell))
+    policy = load_policy(model)
+    served = quantize_for_rollout(policy.model) if int8 else None
+    with ProgressDisplay(quiet=quiet) as display:
+        bar = display.counter("evaluate", len(problems))
+        result = evaluate_policy(
+            policy,
+            problems,
+            f"{model}, INT8" if int8 else model,
+            model=served,
+            temperature=temperature,
+            max_new_tokens=max_completion,
+            seed=seed,
+            on_done=bar,
+        )
+    table = accuracy_table(result)
+    if output is not None:
+        save_evaluation(result, output)
+    if as_json:
+        print(json.dumps(table))
+        return
+    shown = Table(title=f"{result.label}: exact match in % (95 % Wilson interval), n a cell")
+    names = [name for name in DIFFICULTIES if name in table["by_difficulty"]]
+    for heading in ("Domain", *names):
+        shown.add_column(heading)
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return "–"
+        low, high = 100 * row["low"], 100 * row["high"]
+        return f"{100 * row['accuracy']:.1f} ({low:.1f}–{high:.1f}), {row['n']}"
+
+    for domain, cells in table["cells"].items():
+        shown.add_row(domain, *(cell(cells.get(name)) for name in names))
+    shown.add_row("all", *(cell(table["by_difficulty"][name]) for name in names))
+    Console().print(shown)
+    print(f"Overall {cell(table['overall'])}; {result.seconds:.1f} s")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The question to put to the model.")],
+    model: Model = "bundled",
+    n: Annotated[int, typer.Option(help="How many completions.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_completion: Annotated[int, typer.Option(help="Longest completion, tokens.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Try a prompt.
+
+    Example: `cpugrpo generate "Compute 12 + 7 - 5." --n 4 --temperature 1`
+    """
+    from cpugrpo_edu.hardware import configure_threads
+
+    configure_threads()
+    from cpugrpo_edu.models import load_policy
+    from cpugrpo_edu.rollout import Sampling, rollout
+
+    if n < 1:
+        raise UserError(f"--n is {n}; give at least 1")
+    if not prompt.strip():
+        raise UserError("the prompt is empty; give a question in quotes")
+    sampling = Sampling(max_completion, temperature, seed=seed)
+    policy = load_policy(model)
+    messages = [{"role": "user", "content": prompt}]
+    if policy.system:
+        messages.insert(0, {"role": "system", "content": policy.system})
+    [group] = rollout(
+        policy.model,
+        [policy.encode_chat(messages)],
+        n,
+        sampling,
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+    )
+    found = [
+        {
+            "text": policy.tokenizer.decode(episode.completion_ids, skip_special_tokens=True),
+            "log_prob": sum(episode.logprobs),
+            "tokens": len(episode.completion_ids),
+            "finished": episode.finished,
+        }
+        for episode in group.episodes
+    ]
+    say(found, as_json, "\n\n".join(str(item["text"]) for item in found))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's output folder.")],
+    as_json: Json = False,
+) -> None:
+    """Write report.md and report.html of a run again, from its record.
+
+    Example: `cpugrpo report runs/first`
+    """
+    from cpugrpo_edu.report import headline, write_report
+    from cpugrpo_edu.types import RunRecord
+
+    record = RunRecord.load(folder / "record.json")
+    markdown, page = write_report(record, folder)
+    data = {"markdown": str(markdown), "html": str(page), "headline": headline(record)}
+    say(data, as_json, f"{headline(record)}\nReport: {page}")
+
+
+@app.command()
+def pretrain(
+    output: Annotated[Path, typer.Option(help="Folder for the new model.")] = Path(
+        "runs/pretrained"
+    ),
+    steps: Annotated[int | None, typer.Option(help="Supervised steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and the corpus.")] = 0,
+    hidden: Annotated[int | None, typer.Option(help="Hidden size.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of layers.")] = None,
+    per_cell: Annotated[int, typer.Option(help="Problems a cell for the model card.")] = 300,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the bundled model again: tokenizer, supervised training, model card.
+
+    Example: `cpugrpo pretrain --output runs/my-base`
+    """
+    from cpugrpo_edu.hardware import configure_threads
+
+    configure_threads()
+    from cpugrpo_edu.monitor import ProgressDisplay
+    from cpugrpo_edu.pretrain import PretrainConfig, make_model
+
+    sizes: dict[str, Any] = {"steps": steps, "hidden": hidden, "layers": layers}
+    config = PretrainConfig(seed=seed, **{k: v for k, v in sizes.items() if v is not None})
+    with ProgressDisplay(quiet=quiet) as display:
+        display.start_stage("pretrain", config.steps)
+        summary = make_model(
+            config, output, per_cell, lambda step, metrics: display.update(step, **metrics)
+        )
+    say(summary, as_json, f"Saved a model of {summary['parameters']:,} parameters in {output}")
+
+
+@app.command()
+def models(
+    memory_gib: Annotated[
+        float | None, typer.Option(help="Instead of this machine's available memory.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Which well-known small models fit into memory, for what.
+
+    Example: `cpugrpo models --memory-gib 8`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from cpugrpo_edu.memory import available_memory, models_that_fit
+
+    if memory_gib is not None and memory_gib <= 0:
+        raise UserError(f"--memory-gib is {memory_gib}; give more than 0")
+    available = available_memory() if memory_gib is None else int(memory_gib * 2**30)
+    rows = models_that_fit(available)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(title=f"With {available / 2**30:.1f} GiB of memory (estimates in GiB, float32)")
+    for heading in ("Model", "Parameters", "Evaluate", "LoRA", "Full", "Most that fits"):
+        table.add_column(heading)
+    for row in rows:
+        sizes = (f"{row[f'{kind}_bytes'] / 2**30:.2f}" for kind in ("evaluate", "lora", "full"))
+        table.add_row(row["name"], f"{row['parameters']:,}", *sizes, row["verdict"])
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

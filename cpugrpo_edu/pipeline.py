@@ -1,0 +1,700 @@
+"""The whole run: evaluate, then three stages of GRPO, each consolidated and evaluated.
+
+    record = run(RunConfig(seed=1), "runs/first")
+
+Everything that was measured is in the returned record and in ``record.json``. The
+state after every stage is on disk, so an interrupted run goes on with ``resume``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from cpugrpo_edu.curriculum import (
+    Stage,
+    make_stages,
+    select_problems,
+    stage_problems,
+    to_dataset,
+)
+from cpugrpo_edu.evaluate import (
+    evaluate,
+    held_out_problems,
+    load_evaluation,
+    save_evaluation,
+    working_share,
+)
+from cpugrpo_edu.ewc import (
+    Anchor,
+    load_anchor,
+    merge_anchors,
+    normalize_fisher,
+    save_anchor,
+    take_anchor,
+)
+from cpugrpo_edu.fisher import Example, examples_from_groups, fisher_diagonal
+from cpugrpo_edu.hardware import (
+    code_hash,
+    configure_threads,
+    describe_machine,
+    git_commit,
+    versions,
+)
+from cpugrpo_edu.memory import (
+    PeakMemory,
+    available_memory,
+    checkpointing_policy,
+    ensure_fits,
+    estimate_training_memory,
+    release_memory,
+)
+from cpugrpo_edu.models import (
+    fingerprint,
+    load_policy,
+    relative_change,
+    save_policy,
+    snapshot,
+)
+from cpugrpo_edu.monitor import MetricsLog, ProgressDisplay
+from cpugrpo_edu.quantization import quantization_report, quantize_for_rollout
+from cpugrpo_edu.report import write_report
+from cpugrpo_edu.rewards import combine
+from cpugrpo_edu.rollout import Sampling, rollout
+from cpugrpo_edu.statistics import accuracy_table, compare, forgetting_matrix
+from cpugrpo_edu.tasks import DOMAINS, prompt_messages, split_of
+from cpugrpo_edu.tasks.custom import load_custom
+from cpugrpo_edu.tasks.gsm8k import load_gsm8k
+from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+from cpugrpo_edu.types import Evaluation, Problem, RunRecord, UserError
+
+GIB = 2**30
+STEP_METRICS = {
+    # our name: TRL's
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "accuracy": "rewards/correct_answer/mean",
+    "loss": "loss",
+    "entropy": "entropy",
+    "kl": "kl",
+    "grad_norm": "grad_norm",
+    "completion_length": "completions/mean_length",
+    "clipped_ratio": "completions/clipped_ratio",
+    "frac_zero_std": "frac_reward_zero_std",
+    "tokens_per_second": "rollout/tokens_per_second",
+    "ewc_penalty": "ewc_penalty",
+    "learning_rate": "learning_rate",
+}
+
+
+class Interrupted(Exception):
+    """The run was stopped on request; its state is saved."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything one can ask of a run. The defaults suit the bundled model on two cores."""
+
+    model: str = "bundled"
+    seed: int = 0
+    # Data: "generated", or a GSM8K-format file, folder or hub id, or a prompts file.
+    data: str = "generated"
+    verifier: str | None = None
+    domains: tuple[str, ...] = DOMAINS
+    system: str | None = None
+    # Curriculum
+    order: str = "curriculum"
+    steps: tuple[int, int, int] = (16, 16, 16)
+    learning_rates: tuple[float, float, float] = (3e-4, 3e-4, 3e-4)
+    replay: float = 0.3
+    # GRPO
+    prompts_per_step: int = 16
+    num_generations: int = 8
+    max_completion: int = 104
+    temperature: float = 1.0
+    beta: float = 0.0
+    loss_type: str = "dapo"
+    importance_level: str = "token"
+    epsilon: float = 0.2
+    rewards: str = "correct_answer=1,valid_steps=0.5,good_format=0.2"
+    patience: int = 8
+    # Model and memory
+    lora_rank: int = 0
+    dtype: str = "float32"
+    checkpointing: str = "auto"
+    micro_batch: int | None = None
+    memory_budget_gib: float | None = None
+    cleanup: bool = True
+    threads: int | None = None
+    # Rollouts and serving
+    engine: str = "fast"
+    int8_rollouts: bool = False
+    importance_correction: bool = True
+    int8_evaluation: bool = True
+    # Consolidation
+    fisher: str = "rollout_score"
+    fisher_examples: int = 64
+    ewc_strength: float = 10.0
+    ewc_decay: float = 1.0
+    # Evaluation
+    per_cell: int = 300
+
+    @property
+    def stages(self) -> list[Stage]:
+        return make_stages(
+            self.order, steps=self.steps, learning_rates=self.learning_rates, replay=self.replay
+        )
+
+
+def run(
+    config: RunConfig,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    display: ProgressDisplay | None = None,
+    started: float | None = None,
+) -> RunRecord:
+    """Do the whole run in the folder ``output`` and return its record.
+
+    ``started`` is when the clock began (Unix time), if imports shall count. Raises
+    UserError for bad input, and Interrupted after Ctrl-C, when ``resume=True`` with
+    the same configuration goes on.
+    """
+    with PeakMemory() as peak, display or ProgressDisplay(quiet=True) as shown:
+        work = Run(config, Path(output), shown, started or time.time())
+        work.prepare(resume)
+        work.load()
+        work.measure("before")
+        for index in range(len(config.stages)):
+            work.do_stage(index)
+        record = work.finish(peak)
+    record.results["peak_rss_bytes"] = peak.peak_rss_bytes
+    record.results["cpu_percent"] = peak.cpu_percent
+    start = time.perf_counter()
+    write_report(record, work.output)
+    record.results["seconds"]["report"] = time.perf_counter() - start
+    record.results["seconds"]["total"] = time.time() - work.started + work.state["seconds_before"]
+    record.save(work.output / "record.json")
+    return record
+
+
+class Run:
+    """One run's state, step by step. ``state`` is what ``state.json`` holds."""
+
+    def __init__(self, config: RunConfig, output: Path, display: ProgressDisplay, started: float):
+        self.config = config
+        self.output = output
+        self.display = display
+        self.started = started
+        self.state: dict[str, Any] = {
+            "config": plain(config),
+            "stages": [],
+            "seconds": {"load": 0.0, "train": 0.0, "evaluate": 0.0, "report": 0.0},
+            "seconds_before": 0.0,
+        }
+        self.anchor: Anchor | None = None
+        self.released = 0
+        self.micro_batches: list[int] = []
+
+    # Beginning
+
+    def prepare(self, resume: bool) -> None:
+        """Check everything that can be checked before the model is loaded."""
+        self.reward_functions, self.reward_weights = combine(self.config.rewards)
+        stages = self.config.stages
+        self.train_problems, self.eval_problems = load_data(self.config)
+        if resume:
+            self.restore()
+        elif self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+            raise UserError(
+                f"{self.output} already exists and is not empty; give another --output, "
+                "or --resume to go on with the run in it"
+            )
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.metrics = MetricsLog(self.output / "metrics.jsonl")
+        self.threads = configure_threads(self.config.threads)
+        self.display.message(
+            f"{len(stages)} stages of {', '.join(str(s.steps) for s in stages)} GRPO steps "
+            f"on {self.config.model}, {self.threads['threads']} threads, in {self.output}"
+        )
+
+    def restore(self) -> None:
+        path = self.output / "state.json"
+        if not path.exists():
+            raise UserError(
+                f"{self.output} holds no run to resume (no state.json); "
+                "give the output folder of an interrupted run"
+            )
+        state = json.loads(path.read_text())
+        wanted = plain(self.config)
+        different = sorted(k for k in wanted if state["config"].get(k) != wanted[k])
+        if different:
+            raise UserError(
+                f"{self.output} was begun with other settings ({', '.join(different)}); "
+                "resume with the same ones, or give another --output"
+            )
+        if (self.output / "record.json").exists():
+            raise UserError(f"the run in {self.output} is complete; there is nothing to resume")
+        self.state = state
+        anchor = self.output / "anchor.safetensors"
+        if anchor.exists():
+            self.anchor = load_anchor(anchor)
+
+    def save_state(self) -> None:
+        self.state["seconds_before"] += time.time() - self.started
+        self.started = time.time()
+        temporary = self.output / "state.json.tmp"
+        temporary.write_text(json.dumps(self.state, indent=1))
+        temporary.replace(self.output / "state.json")
+
+    def load(self) -> None:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        config = self.config
+        done = len(self.state["stages"])
+        source = str(self.stage_folder(done - 1)) if done and not config.lora_rank else config.model
+        self.available = available_memory()
+        if config.memory_budget_gib is not None:
+            self.available = min(self.available, int(config.memory_budget_gib * GIB))
+        self.policy = load_policy(
+            source,
+            dtype=config.dtype,
+            lora_rank=config.lora_rank,
+            system=config.system,
+            seed=config.seed,
+        )
+        self.first = self.starting_point(done)
+        if done and config.lora_rank:
+            load_trainable(self.policy.model, self.stage_folder(done - 1) / "adapter")
+        self.checkpointing = self.plan_memory()
+        if "fingerprint" not in self.state:
+            self.state["fingerprint"] = self.state["fingerprint_first"] = fingerprint(
+                self.policy.model
+            )
+        self.state["seconds"]["load"] += time.time() - self.started
+        self.save_state()
+
+    def starting_point(self, done: int) -> dict[str, torch.Tensor]:
+        """The trainable weights before any stage, to measure how far training moved them."""
+        if done and not self.config.lora_rank:
+            return snapshot(load_policy(self.config.model, dtype=self.config.dtype).model)
+        return snapshot(self.policy.model)
+
+    def plan_memory(self) -> bool:
+        """Whether to checkpoint; refuses a run that cannot fit one completion at a time."""
+        config = self.config
+
+        def need(checkpointing: bool, micro_batch: int) -> int:
+            return estimate_training_memory(
+                self.policy.model.config,
+                mode="lora" if config.lora_rank else "full",
+                lora_rank=config.lora_rank or 16,
+                dtype_bytes=self.policy.model.dtype.itemsize,
+                tokens_per_sequence=config.max_completion + 64,
+                micro_batch=micro_batch,
+                checkpointing=checkpointing,
+                reference=config.beta > 0,
+            )["total"]
+
+        rows = config.micro_batch or 1
+        on = checkpointing_policy(config.checkpointing, need(False, rows), self.available)
+        ensure_fits(f"training {config.model}", need(on, rows), self.available)
+        return on
+
+    # Stages
+
+    def stage_folder(self, index: int) -> Path:
+        return self.output / "stages" / f"{index + 1}-{self.config.stages[index].name}"
+
+    def do_stage(self, index: int) -> None:
+        if index < len(self.state["stages"]):
+            return
+        stage = self.config.stages[index]
+        begun = time.perf_counter()
+        problems = self.problems_for(stage, index)
+        trainer = self.train(stage, index, problems)
+        trained = time.perf_counter() - begun
+        if fingerprint(self.policy.model) == self.state["fingerprint"] and stage.steps:
+            raise UserError(
+                f"the weights did not change in stage {stage.name!r}; check that the learning rate "
+                f"({stage.learning_rate}) is above 0 and that rewards differ within groups"
+            )
+        self.state["fingerprint"] = fingerprint(self.policy.model)
+        consolidating = time.perf_counter()
+        detail = self.consolidate(problems, index)
+        fisher_seconds = time.perf_counter() - consolidating
+        tally = trainer.tally
+        history = [row for row in trainer.state.log_history if "reward" in row]
+        self.state["stages"].append(
+            {
+                "name": stage.name,
+                "steps": stage.steps,
+                "learning_rate": stage.learning_rate,
+                "seconds": trained,
+                "fisher_seconds": fisher_seconds,
+                "tokens_generated": tally.tokens,
+                "rollout_seconds": tally.seconds,
+                "completions": tally.rows,
+                "completions_skipped": tally.skipped,
+                "reward_first": history[0]["reward"] if history else None,
+                "reward_last": history[-1]["reward"] if history else None,
+                "ewc_penalty_last": history[-1].get("ewc_penalty") if history else None,
+                "micro_batch_smallest": min(tally.micro_batches, default=None),
+                "micro_batch_largest": max(tally.micro_batches, default=None),
+                "fisher": detail,
+            }
+        )
+        save_policy(self.policy, self.stage_folder(index))
+        del trainer
+        if self.config.cleanup:
+            self.released += release_memory()
+        shutil.rmtree(self.checkpoints(index), ignore_errors=True)
+        self.state["seconds"]["train"] += time.perf_counter() - begun
+        self.save_state()
+        self.measure(f"after {stage.name}")
+
+    def problems_for(self, stage: Stage, index: int) -> list[Problem]:
+        count = max(1, stage.steps) * self.config.prompts_per_step
+        if self.train_problems is None:
+            return stage_problems(
+                stage, self.config.domains, count, seed=1000 * self.config.seed + index
+            )
+        return select_problems(stage, self.train_problems, count, offset=self.config.seed)
+
+    def checkpoints(self, index: int) -> Path:
+        return self.output / "checkpoints" / f"{index + 1}"
+
+    def train(self, stage: Stage, index: int, problems: Sequence[Problem]) -> CPUGRPOTrainer:
+        config = self.config
+        args = cpu_config(
+            self.checkpoints(index),
+            prompts_per_step=config.prompts_per_step,
+            num_generations=config.num_generations,
+            max_completion_length=config.max_completion,
+            gradient_checkpointing=self.checkpointing,
+            max_steps=stage.steps,
+            learning_rate=stage.learning_rate,
+            temperature=config.temperature,
+            beta=config.beta,
+            loss_type=config.loss_type,
+            importance_sampling_level=config.importance_level,
+            epsilon=config.epsilon,
+            reward_weights=self.reward_weights,
+            seed=config.seed + 7919 * index,
+        )
+        options = CPUOptions(
+            int8_rollouts=config.int8_rollouts,
+            importance_correction=config.importance_correction,
+            engine=config.engine,
+            micro_batch=config.micro_batch,
+            memory_limit=int(config.memory_budget_gib * GIB) if config.memory_budget_gib else None,
+            ewc_strength=config.ewc_strength,
+            patience=config.patience,
+        )
+
+        def on_step(metrics: dict[str, Any]) -> None:
+            row = {ours: metrics[trl] for ours, trl in STEP_METRICS.items() if trl in metrics}
+            row["rss_bytes"] = self.display.rss_bytes()
+            step = metrics["step"]
+            done = sum(s.steps for s in config.stages[:index]) + step
+            self.metrics.write({"stage": stage.name, "step": step, "global_step": done, **row})
+            self.display.update(step, **row)
+
+        trainer = CPUGRPOTrainer(
+            self.policy,
+            args,
+            self.reward_functions,
+            to_dataset(problems, self.policy.system),
+            options,
+            self.anchor,
+            on_step,
+        )
+        last = latest_checkpoint(self.checkpoints(index))
+        done = int(last.name.split("-")[1]) if last else 0
+        self.display.start_stage(stage.name, stage.steps, done)
+        if stage.steps:
+            with stop_on_interrupt(trainer):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+            if trainer.stop_request.asked and trainer.state.global_step < stage.steps:
+                self.save_state()
+                raise Interrupted(
+                    f"stopped after step {trainer.state.global_step} of stage {stage.name!r}"
+                )
+        return trainer
+
+    def consolidate(self, problems: Sequence[Problem], index: int) -> dict[str, Any]:
+        """Fisher information on this stage's problems, kept for EWC in the next one."""
+        config = self.config
+        if config.fisher_examples == 0:
+            return {}
+        chosen = list(problems)[-config.fisher_examples :]
+        prompts = [self.policy.encode_chat(prompt_messages(p, self.policy.system)) for p in chosen]
+        if config.fisher in ("empirical", "batched"):
+            solutions = [self.policy.tokenizer(p.solution or p.answer)["input_ids"] for p in chosen]
+            examples = [Example(p, s) for p, s in zip(prompts, solutions, strict=True)]
+        else:
+            sampling = Sampling(config.max_completion, 1.0, seed=config.seed + index)
+            groups = rollout(
+                self.policy.model,
+                prompts,
+                1,
+                sampling,
+                eos_ids=self.policy.eos_ids,
+                pad_id=self.policy.pad_id,
+                engine=config.engine,
+            )
+            examples = examples_from_groups(groups)
+        fisher = fisher_diagonal(
+            self.policy.model,
+            examples,
+            config.fisher,  # type: ignore[arg-type]
+            seed=config.seed,
+        )
+        values = torch.cat([f.flatten() for f in fisher.values()])
+        mean = float(values.mean())
+        if mean > 0:
+            latest = take_anchor(self.policy.model, normalize_fisher(fisher))
+            self.anchor = merge_anchors(self.anchor, latest, config.ewc_decay)
+            save_anchor(self.anchor, self.output / "anchor.safetensors")
+        return {
+            "variant": config.fisher,
+            "examples": len(examples),
+            "mean": mean,
+            "largest": float(values.max()),
+            "parameters": values.numel(),
+        }
+
+    # Measuring
+
+    def evaluation_path(self, label: str) -> Path:
+        return self.output / "evaluations" / f"{label.replace(' ', '_').replace(',', '')}.json.gz"
+
+    def measure(self, label: str, model: Any = None) -> Evaluation | None:
+        """Evaluate on the held-out problems, unless that was done before an interruption."""
+        if self.config.per_cell == 0:
+            return None
+        path = self.evaluation_path(label)
+        if path.exists():
+            return load_evaluation(path)
+        begun = time.perf_counter()
+        bar = self.display.counter(f"evaluate {label}", len(self.eval_problems))
+        evaluation = evaluate(
+            self.policy,
+            self.eval_problems,
+            label,
+            model=model,
+            max_new_tokens=self.config.max_completion,
+            engine=self.config.engine,
+            on_done=bar,
+        )
+        save_evaluation(evaluation, path)
+        self.state["seconds"]["evaluate"] += time.perf_counter() - begun
+        self.save_state()
+        return evaluation
+
+    def finish(self, peak: PeakMemory) -> RunRecord:
+        """The INT8 evaluation, the final model, and the record."""
+        config, state = self.config, self.state
+        labels = ["before", *(f"after {stage.name}" for stage in config.stages)]
+        evaluations = [e for e in (self.measure(label) for label in labels) if e is not None]
+        int8 = None
+        quantization: dict[str, Any] = {}
+        if config.int8_evaluation:
+            served = quantize_for_rollout(self.policy.model)
+            ids = torch.tensor(
+                [
+                    self.policy.encode_chat(
+                        prompt_messages(self.eval_problems[0], self.policy.system)
+                    )
+                ]
+            )
+            quantization = quantization_report(self.policy.model, served, ids)
+            quantization.pop("layer_error")
+            int8 = self.measure("after, INT8", model=served)
+            del served
+        save_policy(self.policy, self.output / "model")
+        results: dict[str, Any] = {
+            "stages": state["stages"],
+            "seconds": dict(state["seconds"]),
+            "weights_changed": {
+                "changed": state["fingerprint"] != state["fingerprint_first"],
+                "relative_l2": relative_change(self.policy.model, self.first),
+            },
+            "components": self.components(quantization),
+            "tokens_per_second": self.tokens_per_second(),
+        }
+        if evaluations:
+            results |= self.results_of(evaluations, int8)
+        return RunRecord(
+            kind="run",
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            seed=config.seed,
+            commit=git_commit(),
+            code_hash=code_hash(),
+            machine=describe_machine().to_json(),
+            versions=versions(),
+            config=plain(config),
+            results=results,
+        )
+
+    def tokens_per_second(self) -> dict[str, float]:
+        tokens = sum(stage["tokens_generated"] for stage in self.state["stages"])
+        seconds = sum(stage["rollout_seconds"] for stage in self.state["stages"])
+        return {"rollout": tokens / seconds if seconds else 0.0}
+
+    def results_of(self, evaluations: list[Evaluation], int8: Evaluation | None) -> dict[str, Any]:
+        before, after = evaluations[0], evaluations[-1]
+        tables = [{"label": e.label, "table": accuracy_table(e)} for e in evaluations]
+        comparisons = {"after vs before": compare(before, after)}
+        if int8 is not None:
+            tables.append({"label": int8.label, "table": accuracy_table(int8)})
+            comparisons["INT8 vs fp32"] = compare(after, int8)
+        firsts = {
+            (p.domain, p.difficulty): i for i, p in reversed(list(enumerate(self.eval_problems)))
+        }
+        samples = [
+            {
+                "question": self.eval_problems[i].question,
+                "answer": self.eval_problems[i].answer,
+                "domain": domain,
+                "difficulty": difficulty,
+                "before": before.completions[i],
+                "after": after.completions[i],
+                "before_correct": before.correct[i],
+                "after_correct": after.correct[i],
+            }
+            for (domain, difficulty), i in sorted(firsts.items(), key=lambda item: item[1])
+        ]
+        return {
+            "evaluations": tables,
+            "comparisons": comparisons,
+            "forgetting": forgetting_matrix(evaluations),
+            "working": {"before": working_share(before), "after": working_share(after)},
+            "samples": samples,
+        }
+
+    def components(self, quantization: dict[str, Any]) -> dict[str, Any]:
+        """What of the pipeline really acted in this run, each with its evidence."""
+        config, stages = self.config, self.state["stages"]
+        penalties = [s["ewc_penalty_last"] for s in stages if s["ewc_penalty_last"] is not None]
+        sizes = [s["micro_batch_smallest"] for s in stages if s["micro_batch_smallest"]]
+        return {
+            "curriculum": {"on": config.order != "mixed", "detail": {"order": config.order}},
+            "ewc": {
+                "on": bool(config.ewc_strength) and bool(penalties),
+                "detail": {"strength": config.ewc_strength, "penalty_last": penalties},
+            },
+            "fisher": {
+                "on": config.fisher_examples > 0,
+                "detail": {"variant": config.fisher, "examples": config.fisher_examples},
+            },
+            "int8_rollouts": {
+                "on": config.int8_rollouts,
+                "detail": {"importance_correction": config.importance_correction},
+            },
+            "int8_evaluation": {"on": config.int8_evaluation, "detail": quantization},
+            "gradient_checkpointing": {
+                "on": self.checkpointing,
+                "detail": {"asked": config.checkpointing},
+            },
+            "adaptive_micro_batch": {
+                "on": config.micro_batch is None,
+                "detail": {"sizes": sizes, "available_bytes": self.available},
+            },
+            "memory_cleanup": {"on": config.cleanup, "detail": {"bytes_released": self.released}},
+            "memory_efficient_loading": {
+                "on": True,
+                "detail": {"format": "safetensors, memory-mapped", "dtype": config.dtype},
+            },
+            "threads": {"on": True, "detail": self.threads},
+        }
+
+
+def load_data(config: RunConfig) -> tuple[list[Problem] | None, list[Problem]]:
+    """Problems to train on (None: generate them) and held-out ones to evaluate on.
+
+    Data of the user's own is split by the hash of the question, so that no problem
+    is on both sides; GSM8K-format folders and hub ids have their own test split.
+    """
+    per_cell = max(1, config.per_cell)
+    if config.data == "generated":
+        unknown = sorted(set(config.domains) - set(DOMAINS))
+        if unknown or not config.domains:
+            raise UserError(
+                f"unknown domains {', '.join(unknown) or '(none given)'}; "
+                f"allowed are {', '.join(DOMAINS)}"
+            )
+        return None, held_out_problems(per_cell, config.domains)
+    if config.verifier is not None:
+        return divide(load_custom(config.data, config.verifier), per_cell)
+    if Path(config.data).is_file():
+        return divide(load_local_file(Path(config.data)), per_cell)
+    return load_gsm8k(config.data, "train"), load_gsm8k(config.data, "test", 3 * per_cell)
+
+
+def load_local_file(path: Path) -> list[Problem]:
+    """A GSM8K-format file, or prompts with answers: whichever the first line looks like."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        first = next((line for line in lines if line.strip()), "")
+    return load_gsm8k(path) if '"question"' in first and "####" in first else load_custom(path)
+
+
+def divide(problems: list[Problem], per_cell: int) -> tuple[list[Problem], list[Problem]]:
+    held_out = [p for p in problems if split_of(p.question) == "eval"]
+    training = [p for p in problems if split_of(p.question) != "eval"]
+    if not held_out or not training:
+        raise UserError(
+            f"{len(problems)} problems are too few to hold some out for evaluation; "
+            "give at least a dozen"
+        )
+    return training, held_out[: 3 * per_cell]
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON would give it back."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return found
+
+
+def load_trainable(model: Any, adapter: Path) -> None:
+    """Read a saved LoRA adapter back into the model's own adapter."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    found = [p for p in folder.glob("checkpoint-*") if p.is_dir()]
+    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+@contextmanager
+def stop_on_interrupt(trainer: CPUGRPOTrainer) -> Iterator[None]:
+    """The first Ctrl-C ends the current step, saves and stops; the second one ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: Any) -> None:
+        trainer.stop_request.asked = True
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
