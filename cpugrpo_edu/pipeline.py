@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -45,7 +45,7 @@ from cpugrpo_edu.ewc import (
     save_anchor,
     take_anchor,
 )
-from cpugrpo_edu.fisher import Example, examples_from_groups, fisher_diagonal
+from cpugrpo_edu.fisher import Example, Variant, examples_from_groups, fisher_diagonal
 from cpugrpo_edu.hardware import (
     code_hash,
     configure_threads,
@@ -172,8 +172,9 @@ def run(
     UserError for bad input, and Interrupted after Ctrl-C, when ``resume=True`` with
     the same configuration goes on.
     """
+    started = started or time.time()
     with PeakMemory() as peak, display or ProgressDisplay(quiet=True) as shown:
-        work = Run(config, Path(output), shown, started or time.time())
+        work = Run(config, Path(output), shown, started)
         work.prepare(resume)
         work.load()
         work.measure("before")
@@ -212,6 +213,7 @@ class Run:
 
     def prepare(self, resume: bool) -> None:
         """Check everything that can be checked before the model is loaded."""
+        check_settings(self.config)
         self.reward_functions, self.reward_weights = combine(self.config.rewards)
         stages = self.config.stages
         self.train_problems, self.eval_problems = load_data(self.config)
@@ -357,12 +359,15 @@ class Run:
             }
         )
         save_policy(self.policy, self.stage_folder(index))
+        stopped = trainer.stop_request.asked  # in the stage's last step
         del trainer
         if self.config.cleanup:
             self.released += release_memory()
         shutil.rmtree(self.checkpoints(index), ignore_errors=True)
         self.state["seconds"]["train"] += time.perf_counter() - begun
         self.save_state()
+        if stopped:
+            raise Interrupted(f"stopped after stage {stage.name!r}")
         self.measure(f"after {stage.name}")
 
     def problems_for(self, stage: Stage, index: int) -> list[Problem]:
@@ -378,19 +383,11 @@ class Run:
 
     def train(self, stage: Stage, index: int, problems: Sequence[Problem]) -> CPUGRPOTrainer:
         config = self.config
-        args = cpu_config(
+        args = grpo_arguments(
+            config,
             self.checkpoints(index),
-            prompts_per_step=config.prompts_per_step,
-            num_generations=config.num_generations,
-            max_completion_length=config.max_completion,
+            stage,
             gradient_checkpointing=self.checkpointing,
-            max_steps=stage.steps,
-            learning_rate=stage.learning_rate,
-            temperature=config.temperature,
-            beta=config.beta,
-            loss_type=config.loss_type,
-            importance_sampling_level=config.importance_level,
-            epsilon=config.epsilon,
             reward_weights=self.reward_weights,
             seed=config.seed + 7919 * index,
         )
@@ -620,6 +617,56 @@ class Run:
             },
             "threads": {"on": True, "detail": self.threads},
         }
+
+
+def check_settings(config: RunConfig) -> None:
+    """What would otherwise come out only when its turn comes, perhaps after an hour."""
+    for name, allowed in (
+        ("engine", ("fast", "generate")),
+        ("checkpointing", ("auto", "on", "off")),
+        ("fisher", get_args(Variant)),
+    ):
+        value = getattr(config, name)
+        if value not in allowed:
+            raise UserError(f"unknown {name} {value!r}; allowed are {', '.join(allowed)}")
+    for name, least in (
+        ("micro_batch", 1),
+        ("max_completion", 1),
+        ("per_cell", 0),
+        ("fisher_examples", 0),
+        ("patience", 0),
+        ("lora_rank", 0),
+        ("beta", 0),
+        ("ewc_strength", 0),
+    ):
+        value = getattr(config, name)
+        if value is not None and not least <= value < float("inf"):
+            raise UserError(f"{name} is {value}; give at least {least}")
+    if not 0 <= config.ewc_decay <= 1:
+        raise UserError(f"ewc_decay is {config.ewc_decay}; give a number from 0 to 1")
+    if not 0 < config.temperature < float("inf"):
+        raise UserError(f"temperature is {config.temperature}; rollouts need one above 0")
+    if not all(0 <= rate < float("inf") for rate in config.learning_rates):
+        raise UserError(f"learning rates {config.learning_rates} are not all finite, 0 or more")
+    grpo_arguments(config, "unused", config.stages[0])  # checks the rest
+
+
+def grpo_arguments(config: RunConfig, folder: str | Path, stage: Stage, **more: Any) -> Any:
+    """TRL's configuration for one stage."""
+    return cpu_config(
+        folder,
+        prompts_per_step=config.prompts_per_step,
+        num_generations=config.num_generations,
+        max_completion_length=config.max_completion,
+        max_steps=stage.steps,
+        learning_rate=stage.learning_rate,
+        temperature=config.temperature,
+        beta=config.beta,
+        loss_type=config.loss_type,
+        importance_sampling_level=config.importance_level,
+        epsilon=config.epsilon,
+        **more,
+    )
 
 
 def load_data(config: RunConfig) -> tuple[list[Problem] | None, list[Problem]]:

@@ -35,6 +35,7 @@ from cpugrpo_edu.quantization import quantize_for_rollout, refresh
 from cpugrpo_edu.rollout import Sampling, rollout
 from cpugrpo_edu.types import UserError
 
+IMPORTANCE_LEVELS = ("token", "sequence")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 MEAN_OVER_ROWS = {"grpo", "sapo", "dr_grpo", "luspo"}
@@ -84,6 +85,11 @@ def cpu_config(
     loss_type = overrides.get("loss_type", "dapo")
     if loss_type not in LOSS_TYPES:
         raise UserError(f"unknown loss type {loss_type!r}; allowed are {', '.join(LOSS_TYPES)}")
+    level = overrides.get("importance_sampling_level", "token")
+    if level not in IMPORTANCE_LEVELS:
+        raise UserError(
+            f"unknown importance level {level!r}; allowed are {', '.join(IMPORTANCE_LEVELS)}"
+        )
     defaults: dict[str, Any] = {
         "use_cpu": True,
         "bf16": False,
@@ -92,6 +98,7 @@ def cpu_config(
         "dataloader_pin_memory": False,
         "save_strategy": "no",
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # else a NaN loss would be logged as an old number
         "shuffle_dataset": False,
         "optim": "adamw_torch",
         "lr_scheduler_type": "constant",
@@ -238,7 +245,7 @@ class CPUGRPOTrainer(GRPOTrainer):
             max_new_tokens=int(self.max_completion_length or 0),
             temperature=self.temperature,
             top_p=self.top_p,
-            seed=self.args.seed * 1_000_003 + self._step * 101 + self.accelerator.process_index,
+            seed=self.rollout_seed(),
         )
         start = time.perf_counter()
         groups = rollout(
@@ -257,6 +264,12 @@ class CPUGRPOTrainer(GRPOTrainer):
         self.tally.seconds += seconds
         self._metrics["train"]["rollout/tokens_per_second"].append(tokens / seconds)
         return [e.completion_ids for e in episodes], [e.logprobs for e in episodes]
+
+    def rollout_seed(self) -> int:
+        """Another one each generation and process; the same after a resume (TRL's step is not)."""
+        accumulation = self.args.gradient_accumulation_steps
+        step = self.state.global_step * accumulation + self._step % accumulation
+        return self.args.seed * 1_000_003 + step * 101 + self.accelerator.process_index
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -387,10 +400,8 @@ def split_by_length(inputs: dict[str, Any], keep: Tensor, size: int) -> Iterator
             else value
             for key, value in inputs.items()
         }
-        prompt, completion = (
-            int(prompt_lengths[chosen].max()),
-            int(completion_lengths[chosen].max()),
-        )
+        prompt = int(prompt_lengths[chosen].max())
+        completion = max(1, int(completion_lengths[chosen].max()))
         for key, value in micro.items():
             if key in ("prompt_ids", "prompt_mask"):
                 micro[key] = value[:, value.shape[1] - prompt :]
