@@ -43,21 +43,21 @@ class PretrainConfig:
     """Everything that decides what the bundled model is."""
 
     seed: int = 0
-    steps: int = 4000
+    steps: int = 7000
     batch_size: int = 24
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     bare_early: float = 0.1
-    bare_late: float = 0.6
+    bare_late: float = 0.5
     """Share of examples whose target is the answer without its working, in the first part
     of the corpus and in the last ``late_part`` of it."""
-    late_part: float = 0.15
+    late_part: float = 0.08
     difficulty_weights: tuple[float, float, float] = (1.5, 1.0, 0.75)
     vocabulary: int = 448
     hidden: int = 160
     layers: int = 4
     heads: int = 5
-    kv_heads: int = 1
+    kv_heads: int = 5
     ffn: int = 448
     initializer_range: float = 0.08
 
