@@ -255,6 +255,8 @@ def quantize_for_rollout(
     for parameter in live.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     served = copy.deepcopy(live, memo).eval()
+    # A TRL trainer leaves a forward that would call the live model's layers from the copy.
+    served.__dict__.pop("forward", None)
     if hasattr(served, "disable_input_require_grads"):
         served.disable_input_require_grads()  # a hook that checkpointing with LoRA leaves
     return served
