@@ -137,6 +137,34 @@ def test_track_yields_everything():
     assert out.getvalue().splitlines()[-1] == "Fisher: 2/2"
 
 
+def test_a_counter_counts_what_is_reported_done():
+    display, out, clock = display_to_pipe(interval=1)
+    done = display.counter("evaluate before", 10)
+    for more in (2, 3, 0, 5):
+        clock.now += 2
+        done(more)
+    assert out.getvalue().splitlines() == [
+        "evaluate before: begins",
+        "evaluate before: 2/10  8.0 s left",
+        "evaluate before: 5/10  4.0 s left",
+        "evaluate before: 5/10  6.0 s left",
+        "evaluate before: 10/10",
+    ]
+    # A stage that is running beside it keeps its own count.
+    display.start_stage("basic", steps=4)
+    display.counter("Fisher", 2)(2)
+    display.update(4)
+    assert out.getvalue().splitlines()[-1].startswith("basic: 4/4")
+
+
+def test_resident_memory_is_in_bytes_and_grows():
+    display, *_ = display_to_pipe()
+    before = display.rss_bytes()
+    held = np.ones(8 * 2**20)  # 64 MiB
+    assert isinstance(before, int) and display.rss_bytes() - before > 32 * 2**20
+    assert held.all()
+
+
 def test_messages_are_not_markup():
     display, out, _ = display_to_pipe()
     display.message("[bold]x[/bold] " + 60 * "y")

@@ -1,0 +1,284 @@
+"""The command line: results on stdout, one sentence and code 2 for every mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from cpugrpo_edu import cli
+from cpugrpo_edu.rewards import REWARDS, guarded
+from cpugrpo_edu.types import UserError
+
+COMMANDS = ("doctor", "run", "evaluate", "generate", "report", "pretrain", "models")
+
+
+def invoke(*arguments):
+    """Call as the shell would, mistakes turned into sentences; return code, stdout, stderr."""
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            with cli.failing_clearly():
+                cli.app(list(map(str, arguments)), prog_name="cpugrpo")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(*arguments):
+    """The one sentence that a mistake ends with."""
+    code, out, err = invoke(*arguments)
+    assert code == 2, (code, out, err)
+    assert out == "" and "Traceback" not in err
+    [sentence] = [line for line in err.splitlines() if line.startswith("cpugrpo: ")]
+    return sentence
+
+
+@guarded
+def odd_tokens(prompts, completions, completion_ids, **columns):
+    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.fixture
+def tiny_run(tiny_folder, monkeypatch):
+    """The options of the smallest run, without what test_pipeline looks at."""
+    monkeypatch.setitem(REWARDS, "odd_tokens", odd_tokens)
+    return [
+        "run", "--quiet", "--model", tiny_folder, "--steps", "1,0,0", "--prompts-per-step", 2,
+        "--num-generations", 2, "--max-completion", 4, "--patience", 0, "--fisher-examples", 0,
+        "--domains", "lists", "--rewards", "odd_tokens=1", "--threads", 1, "--no-int8-evaluation",
+        "--per-cell", 0,
+    ]  # fmt: skip
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(command):
+    result = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert f"cpugrpo {command}" in result.stdout and "Example" in result.stdout
+
+
+def test_help_of_the_real_program_loads_nothing_heavy():
+    code = (
+        "import sys; from cpugrpo_edu import cli\n"
+        "try: cli.main()\n"
+        "finally: print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(command in done.stdout for command in COMMANDS)
+    assert done.stdout.rstrip().endswith("[]")
+
+
+def test_unknown_command_and_option():
+    assert invoke("dance")[0] == 2
+    code, _, err = invoke("generate", "x", "--colour", "red")
+    assert code == 2 and "--colour" in err
+
+
+# Looking around
+
+
+def test_doctor_as_json():
+    code, out, _ = invoke("doctor", "--json")
+    checks = json.loads(out)
+    assert {"name", "ok", "detail", "mend"} <= set(checks[0])
+    assert code == int(any(check["ok"] == "fail" for check in checks))
+
+
+def test_doctor_fails_with_code_1(monkeypatch):
+    from cpugrpo_edu.hardware import Check
+
+    monkeypatch.setattr(
+        "cpugrpo_edu.hardware.doctor",
+        lambda: [Check("cores", "ok", "2"), Check("disk", "fail", "none left", "free some")],
+    )
+    code, out, _ = invoke("doctor")
+    assert code == 1 and "FAIL" in out and "free some" in out
+
+
+def test_models():
+    code, out, _ = invoke("models", "--memory-gib", 1, "--json")
+    rows = {row["name"]: row["verdict"] for row in json.loads(out)}
+    assert code == 0 and rows["TinyLlama-1.1B-Chat"] == "too big"
+    code, out, _ = invoke("models", "--memory-gib", 64)
+    assert code == 0 and "64.0 GiB" in out
+    assert "--memory-gib is 0.0; give more than 0" in refused("models", "--memory-gib", 0)
+
+
+# Generating and evaluating
+
+
+def test_generate(tiny_folder):
+    model = ("--model", tiny_folder, "--max-completion", 5)
+    code, out, _ = invoke("generate", "Compute 1 + 2.", *model, "--json")
+    [found] = json.loads(out)
+    assert code == 0 and found["log_prob"] < 0 and 1 <= found["tokens"] <= 5
+    assert found["finished"] or found["tokens"] == 5
+    again = invoke("generate", "Compute 1 + 2.", *model)[1]
+    assert again.rstrip("\n") == found["text"].rstrip("\n")  # greedy
+    sampled = ("--n", 3, "--temperature", 1, "--json")
+    several = json.loads(invoke("generate", "a", *model, *sampled)[1])
+    assert len({item["text"] for item in several}) > 1
+    assert several == json.loads(invoke("generate", "a", *model, *sampled)[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["  "], "the prompt is empty"),
+        (["a", "--n", 0], "--n is 0; give at least 1"),
+        (["a", "--temperature", -1], "temperature is -1.0"),
+        (["a", "--max-completion", 0], "max_new_tokens is 0"),
+        (["a", "--model", "./nowhere"], "no model folder at ./nowhere"),
+    ],
+)
+def test_generate_refuses(arguments, words):
+    assert words in refused("generate", *arguments)
+
+
+def test_evaluate(tiny_folder, tmp_path):
+    kept = tmp_path / "items.json.gz"
+    common = ("evaluate", "--model", tiny_folder, "--per-cell", 1, "--max-completion", 3, "--quiet")
+    code, out, _ = invoke(*common, "--json", "--output", kept)
+    table = json.loads(out)
+    assert code == 0 and table["overall"]["n"] == 12 and kept.exists()
+    before = kept.read_bytes()
+    assert "already exists; give another --output" in refused(*common, "--output", kept)
+    assert kept.read_bytes() == before
+    code, out, _ = invoke(*common, "--int8")
+    assert code == 0 and "INT8" in out and "Overall 0.0 (0.0–24.2), 12" in out
+    assert "per_cell is -1" in refused("evaluate", "--model", tiny_folder, "--per-cell", -1)
+
+
+# Runs
+
+
+def test_run_and_report(tiny_run, tmp_path):
+    folder = tmp_path / "run"
+    code, out, err = invoke(*tiny_run, "--output", folder, "--json")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert found["record"] == str(folder / "record.json") and found["headline"]
+    record = json.loads((folder / "record.json").read_text())
+    assert record["config"]["steps"] == [1, 0, 0] and record["config"]["threads"] == 1
+
+    (folder / "report.md").unlink()
+    code, out, _ = invoke("report", folder, "--json")
+    assert code == 0 and json.loads(out)["markdown"] == str(folder / "report.md")
+    assert (folder / "report.md").exists()
+
+    before = (folder / "record.json").read_bytes()
+    assert "already exists and is not empty" in refused(*tiny_run, "--output", folder)
+    assert "is complete" in refused(*tiny_run, "--output", folder, "--resume")
+    assert (folder / "record.json").read_bytes() == before
+
+
+def test_an_interrupted_run_says_how_to_go_on(tiny_run, tmp_path, monkeypatch):
+    def interrupting(**columns):
+        os.kill(os.getpid(), signal.SIGINT)
+        return odd_tokens(**columns)
+
+    monkeypatch.setitem(REWARDS, "odd_tokens", interrupting)
+    folder = tmp_path / "run"
+    code, out, err = invoke(*tiny_run, "--output", folder)
+    assert code == 130 and out == ""
+    assert f"--resume --output {folder}" in err and "stopped after stage 'basic'" in err
+    monkeypatch.setitem(REWARDS, "odd_tokens", odd_tokens)
+    assert invoke(*tiny_run, "--output", folder, "--resume")[0] == 0
+    assert (folder / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "1,2"], "cannot read --steps '1,2'; give one number or three"),
+        (["--steps", "many"], "cannot read --steps 'many'"),
+        (["--steps", "1.5"], "cannot read --steps '1.5'"),
+        (["--steps", ""], "cannot read --steps ''"),
+        (["--steps", "0"], "at least one step in all"),
+        (["--lr", "1,,2"], "cannot read --lr '1,,2'"),
+        (["--lr", "nan"], "learning rates"),
+        (["--resume"], "--resume needs the --output folder"),
+        (["--model", "./nowhere"], "no model folder at ./nowhere"),
+        (["--domains", "lists,poetry"], "unknown domains poetry"),
+        (["--num-generations", 1], "num_generations is 1"),
+        (["--threads", 0], "threads"),
+        (["--memory-gib", -1], "memory"),
+        (["--data", "./nowhere.jsonl"], "nowhere.jsonl"),
+        (["--verifier", "judge.py:judge"], "--data"),
+    ],
+)
+def test_run_refuses(arguments, words, tmp_path):
+    output = [] if arguments == ["--resume"] else ["--output", tmp_path / "out"]
+    assert words in refused("run", "--quiet", *arguments, *output)
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_run_names_the_line_of_bad_data(tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": oops}\n')
+    assert "line 2 of" in refused("run", "--data", data, "--output", tmp_path / "out")
+    data.write_text("")
+    assert "no prompts in" in refused("run", "--data", data, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_report_of_nothing(tmp_path):
+    assert "cannot read a run record" in refused("report", tmp_path / "none")
+    (tmp_path / "record.json").write_text("{}")
+    assert "cannot read a run record" in refused("report", tmp_path)
+
+
+def test_pretrain(tmp_path, monkeypatch):
+    import cpugrpo_edu.pretrain as module
+
+    original = module.train_tokenizer
+    monkeypatch.setattr(
+        module, "train_tokenizer", lambda size, seed=0: original(size, seed, samples=100)
+    )
+    folder = tmp_path / "model"
+    common = ("pretrain", "--output", folder, "--steps", 2, "--layers", 1, "--per-cell", 1, "-q")
+    code, out, err = invoke(*common, "--hidden", 40, "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["config"]["steps"] == 2 and summary["config"]["hidden"] == 40
+    assert (folder / "model.safetensors").exists() and (folder / "README.md").exists()
+    assert "already holds a model" in refused(*common)
+
+
+# Failing
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("x is 3; give 4"), 2, "cpugrpo: x is 3; give 4\n"),
+        (KeyboardInterrupt(), 130, "cpugrpo: interrupted"),
+        (MemoryError(), 2, "out of memory; choose a smaller model"),
+    ],
+)
+def test_known_failures_end_in_one_line(error, code, words, capsys):
+    with pytest.raises(SystemExit) as end, cli.failing_clearly():
+        raise error
+    captured = capsys.readouterr()
+    assert end.value.code == code and words in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_unknown_failures_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), cli.failing_clearly():
+        raise ZeroDivisionError

@@ -1,0 +1,356 @@
+"""One tiny run from end to end, its resumption, and everything that it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cpugrpo_edu.pipeline as pipeline
+from cpugrpo_edu.evaluate import load_evaluation
+from cpugrpo_edu.ewc import load_anchor
+from cpugrpo_edu.monitor import read_metrics
+from cpugrpo_edu.pipeline import Interrupted, RunConfig, run
+from cpugrpo_edu.rewards import REWARDS, guarded
+from cpugrpo_edu.types import RunRecord, UserError
+
+ask_after = 0  # calls of the reward until it sends Ctrl-C; 0 never does
+
+
+@guarded
+def odd_tokens(prompts, completions, completion_ids, **columns):
+    """The share of odd token ids: any random model differs in it."""
+    global ask_after
+    if ask_after:
+        ask_after -= 1
+        if not ask_after:
+            os.kill(os.getpid(), signal.SIGINT)
+    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def setup():
+    """A reward with variance on a random model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(REWARDS, "odd_tokens", odd_tokens)
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder):
+    return RunConfig(
+        model=str(tiny_folder),
+        domains=("lists",),
+        steps=(2, 2, 2),
+        learning_rates=(1e-2, 1e-2, 1e-2),
+        prompts_per_step=2,
+        num_generations=2,
+        max_completion=6,
+        patience=0,
+        rewards="odd_tokens=1",
+        fisher_examples=2,
+        per_cell=2,
+        threads=1,
+    )
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    monkeypatch.setattr(pipeline, "write_report", lambda record, folder: None)
+
+
+@pytest.fixture(scope="module")
+def first(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    return folder, run(config, folder)
+
+
+def small(config, **changes):
+    """The least that still has three stages and one evaluation problem a difficulty."""
+    least = replace(config, steps=(1, 0, 0), per_cell=0, fisher_examples=0, int8_evaluation=False)
+    return replace(least, **changes)
+
+
+# What a run leaves behind
+
+
+def test_the_record_is_complete(first, config):
+    folder, record = first
+    on_disk = RunRecord.load(folder / "record.json")
+    assert on_disk.results == json.loads(json.dumps(record.results))
+    assert record.kind == "run" and record.seed == 0 and record.code_hash
+    assert record.config == pipeline.plain(config)
+    assert record.machine["usable_cores"] >= 1 and "torch" in record.versions
+    results = record.results
+    assert results["weights_changed"]["changed"]
+    assert 0 < results["weights_changed"]["relative_l2"] < 1
+    assert results["peak_rss_bytes"] > 10**7 and results["cpu_percent"] > 0
+    seconds = results["seconds"]
+    assert set(seconds) == {"load", "train", "evaluate", "report", "total"}
+    assert all(value > 0 for value in seconds.values())
+    assert results["tokens_per_second"]["rollout"] > 0
+    assert [table["label"] for table in results["evaluations"]] == [
+        "before", "after basic", "after intermediate", "after advanced", "after, INT8",
+    ]  # fmt: skip
+    assert all(table["table"]["overall"]["n"] == 6 for table in results["evaluations"])
+    assert set(results["comparisons"]) == {"after vs before", "INT8 vs fp32"}
+    assert len(results["samples"]) == 3 and results["forgetting"] and results["working"]
+
+
+def test_every_component_says_whether_it_acted(first):
+    parts = first[1].results["components"]
+    assert {name: part["on"] for name, part in parts.items()} == {
+        "curriculum": True,
+        "ewc": True,
+        "fisher": True,
+        "int8_rollouts": False,
+        "int8_evaluation": True,
+        "gradient_checkpointing": False,
+        "adaptive_micro_batch": True,
+        "memory_cleanup": True,
+        "memory_efficient_loading": True,
+        "threads": True,
+    }
+    assert all("detail" in part for part in parts.values())
+    assert parts["threads"]["detail"]["threads"] == 1
+    # The INT8 copy really computes in INT8, although TRL has patched the model it copies.
+    assert parts["int8_evaluation"]["detail"]["max_logit_error"] > 0
+
+
+def test_ewc_acts_from_the_second_stage(first):
+    folder, record = first
+    rows = read_metrics(folder / "metrics.jsonl")
+    penalties = {(row["stage"], row["step"]): row.get("ewc_penalty") for row in rows}
+    assert penalties["basic", 1] is None and penalties["basic", 2] is None
+    # At a stage's first step nothing has moved from the anchor yet.
+    assert penalties["intermediate", 1] == 0 and penalties["intermediate", 2] > 0
+    assert penalties["advanced", 2] > 0
+    assert [s["ewc_penalty_last"] is not None for s in record.results["stages"]] == [
+        False, True, True,
+    ]  # fmt: skip
+    fisher = load_anchor(folder / "anchor.safetensors").fisher
+    mean = sum(float(f.sum()) for f in fisher.values()) / sum(f.numel() for f in fisher.values())
+    assert mean == pytest.approx(3, rel=1e-3)  # three stages, each scaled to a mean of 1
+
+
+def test_one_row_of_metrics_a_step(first):
+    rows = read_metrics(first[0] / "metrics.jsonl")
+    assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows] == [1, 2] * 3
+    for row in rows:
+        assert {"reward", "loss", "entropy", "grad_norm", "rss_bytes", "time"} <= set(row)
+        assert 0 <= row["reward"] <= 1
+
+
+def test_reports_and_models_are_there(first):
+    folder, _ = first
+    assert "weights" in (folder / "report.md").read_text()
+    assert "<html" in (folder / "report.html").read_text()
+    final = AutoModelForCausalLM.from_pretrained(folder / "model")
+    last = AutoModelForCausalLM.from_pretrained(folder / "stages" / "3-advanced")
+    for one, other in zip(final.parameters(), last.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert AutoTokenizer.from_pretrained(folder / "model").chat_template
+    assert not list((folder / "checkpoints").glob("*"))
+    after = load_evaluation(folder / "evaluations" / "after_advanced.json.gz")
+    assert len(after.completions) == 6
+
+
+# Refusals
+
+
+def files(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_complete_run_is_neither_overwritten_nor_resumed(first, config):
+    folder, _ = first
+    before = files(folder)
+    with pytest.raises(UserError, match="already exists and is not empty"):
+        run(config, folder)
+    with pytest.raises(UserError, match="is complete; there is nothing to resume"):
+        run(config, folder, resume=True)
+    with pytest.raises(UserError, match=r"other settings \(beta, seed\)"):
+        run(replace(config, seed=1, beta=0.5), folder, resume=True)
+    assert files(folder) == before
+
+
+def test_output_that_is_a_file_and_resume_of_nothing(config, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(UserError, match="already exists"):
+        run(config, file)
+    assert file.read_text() == "mine"
+    with pytest.raises(UserError, match=r"no state\.json"):
+        run(config, tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"domains": ("lists", "poetry")}, "unknown domains poetry; allowed are"),
+        ({"domains": ()}, r"unknown domains \(none given\)"),
+        ({"order": "random"}, "unknown order 'random'"),
+        ({"steps": (0, 0, 0)}, "at least one step in all"),
+        ({"steps": (1, -1, 1)}, "at least one step in all"),
+        ({"replay": 1.0}, "replay is 1.0"),
+        ({"rewards": "beauty=1"}, "unknown reward 'beauty'"),
+        ({"rewards": "odd_tokens=0"}, "all reward weights are zero"),
+        ({"engine": "warp"}, "unknown engine 'warp'; allowed are fast, generate"),
+        ({"fisher": "guess"}, "unknown fisher 'guess'; allowed are exact"),
+        ({"checkpointing": "maybe"}, "unknown checkpointing 'maybe'"),
+        ({"loss_type": "ppo"}, "unknown loss type 'ppo'"),
+        ({"importance_level": "word"}, "unknown importance level"),
+        ({"num_generations": 1}, "num_generations is 1"),
+        ({"prompts_per_step": 0}, "prompts_per_step is 0"),
+        ({"max_completion": 0}, "max_completion is 0; give at least 1"),
+        ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"per_cell": -1}, "per_cell is -1; give at least 0"),
+        ({"fisher_examples": -1}, "fisher_examples is -1"),
+        ({"ewc_strength": float("nan")}, "ewc_strength is nan"),
+        ({"ewc_decay": 1.5}, "ewc_decay is 1.5"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"learning_rates": (1e-3, -1e-3, 1e-3)}, "learning rates"),
+        ({"model": "./nowhere"}, "no model folder at ./nowhere"),
+        ({"dtype": "float8"}, "unknown dtype 'float8'"),
+        ({"memory_budget_gib": 1e-4}, "training .* needs about .* GiB"),
+        ({"data": "./nowhere.jsonl"}, "nowhere.jsonl"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_trained(config, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        run(replace(config, **changes), tmp_path / "out")
+    assert not (tmp_path / "out" / "stages").exists()
+    assert not (tmp_path / "out" / "evaluations").exists()
+
+
+def test_weights_that_do_not_change_fail_the_run(config, tmp_path):
+    with pytest.raises(UserError, match="the weights did not change in stage 'basic'"):
+        run(small(config, learning_rates=(0.0, 0.0, 0.0)), tmp_path / "out")
+    assert not (tmp_path / "out" / "record.json").exists()
+
+
+# Interruptions
+
+
+def interrupt(config, folder, after):
+    global ask_after
+    ask_after = after
+    with pytest.raises(Interrupted, match="stopped after") as caught:
+        run(config, folder)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (folder / "record.json").exists()
+    return str(caught.value)
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(first, config, tmp_path, no_report):
+    folder, record = first
+    again = tmp_path / "again"
+    assert interrupt(config, again, 3) == "stopped after step 1 of stage 'intermediate'"
+    assert [row["global_step"] for row in read_metrics(again / "metrics.jsonl")] == [1, 2, 3]
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        run(replace(config, seed=1), again, resume=True)
+    resumed = run(config, again, resume=True)
+    rows = read_metrics(again / "metrics.jsonl")
+    assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    wanted = weights(folder)
+    for name, tensor in weights(again).items():
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
+    for key in ("relative_l2", "changed"):
+        ours, theirs = resumed.results["weights_changed"][key], record.results["weights_changed"]
+        assert ours == pytest.approx(theirs[key], rel=1e-3)
+    assert len(resumed.results["stages"]) == 3 and len(resumed.results["evaluations"]) == 5
+
+
+def test_lora_goes_on_after_a_complete_stage(config, tmp_path, no_report):
+    config = small(config, lora_rank=2, steps=(1, 1, 0), fisher_examples=1)
+    folder = tmp_path / "lora"
+    assert interrupt(config, folder, 1) == "stopped after stage 'basic'"
+    assert (folder / "stages" / "1-basic" / "adapter" / "adapter_model.safetensors").exists()
+    resumed = run(config, folder, resume=True)
+    straight = run(config, tmp_path / "straight")
+    assert len(read_metrics(folder / "metrics.jsonl")) == 2
+    assert resumed.results["weights_changed"]["changed"]
+    wanted = weights(tmp_path / "straight")
+    for name, tensor in weights(folder).items():
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
+    assert [s["name"] for s in straight.results["stages"]] == ["basic", "intermediate", "advanced"]
+
+
+# Switches and data
+
+
+def test_everything_off(config, tmp_path):
+    config = small(config, ewc_strength=0.0, cleanup=False, order="mixed", micro_batch=2)
+    record = run(config, tmp_path / "off")
+    on = {name for name, part in record.results["components"].items() if part["on"]}
+    assert on == {"memory_efficient_loading", "threads"}
+    assert "evaluations" not in record.results
+    assert not (tmp_path / "off" / "anchor.safetensors").exists()
+    assert (tmp_path / "off" / "report.html").exists()
+
+
+def test_everything_on(config, tmp_path, no_report):
+    config = small(config, int8_rollouts=True, checkpointing="on", lora_rank=2, beta=0.1)
+    record = run(replace(config, importance_level="sequence"), tmp_path / "on")
+    parts = record.results["components"]
+    assert parts["int8_rollouts"]["on"] and parts["gradient_checkpointing"]["on"]
+    assert "kl" in read_metrics(tmp_path / "on" / "metrics.jsonl")[0]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_prompts_and_verifier_of_ones_own(config, tmp_path, no_report):
+    data = write_lines(
+        tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}.", "id": str(i)} for i in range(24)]
+    )
+    judge = tmp_path / "judge.py"
+    judge.write_text("def judge(problem, completion):\n    return len(completion) % 5 / 4\n")
+    config = small(config, data=data, verifier=f"{judge}:judge", rewards="correct_answer=1")
+    config = replace(config, num_generations=4, per_cell=1)
+    record = run(config, tmp_path / "out")
+    domains = {s["domain"] for s in record.results["samples"]}
+    assert domains == {"custom"} and record.results["weights_changed"]["changed"]
+
+    judge.write_text("def judge(problem, completion):\n    return problem.nonsense\n")
+    with pytest.raises(UserError, match="judge failed on problem .*AttributeError"):
+        run(config, tmp_path / "broken")
+
+
+def gsm8k_rows(count):
+    return [
+        {"question": f"What is {i} + 1?", "answer": f"{i}+1={i + 1}\n#### {i + 1}"}
+        for i in range(count)
+    ]
+
+
+def test_data_is_split_without_overlap(config, tmp_path):
+    rows = gsm8k_rows(40)
+    own = [{"prompt": row["question"], "answer": "1"} for row in rows]
+    for name, lines in (("gsm8k", rows), ("custom", own)):
+        data = write_lines(tmp_path / f"{name}.jsonl", lines)
+        training, held_out = pipeline.load_data(replace(config, data=data))
+        assert training and 0 < len(held_out) <= 6
+        assert not {p.question for p in training} & {p.question for p in held_out}
+        assert {p.domain for p in training + held_out} == {name}
+    one = write_lines(tmp_path / "one.jsonl", rows[:1])
+    with pytest.raises(UserError, match="1 problems are too few"):
+        pipeline.load_data(replace(config, data=one))
+
+
+def test_gsm8k_format_trains(config, tmp_path, no_report):
+    config = small(config, data=write_lines(tmp_path / "gsm8k.jsonl", gsm8k_rows(24)))
+    assert run(config, tmp_path / "out").results["weights_changed"]["changed"]

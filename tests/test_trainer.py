@@ -1,0 +1,462 @@
+"""The CPU trainer changes how TRL's gradient is computed, never what it is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from cpugrpo_edu.ewc import Anchor
+from cpugrpo_edu.models import fingerprint, load_policy
+from cpugrpo_edu.rewards import guarded
+from cpugrpo_edu.trainer import (
+    LOSS_TYPES,
+    CPUGRPOTrainer,
+    CPUOptions,
+    Guard,
+    cpu_config,
+    split_by_length,
+)
+from cpugrpo_edu.types import UserError
+
+PROMPTS = ["a", "a b c", "Compute 1 + 2.", "x"]
+LENGTHS = torch.tensor([5, 2, 4, 1, 3, 5, 1, 2])
+ADVANTAGES = torch.tensor([1.1, -0.6, 0.0, -0.9, 0.7, 0.4, 0.0, -0.7])
+
+
+@guarded
+def odd_tokens(prompts, completions, completion_ids, **columns):
+    """The share of odd token ids: any random model differs in it."""
+    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def make(policy, folder, options=None, reward=odd_tokens, anchor=None, on_step=None, **config):
+    settings = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 6} | config
+    prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
+    trainer = CPUGRPOTrainer(
+        policy,
+        cpu_config(folder, **settings),
+        [reward],
+        Dataset.from_dict({"prompt": prompts}),
+        options or CPUOptions(patience=0),
+        anchor,
+        on_step or (lambda metrics: None),
+    )
+    trainer.current_gradient_accumulation_steps = 1  # what the training loop sets
+    trainer.model.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_folder, tmp_path_factory):
+    """For tests that compute gradients of a fixed batch and never step."""
+    return make(load_policy(tiny_folder), tmp_path_factory.mktemp("trainer"))
+
+
+@pytest.fixture
+def batch(trainer):
+    """What TRL's generation hands to the loss: prompts padded left, completions right."""
+    generator = torch.Generator().manual_seed(0)
+    prompt_mask = (torch.arange(4) >= 4 - torch.tensor([[2, 2, 4, 4, 1, 1, 3, 3]]).T).long()
+    completion_mask = (torch.arange(5) < LENGTHS[:, None]).long()
+    pad = trainer.policy.pad_id
+    made = {
+        "prompt_ids": torch.randint(5, 300, (8, 4), generator=generator),
+        "prompt_mask": prompt_mask,
+        "completion_ids": torch.randint(5, 300, (8, 5), generator=generator),
+        "completion_mask": completion_mask,
+        "advantages": ADVANTAGES.clone(),
+        "num_items_in_batch": completion_mask.sum(),
+    }
+    made["prompt_ids"][prompt_mask == 0] = pad
+    made["completion_ids"][completion_mask == 0] = pad
+    with torch.no_grad():
+        now = log_probs(trainer, made)
+    noise = torch.randn(2, 8, 5, generator=generator)
+    made["old_per_token_logps"] = now + 0.3 * noise[0]
+    made["ref_per_token_logps"] = now + 0.3 * noise[1]
+    return made
+
+
+def log_probs(trainer, inputs):
+    return trainer._get_per_token_logps_and_entropies(
+        trainer.model,
+        torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+        torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+        inputs["completion_ids"].shape[1],
+    )[0]
+
+
+def gradient(trainer, inputs, monkeypatch=None, stock=False, **options):
+    """Loss and flat gradient: of TRL's own loss on the whole batch, or of ours with options."""
+    trainer.model.zero_grad()
+    if stock:
+        loss = GRPOTrainer.compute_loss(trainer, trainer.model, dict(inputs))
+    else:
+        monkeypatch.setattr(trainer, "options", CPUOptions(**options))
+        loss = trainer.compute_loss(trainer.model, dict(inputs))
+    trainer.accelerator.backward(loss)
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    return loss.item(), torch.cat([p.grad.flatten() for p in parameters]).clone()
+
+
+# Micro-batches
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_micro_batches_give_trls_gradient(trainer, batch, monkeypatch, loss_type, level):
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    monkeypatch.setattr(trainer, "importance_sampling_level", level)
+    if loss_type == "cispo":
+        monkeypatch.setattr(trainer, "epsilon_high", 5.0)
+    loss, whole = gradient(trainer, batch, stock=True)
+    assert whole.norm() > 1e-3
+    for options in (
+        {"micro_batch": 3, "skip_zero_advantage": False},  # 3, 3 and 2 rows
+        {"micro_batch": 4, "skip_zero_advantage": True},  # 4 and 2 of the 6 rows with signal
+    ):
+        ours, parts = gradient(trainer, batch, monkeypatch, **options)
+        assert ours == pytest.approx(loss, abs=1e-5)
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_without_old_log_probs_and_in_one_piece(trainer, batch, monkeypatch):
+    del batch["old_per_token_logps"]
+    _, whole = gradient(trainer, batch, stock=True)
+    for size in (1, 8, 100):
+        _, parts = gradient(trainer, batch, monkeypatch, micro_batch=size)
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_without_advantage_are_skipped_only_where_that_is_exact(trainer, batch, monkeypatch):
+    trainer.tally.skipped = trainer.tally.rows = 0
+    gradient(trainer, batch, monkeypatch, micro_batch=8)
+    assert (trainer.tally.skipped, trainer.tally.rows) == (2, 8)
+    monkeypatch.setattr(trainer, "beta", 0.3)
+    _, whole = gradient(trainer, batch, stock=True)
+    _, parts = gradient(trainer, batch, monkeypatch, micro_batch=3)
+    assert trainer.tally.skipped == 2  # no more: their KL term has a gradient
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(trainer, "beta", 0.0)
+    per_token = batch["advantages"][:, None].repeat(1, 5)
+    assert trainer.rows_with_signal(batch | {"advantages": per_token}).tolist() == [
+        0, 1, 3, 4, 5, 7,
+    ]  # fmt: skip
+
+
+def test_no_advantage_at_all_gives_zero_gradients(trainer, batch, monkeypatch):
+    trainer.model.zero_grad()
+    loss, flat = gradient(
+        trainer, batch | {"advantages": torch.zeros(8)}, monkeypatch, micro_batch=3
+    )
+    assert loss == 0 and not flat.any()
+
+
+def test_splitting_trims_padding_and_keeps_log_probs(trainer, batch):
+    whole = log_probs(trainer, batch).detach()
+    keep = torch.tensor([0, 1, 3, 4, 6, 7])
+    seen, widths = [], []
+    for micro in split_by_length(batch, keep, 2):
+        row = [
+            next(i for i in range(8) if batch["advantages"][i] == a or (i == 6 and a == 0))
+            for a in micro["advantages"]
+        ]
+        seen += row
+        longest = int(LENGTHS[row].max())
+        assert micro["completion_ids"].shape[1] == longest
+        assert micro["old_per_token_logps"].shape == micro["completion_ids"].shape
+        assert micro["prompt_mask"].sum(1).max() == micro["prompt_ids"].shape[1]
+        assert micro["num_items_in_batch"] == batch["num_items_in_batch"]
+        ours = log_probs(trainer, micro).detach()
+        mask = micro["completion_mask"].bool()
+        torch.testing.assert_close(ours[mask], whole[row][:, :longest][mask], atol=1e-5, rtol=1e-5)
+        widths.append(int((micro["prompt_mask"].sum(1) + micro["completion_mask"].sum(1)).max()))
+    assert sorted(seen) == keep.tolist()
+    assert widths == sorted(widths)  # like lengths together, short ones first
+
+
+def test_checkpointing_changes_no_gradient(trainer, batch, monkeypatch):
+    _, plain = gradient(trainer, batch, monkeypatch, micro_batch=4)
+    calls = []
+    layer = trainer.model.model.layers[0]
+    handle = layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        _, again = gradient(trainer, batch, monkeypatch, micro_batch=4)
+    finally:
+        trainer.model.gradient_checkpointing_disable()
+        handle.remove()
+    assert len(calls) == 4  # two micro-batches, each computed twice
+    torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-5)
+
+
+# Memory
+
+
+def test_the_plan_keeps_to_the_memory_limit(trainer, batch, monkeypatch):
+    monkeypatch.setattr("cpugrpo_edu.trainer.available_memory", lambda: 2**40)
+    assert trainer.plan(batch) == 8
+    held = 10**9
+    monkeypatch.setattr(
+        "cpugrpo_edu.trainer.psutil.Process",
+        lambda: type("P", (), {"memory_info": lambda self: type("M", (), {"rss": held})})(),
+    )
+    needs = []
+    original = trainer.free_memory
+    for free in (10**9, 10**6, 10**5):
+        monkeypatch.setattr(trainer, "options", CPUOptions(memory_limit=held + free))
+        assert original() == free
+        try:
+            needs.append(trainer.plan(batch))
+        except UserError as error:
+            needs.append(0)
+            assert "one sequence needs" in str(error) and "checkpointing" in str(error)
+    assert needs[0] == 8 and needs == sorted(needs, reverse=True) and needs[2] == 0
+    monkeypatch.setattr(trainer, "options", CPUOptions(memory_limit=held // 2))
+    assert original() == 0
+    monkeypatch.setattr(trainer, "options", CPUOptions(micro_batch=3, memory_limit=1))
+    assert trainer.plan(batch) == 3  # as asked
+
+
+# Rollouts
+
+
+def test_each_prompt_is_prefilled_once_and_answered_in_order(trainer, monkeypatch):
+    import cpugrpo_edu.trainer as module
+
+    calls = []
+    original = module.rollout
+
+    def spy(model, prompts, copies, *args, **kwargs):
+        calls.append((list(prompts), copies))
+        groups = original(model, prompts, copies, *args, **kwargs)
+        for prompt, group in zip(prompts, groups, strict=True):
+            for i, episode in enumerate(group.episodes):
+                episode.completion_ids = [prompt[0], i]
+        return groups
+
+    monkeypatch.setattr(module, "rollout", spy)
+    prompts = [[50, 51, 52], [60], [70, 71]]
+    repeated = [prompt for prompt in prompts for _ in range(2)]
+    ids, logps = trainer._generate_single_turn(repeated, None, None, 2)
+    assert calls.pop() == (prompts, 2)
+    assert ids == [[p[0], i] for p in prompts for i in range(2)] and len(logps) == 6
+    # A group cut in two (several processes): every prompt counts alone.
+    ids, _ = trainer._generate_single_turn(repeated[1:], None, None, 2)
+    assert calls.pop() == (repeated[1:], 1)
+    assert [i[0] for i in ids] == [p[0] for p in repeated[1:]]
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_int8_rollouts(tiny_policy, tmp_path, correct):
+    options = CPUOptions(int8_rollouts=True, importance_correction=correct, patience=0)
+    trainer = make(tiny_policy, tmp_path, options)
+    rows = [r for i in range(2) for r in [trainer.train_dataset[i]] * 2]
+    output = trainer._generate_and_score_completions(rows)
+    assert "sampling_per_token_logps" not in output
+    assert ("old_per_token_logps" in output) is correct
+    if correct:
+        mask = output["completion_mask"].bool()
+        served = log_probs_of(trainer.int8_copy, output)[mask]
+        live = log_probs_of(trainer.model, output)[mask]
+        sampled = output["old_per_token_logps"][mask]
+        # INT8 scores each activation tensor in its own range, so a batch is not token by token.
+        assert (sampled - live).abs().max() > 0
+        assert (served - sampled).abs().mean() < 0.1 and (sampled - live).abs().mean() < 0.5
+    copy = trainer.int8_copy
+    with torch.no_grad():
+        tiny_policy.model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    before = copy.model.layers[0].mlp.up_proj.dequantized().clone()
+    assert trainer.sampling_model() is copy
+    after = copy.model.layers[0].mlp.up_proj.dequantized()
+    torch.testing.assert_close(after, 2 * before)
+
+
+@torch.no_grad()
+def log_probs_of(model, inputs):
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    width = inputs["completion_ids"].shape[1]
+    chosen = logits[:, -width - 1 : -1].log_softmax(-1)
+    return chosen.gather(-1, inputs["completion_ids"][:, :, None]).squeeze(-1)
+
+
+# Steps
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_step_changes_what_is_trained_and_reports_it(tiny_folder, tmp_path, lora_rank):
+    policy = load_policy(tiny_folder, lora_rank=lora_rank)
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    rows = []
+    trainer = make(policy, tmp_path, on_step=rows.append, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    moved = {n for n, p in policy.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in policy.model.named_parameters() if p.requires_grad}
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    assert rows[0]["rollout/tokens_per_second"] > 0 and trainer.tally.tokens > 0
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_ewc_pulls_once_a_step_and_before_clipping(tiny_policy, tmp_path, micro_batch):
+    """Without rewards' signal the whole gradient is EWC's: strength * F * (theta - theta*)."""
+    parameters = dict(tiny_policy.model.named_parameters())
+    anchor = Anchor(
+        {n: p.detach() - 0.01 for n, p in parameters.items()},
+        {n: torch.full_like(p, 2.0) for n, p in parameters.items()},
+    )
+    numbers = sum(p.numel() for p in parameters.values())
+    start = {n: p.detach().clone() for n, p in parameters.items()}
+    rows = []
+    trainer = make(
+        tiny_policy,
+        tmp_path,
+        CPUOptions(
+            patience=0, ewc_strength=5.0, micro_batch=micro_batch, skip_zero_advantage=False
+        ),
+        reward=guarded(constant),
+        anchor=anchor,
+        on_step=rows.append,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+        max_grad_norm=1.0,
+    )
+    trainer.train()
+    force = 5.0 * 2.0 * 0.01
+    assert rows[0]["ewc_penalty"] == pytest.approx(5.0 / 2 * 2.0 * 0.01**2 * numbers, rel=1e-3)
+    assert rows[0]["grad_norm"] == pytest.approx(force * numbers**0.5, rel=1e-3)
+    moved = torch.cat([(start[n] - p).flatten() for n, p in parameters.items()])
+    assert moved.norm().item() == pytest.approx(0.1, rel=1e-2)  # clipped to norm 1, rate 0.1
+
+
+def constant(prompts, completions, **columns):
+    return [0.5] * len(completions)
+
+
+def test_a_stop_request_saves_a_checkpoint(tiny_policy, tmp_path):
+    def stop(metrics):
+        trainer.stop_request.asked = True
+
+    trainer = make(tiny_policy, tmp_path, on_step=stop, max_steps=3)
+    seeds = {}
+    original = trainer._generate_single_turn
+
+    def spy(*args, **kwargs):
+        seeds[trainer.state.global_step] = trainer.rollout_seed()
+        return original(*args, **kwargs)
+
+    trainer._generate_single_turn = spy
+    trainer.train()
+    assert trainer.state.global_step == 2  # asked for after the first step was over
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    assert len(seeds) == len(set(seeds.values())) == 2  # no two steps draw alike
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        (lambda prompts, completions, **c: [math.nan] * len(completions), "finite number"),
+        (lambda prompts, completions, **c: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_broken_reward_stops_training(tiny_policy, tmp_path, reward, words):
+    before = fingerprint(tiny_policy.model)
+    trainer = make(tiny_policy, tmp_path, reward=guarded(reward), max_steps=1)
+    with pytest.raises(UserError, match=words):
+        trainer.train()
+    assert fingerprint(tiny_policy.model) == before
+
+
+def test_a_nan_loss_stops_training(tiny_policy, tmp_path):
+    trainer = make(tiny_policy, tmp_path, max_steps=3)
+    original = trainer._compute_loss
+    trainer._compute_loss = lambda *args: original(*args) * math.nan
+    with pytest.raises(UserError, match="loss is NaN"):
+        trainer.train()
+
+
+def test_without_signal_training_stops_after_the_patience(tiny_policy, tmp_path):
+    rows = []
+    trainer = make(
+        tiny_policy,
+        tmp_path,
+        CPUOptions(patience=2),
+        reward=guarded(constant),
+        on_step=rows.append,
+        max_steps=5,
+    )
+    with pytest.raises(UserError, match="in 2 steps in a row every group's rewards"):
+        trainer.train()
+    assert len(rows) == 2
+
+
+def test_no_data(tiny_policy, tmp_path):
+    with pytest.raises(UserError, match="training data is empty"):
+        CPUGRPOTrainer(
+            tiny_policy, cpu_config(tmp_path), [odd_tokens], Dataset.from_dict({"prompt": []})
+        )
+
+
+DEAD = {"loss": 0.0, "frac_reward_zero_std": 1.0}
+CUT = {"loss": 0.0, "completions/clipped_ratio": 1.0}
+FINE = {"loss": 0.1, "frac_reward_zero_std": 0.9, "completions/clipped_ratio": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"), [(DEAD, "rewards were all equal"), (CUT, "cut at the length")]
+)
+def test_guard_counts_steps_in_a_row(bad, words):
+    guard = Guard(3)
+    for metrics in (bad, bad, FINE, bad, bad):
+        guard.check(metrics)
+    with pytest.raises(UserError, match=f"{words}|in 3 steps in a row.*{words}"):
+        guard.check(bad)
+
+
+def test_guard_with_patience_0_stops_only_for_nan():
+    guard = Guard(0)
+    for _ in range(50):
+        guard.check(DEAD | CUT)
+    guard.check({})
+    with pytest.raises(UserError, match="lower the learning rate"):
+        guard.check({"loss": math.nan})
+
+
+# Configuration
+
+
+def test_the_configuration_works_where_the_stock_one_refuses(tmp_path):
+    with pytest.raises(ValueError, match="bf16"):
+        GRPOConfig(output_dir=str(tmp_path), bf16=True)
+    config = cpu_config(tmp_path, prompts_per_step=3, num_generations=4, beta=0.1)
+    assert config.use_cpu and not config.bf16 and not config.fp16
+    assert (config.per_device_train_batch_size, config.num_generations) == (12, 4)
+    assert config.beta == 0.1 and config.loss_type == "dapo"
+    assert not config.logging_nan_inf_filter  # else the guard would never see a NaN
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_generations": 1}, "num_generations is 1; give at least 2"),
+        ({"num_generations": 0}, "num_generations is 0"),
+        ({"prompts_per_step": 0}, "prompts_per_step is 0; give at least 1"),
+        ({"loss_type": "ppo"}, "unknown loss type 'ppo'; allowed are grpo, bnpo"),
+        ({"importance_sampling_level": "word"}, "unknown importance level 'word'"),
+    ],
+)
+def test_bad_settings(tmp_path, settings, words):
+    with pytest.raises(UserError, match=words):
+        cpu_config(tmp_path, **settings)
