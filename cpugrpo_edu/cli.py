@@ -179,8 +179,8 @@ def run(
     from cpugrpo_edu.pipeline import run as run_pipeline
 
     given = {
-        "steps": steps and comma_numbers(steps, int, "--steps"),
-        "learning_rates": lr and comma_numbers(lr, float, "--lr"),
+        "steps": None if steps is None else comma_numbers(steps, int, "--steps"),
+        "learning_rates": None if lr is None else comma_numbers(lr, float, "--lr"),
         "domains": domains and tuple(part.strip() for part in domains.split(",")),
         "replay": replay,
         "prompts_per_step": prompts_per_step,
@@ -277,6 +277,8 @@ def evaluate(
     from cpugrpo_edu.quantization import quantize_for_rollout
     from cpugrpo_edu.statistics import accuracy_table
 
+    if per_cell < 1:
+        raise UserError(f"--per-cell is {per_cell}; give at least 1")
     if output is not None and output.exists():
         raise UserError(f"{output} already exists; give another --output")
     _, problems = load_data(RunConfig(data=data, verifier=verifier, per_cell=per_cell))

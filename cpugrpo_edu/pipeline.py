@@ -642,6 +642,8 @@ def check_settings(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and not least <= value < float("inf"):
             raise UserError(f"{name} is {value}; give at least {least}")
+    if config.memory_budget_gib is not None and not config.memory_budget_gib > 0:
+        raise UserError(f"the memory budget is {config.memory_budget_gib} GiB; give more than 0")
     if not 0 <= config.ewc_decay <= 1:
         raise UserError(f"ewc_decay is {config.ewc_decay}; give a number from 0 to 1")
     if not 0 < config.temperature < float("inf"):
@@ -682,6 +684,11 @@ def load_data(config: RunConfig) -> tuple[list[Problem] | None, list[Problem]]:
             raise UserError(
                 f"unknown domains {', '.join(unknown) or '(none given)'}; "
                 f"allowed are {', '.join(DOMAINS)}"
+            )
+        if config.verifier is not None:
+            raise UserError(
+                f"the verifier {config.verifier!r} needs prompts to judge; "
+                "give them with --data prompts.jsonl"
             )
         return None, held_out_problems(per_cell, config.domains)
     if config.verifier is not None:

@@ -161,7 +161,7 @@ def test_evaluate(tiny_folder, tmp_path):
     assert kept.read_bytes() == before
     code, out, _ = invoke(*common, "--int8")
     assert code == 0 and "INT8" in out and "Overall 0.0 (0.0–24.2), 12" in out
-    assert "per_cell is -1" in refused("evaluate", "--model", tiny_folder, "--per-cell", -1)
+    assert "--per-cell is -1" in refused("evaluate", "--model", tiny_folder, "--per-cell", -1)
 
 
 # Runs

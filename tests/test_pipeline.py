@@ -242,9 +242,10 @@ def test_weights_that_do_not_change_fail_the_run(config, tmp_path):
 def interrupt(config, folder, after):
     global ask_after
     ask_after = after
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped after") as caught:
         run(config, folder)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == handler
     assert not (folder / "record.json").exists()
     return str(caught.value)
 
