@@ -212,6 +212,10 @@ class CPUGRPOTrainer(GRPOTrainer):
             callbacks=[self.stop_request],
         )
         self.remove_callback(PrinterCallback)
+        if "ref" in getattr(policy.model, "peft_config", {}):
+            # TRL would take a copy of the adapter, as it is now, for the reference. Ours is the
+            # base model, in every stage: the policy with its adapter switched off.
+            policy.model.delete_adapter("ref")
 
     # Rollouts
 
