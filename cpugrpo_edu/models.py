@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -117,7 +118,7 @@ def load_policy(
             ensure_fits(f"loading {name}", estimate_model_bytes(config, dtype))
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
-    except (OSError, ValueError, ConnectionError) as error:
+    except (OSError, ValueError, ConnectionError, SafetensorError) as error:
         raise UserError(
             f"cannot load the model {str(name)!r} ({first_sentence(error)}); give an existing "
             "local folder, or check the name and the network and run the same command again: "
@@ -170,7 +171,13 @@ def add_lora(model: Any, rank: int, seed: int = 0) -> Any:
         target_modules=LORA_TARGETS,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"LoRA does not know the layers of a {model.config.model_type!r} model; allowed are "
+            f"models with {', '.join(LORA_TARGETS)}: give one of them, or train with lora_rank 0"
+        ) from error
 
 
 SNAPSHOT_NUMBERS = 65_536

@@ -275,6 +275,7 @@ def decode_with_generate(
     sampling: Sampling,
     eos_ids: set[int],
     pad_id: int,
+    generator: torch.Generator,
 ) -> list[Group]:
     """The reference: Hugging Face ``generate`` on left-padded prompts, each given G times."""
     width = max(len(prompt) for prompt in prompts)
@@ -283,7 +284,7 @@ def decode_with_generate(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in repeated])
     greedy = sampling.temperature == 0
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(sampling.seed)
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -336,21 +337,27 @@ def rollout(
         raise UserError(f"unknown rollout engine {engine!r}; allowed are fast and generate")
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt has no tokens; give it some text")
+    if copies < 1:
+        raise UserError(f"copies is {copies}; give at least 1 completion a prompt")
     was_training = model.training
     model.eval()  # dropout must not act on rollouts
     generator = torch.Generator().manual_seed(sampling.seed)
     groups: list[Group | None] = [None] * len(prompts)
-    for chunk in chunks_by_length(prompts, max(1, sampling.max_rows // copies)):
-        texts = [prompts[i] for i in chunk]
-        if engine == "fast" and is_supported(model):
-            lm = causal_lm(model)
-            done = decode(lm, texts, copies, sampling, eos_ids, pad_id, generator)
-        else:
-            done = decode_with_generate(model, texts, copies, sampling, eos_ids, pad_id)
-        for i, group in zip(chunk, done, strict=True):
-            groups[i] = group
-        on_done(len(chunk))
-    model.train(was_training)
+    try:
+        for chunk in chunks_by_length(prompts, max(1, sampling.max_rows // copies)):
+            texts = [prompts[i] for i in chunk]
+            if engine == "fast" and is_supported(model):
+                lm = causal_lm(model)
+                done = decode(lm, texts, copies, sampling, eos_ids, pad_id, generator)
+            else:
+                done = decode_with_generate(
+                    model, texts, copies, sampling, eos_ids, pad_id, generator
+                )
+            for i, group in zip(chunk, done, strict=True):
+                groups[i] = group
+            on_done(len(chunk))
+    finally:
+        model.train(was_training)
     return [group for group in groups if group is not None]
 
 

@@ -52,8 +52,8 @@ class Algebra:
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         """A step is valid if it holds for the true x only, and is simpler than all before.
 
-        "Simpler" counts terms, then the size of the coefficient of x, so that
-        copying the question or scaling a line up does not count.
+        "Simpler" means fewer terms, or x alone, so that copying the question, turning
+        it round, scaling it or counting both sides down by x does not count.
         """
         x = int(problem.answer)
         required = len(working_lines(problem.solution))
@@ -114,7 +114,6 @@ def holds_only_for(line: str, x: int) -> bool:
 
 
 def complexity(line: str) -> tuple[int, int]:
-    """(number of terms, with brackets counted double; coefficient of x on the left)."""
-    terms = len(re.findall(r"\d*x|\d+", line)) + 3 * line.count("(")
-    left = linear(line.split("=")[0])
-    return terms, abs(left[0]) if left else 0
+    """(number of terms, 0 if x stands alone with the coefficient 1, else 1)."""
+    terms = re.findall(r"\d*x|\d+", line)
+    return len(terms), int("x" not in terms)
