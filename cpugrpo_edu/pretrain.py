@@ -92,7 +92,7 @@ def train_tokenizer(vocabulary: int, seed: int = 0, samples: int = 6000) -> Qwen
     with tempfile.TemporaryDirectory() as folder:  # Qwen2Tokenizer takes vocabulary and merges
         vocabulary_file, merges_file = backend.model.save(folder)
         vocab = json.loads(Path(vocabulary_file).read_text())
-        merges = [tuple(x.split(" ")) for x in Path(merges_file).read_text().splitlines()[1:]]
+        merges: Any = [tuple(x.split(" ")) for x in Path(merges_file).read_text().splitlines()[1:]]
     tokenizer = Qwen2Tokenizer(
         vocab=vocab,
         merges=merges,
