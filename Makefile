@@ -1,6 +1,9 @@
 # `make run` for a first run, `make test` for every check, `make help` for the rest.
-# PYTHON: the Python (>= 3.10) that creates the environment. VENV: where it is.
-PYTHON ?= python3
+# PYTHON: the Python (>= 3.11) that creates the environment; the first found here that is
+# new enough. VENV: where it is.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo $$python; break; }; done)
 VENV ?= .venv
 WORKERS ?= 2
 
@@ -10,7 +13,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test venv lint format types unit notebooks book lock clean
+.PHONY: help run test venv lint format types unit notebooks book records results lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -21,7 +24,10 @@ run: venv ## install what is missing, then train the bundled model and show the 
 test: lint types unit notebooks book ## every check: style, types, unit tests, notebooks, book
 
 venv: ## create the environment from requirements.lock (at once when it is up to date)
-	@$(PYTHON) tools/install.py --venv $(VENV)
+	@python='$(PYTHON)'; if [ -z "$$python" ]; then \
+		echo "No Python 3.11 or newer found (TRL 1.16 needs it); install one, or name it:" \
+		"make run PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	"$$python" tools/install.py --venv "$(VENV)"
 
 lint: venv ## ruff: style and formatting
 	$(BIN)/ruff check .
@@ -46,6 +52,12 @@ endif
 
 book: venv ## build the book from the stored outputs into _build/html
 	$(BIN)/jupyter-book build -W -n --keep-going .
+
+records: venv ## do the ten runs of the readme's table again (about half an hour), keep their records
+	$(BIN)/python tools/records.py $(ARGS)
+
+results: venv ## write the table of the readme from records/run-*.json
+	$(BIN)/python tools/results.py
 
 lock: venv ## solve pyproject.toml again into requirements.lock (ARGS=--upgrade renews all pins)
 	$(BIN)/python -m pip install --quiet uv

@@ -28,7 +28,7 @@ from .types import UserError
 PACKAGE = Path(__file__).parent
 DISTRIBUTION = "cpugrpo-edu"
 BUNDLED_MODEL = PACKAGE / "bundled" / "model.safetensors"
-MINIMUM_PYTHON = (3, 10)
+MINIMUM_PYTHON = (3, 11)
 CORE_PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate", "tokenizers"),
     *("safetensors", "datasets", "numpy", "scipy", "psutil"),
@@ -327,7 +327,7 @@ def _check_python() -> Check:
     detail = platform.python_version()
     if tuple(sys.version_info) >= MINIMUM_PYTHON:
         return Check("python", "ok", detail)
-    return Check("python", "fail", detail, "install Python 3.10 or newer")
+    return Check("python", "fail", detail, "install Python 3.11 or newer")
 
 
 def _check_torch() -> Check:

@@ -111,6 +111,10 @@ def _or_dash(mapping: Mapping[str, Any], key: str, form: Callable[[Any], str] = 
     return "–" if mapping.get(key) is None else form(mapping[key])
 
 
+def _signed_points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
 def _tables(record: RunRecord) -> dict[str, dict[str, Any]]:
     """The accuracy tables by label, in order of time."""
     return {e["label"]: e["table"] for e in record.results.get("evaluations", [])}
@@ -793,53 +797,72 @@ def number(
         ) from error
 
 
-def results_table(records: Sequence[RunRecord]) -> str:
-    """Markdown table of training runs, a row a seed, then mean and 95 % t interval over seeds.
+RUN_FORMS: list[Callable[[float], str]] = [
+    *(percent, percent, _signed_points, _signed_points),
+    *(clock_time, clock_time, gib),
+]
 
-    Accuracy, time and memory are of the run with EWC where a seed has both; the
-    forgetting columns (mean over difficulties, points) show runs with and without.
+
+def _run_row(record: RunRecord) -> tuple[list[float | None], list[str]]:
+    """The numbers of one run in ``results_table``, and how they are shown."""
+    results = record.results
+    overall = results.get("comparisons", {}).get(MAIN, {}).get("overall", {})
+    forgotten = results.get("forgetting", {}).get("forgetting", {}).values()
+    worst = max((cell for cell in forgotten if cell), key=lambda cell: cell["points"], default={})
+    seconds = results.get("seconds", {})
+    total, evaluating = seconds.get("total"), seconds.get("evaluate")
+    numbers = [overall.get(key) for key in ("before", "after", "difference")]
+    numbers += [worst["points"] / 100 if worst else None]
+    numbers += [None if None in (total, evaluating) else total - evaluating, total]
+    numbers += [results.get("peak_rss_bytes")]
+    cells = ["–" if x is None else form(x) for x, form in zip(numbers, RUN_FORMS, strict=True)]
+    if overall:
+        cells[2] = _difference(overall)
+    if worst:
+        cells[3] += f" ({points(worst['points_low'] / 100, worst['points_high'] / 100)})"
+    return numbers, cells
+
+
+def results_table(records: Sequence[RunRecord]) -> str:
+    """Markdown table of training runs: a row a seed, then their mean; with EWC, then without.
+
+    A seed's interval is about which problems were drawn (paired bootstrap); that of a
+    mean about the seed (95 % t interval, ddof = 1). Forgetting is that of the
+    difficulty that lost most; positive is lost. Raises UserError if a seed comes twice
+    with the same state of EWC.
     """
-    runs: dict[int, dict[bool, RunRecord]] = {}
+    if not records:
+        raise UserError("a results table needs at least one run record; none was given")
+    groups: dict[bool, dict[int, RunRecord]] = {True: {}, False: {}}
     for record in records:
         ewc = bool(record.results.get("components", {}).get("ewc", {}).get("on", False))
-        if ewc in runs.setdefault(record.seed, {}):
+        if record.seed in groups[ewc]:
             state = "with" if ewc else "without"
             raise UserError(f"two records of seed {record.seed} {state} EWC; give one of each")
-        runs[record.seed][ewc] = record
-    if not runs:
-        raise UserError("a results table needs at least one run record; none was given")
+        groups[ewc][record.seed] = record
 
-    header = ["Seed", "Before", "After", "Difference, points (95 % interval)"]
-    header += ["Forgetting with EWC", "without EWC", "Time", "Peak memory"]
-    forms: list[Callable[[float], str]] = [percent, percent, lambda d: f"{100 * d:+.1f}"]
-    forms += ["{:+.1f}".format, "{:+.1f}".format, clock_time, gib]
-    rows, columns = [], []
-    for seed in sorted(runs):
-        pair = runs[seed]
-        results = pair[max(pair)].results  # True, that is with EWC, if there is one
-        overall = results.get("comparisons", {}).get(MAIN, {}).get("overall", {})
-        numbers = [overall.get(k) for k in ("before", "after", "difference")]
-        numbers += [
-            pair[ewc].results.get("forgetting", {}).get("mean_points") if ewc in pair else None
-            for ewc in (True, False)
-        ]
-        numbers += [results.get("seconds", {}).get("total"), results.get("peak_rss_bytes")]
-        cells = ["–" if x is None else form(x) for x, form in zip(numbers, forms, strict=True)]
-        if overall:
-            cells[2] = _difference(overall)
-        rows.append([str(seed), *cells])
-        columns.append(numbers)
-    if len(rows) > 1:
+    rows = []
+    for ewc, runs in groups.items():
+        state = "on" if ewc else "off"
+        columns = []
+        for seed in sorted(runs):
+            numbers, cells = _run_row(runs[seed])
+            rows.append([str(seed), state, *cells])
+            columns.append(numbers)
+        if len(columns) < 2:
+            continue
         means = []
-        for i, (column, form) in enumerate(zip(zip(*columns, strict=True), forms, strict=True)):
+        for i, (column, form) in enumerate(zip(zip(*columns, strict=True), RUN_FORMS, strict=True)):
             known = [x for x in column if x is not None]
             cell = form(sum(known) / len(known)) if known else "–"
-            if i in (2, 3, 4) and len(known) > 1:  # difference is a fraction, forgetting points
-                spread, unit = over_seeds(known), 1.0 if i == 2 else 0.01
-                cell += f" ({points(unit * spread.low, unit * spread.high)})"
+            if i in (2, 3) and len(known) > 1:  # difference and forgetting
+                spread = over_seeds(known)
+                cell += f" ({points(spread.low, spread.high)})"
             means.append(cell + (f" (n = {len(known)})" if 0 < len(known) < len(column) else ""))
-        rows.append([f"mean of {len(rows)} seeds", *means])
-    return markdown_table(header, rows)
+        rows.append([f"mean of {len(columns)} seeds", state, *means])
+    header = ["Seed", "EWC", "Before", "After", "Difference, points (95 % interval)"]
+    header += ["Worst forgetting, points (95 % interval)", "Time without evaluation"]
+    return markdown_table([*header, "Time in all", "Peak memory"], rows)
 
 
 def replace_between_markers(text: str, table: str) -> str:

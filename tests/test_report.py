@@ -414,12 +414,17 @@ def cells(table):
     return [[c.strip() for c in line.strip("|").split(" | ")] for line in table.splitlines()]
 
 
-def test_results_table_has_a_row_a_seed_and_the_mean():
+def test_results_table_has_a_row_a_seed_and_the_mean_with_and_without_ewc():
     records = [full_record(seed, ewc) for seed in (1, 0) for ewc in (True, False)]
-    for record, points, difference in zip(
+    for record, lost, difference in zip(
         records, (4.0, 12.0, 2.0, 10.0), (0.10, 0.50, 0.14, 0.50), strict=True
     ):
-        record.results["forgetting"]["mean_points"] = points
+        interval = {"points_low": lost - 3, "points_high": lost + 3}
+        record.results["forgetting"]["forgetting"] = {
+            "basic": {"points": lost - 5, "points_low": -99.0, "points_high": 99.0},
+            "intermediate": {"points": lost, **interval},
+            "advanced": None,
+        }
         record.results["comparisons"]["after vs before"]["overall"] |= {
             "before": 0.4,
             "after": 0.4 + difference,
@@ -427,33 +432,37 @@ def test_results_table_has_a_row_a_seed_and_the_mean():
             "low": difference - 0.05,
             "high": difference + 0.05,
         }
-    header, _, zero, one, mean = cells(results_table(records))
-    assert len(header) == len(zero) == len(mean) == 8
+    header, _, zero, one, mean, *without = cells(results_table(records))
+    assert {len(row) for row in (header, zero, one, mean, *without)} == {9}
     assert zero == [
         "0",
+        "on",
         "40.0 %",
         "54.0 %",
         "+14.0 (+9.0 to +19.0)",
-        "+2.0",
-        "+10.0",
+        "+2.0 (-1.0 to +5.0)",
+        "51.0 s",
         "1:03",
         "1.50 GiB",
     ]
-    assert one[:2] == ["1", "40.0 %"] and one[4:6] == ["+4.0", "+12.0"]
+    assert one[:3] == ["1", "on", "40.0 %"] and one[5] == "+4.0 (+1.0 to +7.0)"
     # Two values d apart: sd (ddof 1) = d/sqrt 2, t(0.975; 1) = 12.706, half width 6.353 d.
-    assert mean[0] == "mean of 2 seeds" and mean[2] == "52.0 %"
-    assert mean[3] == f"+12.0 ({12 - 6.3531 * 4:+.1f} to {12 + 6.3531 * 4:+.1f})"
-    assert mean[4] == f"+3.0 ({3 - 6.3531 * 2:+.1f} to {3 + 6.3531 * 2:+.1f})"
+    assert mean[:2] == ["mean of 2 seeds", "on"] and mean[3] == "52.0 %"
+    assert mean[4] == f"+12.0 ({12 - 6.3531 * 4:+.1f} to {12 + 6.3531 * 4:+.1f})"
+    assert mean[5] == f"+3.0 ({3 - 6.3531 * 2:+.1f} to {3 + 6.3531 * 2:+.1f})"
+    assert [row[:2] for row in without] == [["0", "off"], ["1", "off"], ["mean of 2 seeds", "off"]]
+    assert [row[5] for row in without[:2]] == ["+10.0 (+7.0 to +13.0)", "+12.0 (+9.0 to +15.0)"]
 
 
 def test_results_table_of_incomplete_records():
     bare = full_record(5, ewc=False)
     bare.results = {"components": {"ewc": {"on": False}}}
     only = cells(results_table([bare]))
-    assert only[2:] == [["5", *["–"] * 7]]
-    both = cells(results_table([bare, full_record(0)]))
-    assert both[-1][0] == "mean of 2 seeds" and both[-1][1].endswith("(n = 1)")
-    assert both[-1][5] == "–"
+    assert only[2:] == [["5", "off", *["–"] * 7]]
+    both = cells(results_table([bare, full_record(0, ewc=False)]))
+    assert both[-1][0] == "mean of 2 seeds" and both[-1][2].endswith("(n = 1)")
+    apart = cells(results_table([bare, full_record(0, ewc=True)]))
+    assert [row[:2] for row in apart[2:]] == [["0", "on"], ["5", "off"]]
     with pytest.raises(UserError, match="two records of seed 5 without EWC"):
         results_table([bare, bare])
     with pytest.raises(UserError, match="at least one"):

@@ -107,9 +107,9 @@ def check_cpu_build(python: Path) -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 10):  # noqa: UP036  an older Python may run this
+    if sys.version_info < (3, 11):  # noqa: UP036  an older Python may run this
         have = sys.version.split()[0]
-        sys.exit(f"Python {have} is too old; use 3.10 or newer: make run PYTHON=python3.11")
+        sys.exit(f"Python {have} is too old; use 3.11 or newer: make run PYTHON=python3.11")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder to install into")
     folder = parser.parse_args().venv.resolve()

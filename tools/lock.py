@@ -24,7 +24,7 @@ CUDA = re.compile(r"^(nvidia-|cuda-|triton)")
 
 def main() -> None:
     command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--quiet"]
-    command += ["--all-extras", "--universal", "--python-version", "3.10"]
+    command += ["--all-extras", "--universal", "--python-version", "3.11"]
     command += ["--no-header", "--no-annotate", "--output-file", str(LOCK), *sys.argv[1:]]
     environment = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)

@@ -1,0 +1,137 @@
+"""The readme's results are what the records give, and every record says where it comes from."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from cpugrpo_edu.report import BEGIN, END, results_table
+from cpugrpo_edu.types import RunRecord, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("results", ROOT / "tools" / "results.py")
+results = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(results)
+
+RECORD = RunRecord(
+    kind="run",
+    created="2030-01-01T00:00:00+00:00",
+    seed=1,
+    commit="0123456789" * 4,
+    code_hash="0123456789abcdef" * 4,
+    machine={"cpu": "A CPU", "usable_cores": 2, "total_memory": 8 * 2**30},
+    versions={"python": "3.11.1", "torch": "2.13.0", "transformers": "5.23.0", "trl": "1.16.0"},
+    config={"seed": 1, "ewc_strength": 10.0, "steps": [16, 16, 16]},
+    results={
+        "components": {"ewc": {"on": True}},
+        "seconds": {"evaluate": 10.0, "total": 50.0},
+        "peak_rss_bytes": 2**30,
+    },
+)
+
+
+def record(seed=1, ewc=True, **changes):
+    made = copy.deepcopy(RECORD)
+    made.seed = made.config["seed"] = seed
+    made.results["components"]["ewc"]["on"] = ewc
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def between_markers(text):
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+# --- this checkout ------------------------------------------------------------------------------
+
+
+def test_readme_holds_what_the_records_give():
+    shown = between_markers(results.README.read_text(encoding="utf-8"))
+    expected = results.results_block(results.read_runs(results.RECORDS))
+    assert shown == expected, "the readme is not what records/ gives; run `make results`"
+
+
+def test_every_run_record_says_where_it_comes_from():
+    paths = sorted(results.RECORDS.glob("run-*.json"))
+    missing = {path.name: results.missing_provenance(RunRecord.load(path)) for path in paths}
+    assert not {name: what for name, what in missing.items() if what}
+    if not paths:
+        assert results.PLACEHOLDER in results.README.read_text(encoding="utf-8")
+        print("no run is recorded yet, so the readme shows the placeholder")
+
+
+# --- the tool -----------------------------------------------------------------------------------
+
+
+def test_block_holds_the_table_and_its_origin(tmp_path):
+    for made in (record(1), record(2), record(1, ewc=False)):
+        made.save(tmp_path / f"run-{made.seed}-{made.results['components']['ewc']['on']}.json")
+    record(3, kind="bench").save(tmp_path / "bench-1.json")  # not a training run
+    runs = results.read_runs(tmp_path)
+    assert len(runs) == 3
+    block = results.results_block(runs)
+    assert block.startswith(results_table(runs))
+    for origin in ("A CPU, 2 usable cores, 8 GiB", "trl 1.16.0", "0123456789;", "0123456789."):
+        assert block.count(origin) == 1, origin
+
+
+def test_block_names_every_machine_and_commit():
+    other = record(2, commit="f" * 40 + "+dirty", machine={**RECORD.machine, "cpu": "B CPU"})
+    block = results.results_block([record(1), other])
+    assert "A CPU" in block and "B CPU" in block
+    assert "0123456789; ffffffffff+dirty" in block
+
+
+def test_no_records_give_the_placeholder(tmp_path):
+    assert results.results_block(results.read_runs(tmp_path)) == results.PLACEHOLDER
+
+
+def test_main_writes_the_readme_and_a_stale_one_is_noticed(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\n99 % by hand\n{END}\nafter\n")
+    monkeypatch.setattr(results, "README", readme)
+    monkeypatch.setattr(results, "RECORDS", tmp_path)
+    record().save(tmp_path / "run-1.json")
+    with pytest.raises(AssertionError, match="make results"):
+        test_readme_holds_what_the_records_give()
+    results.main()
+    test_readme_holds_what_the_records_give()
+    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("machine", {}),
+        ("versions", {"python": "3.11.1"}),
+        ("seed", 7),  # not the one in its configuration
+        ("commit", "unknown"),
+        ("code_hash", ""),
+    ],
+)
+def test_a_record_without_its_origin_is_refused(tmp_path, monkeypatch, name, bad):
+    made = record(**{name: bad})
+    assert results.missing_provenance(record()) == []
+    assert results.missing_provenance(made) == [name]
+    made.save(tmp_path / "run-1.json")
+    with pytest.raises(UserError, match=f"run-1.json does not say its {name}"):
+        results.read_runs(tmp_path)
+    monkeypatch.setattr(results, "RECORDS", tmp_path)
+    with pytest.raises(AssertionError):
+        test_every_run_record_says_where_it_comes_from()
+    with pytest.raises(SystemExit, match="does not say its"):
+        results.main()
+
+
+def test_runs_with_other_settings_or_of_another_kind_are_refused(tmp_path):
+    record(1).save(tmp_path / "run-1.json")
+    record(2, config={**RECORD.config, "seed": 2, "steps": [1, 1, 1]}).save(tmp_path / "run-2.json")
+    with pytest.raises(UserError, match=r"run-2.json .*\(steps\)"):
+        results.read_runs(tmp_path)
+    record(2, kind="bench").save(tmp_path / "run-2.json")
+    with pytest.raises(UserError, match="kind 'bench'"):
+        results.read_runs(tmp_path)
