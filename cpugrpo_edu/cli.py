@@ -332,7 +332,7 @@ def generate(
 ) -> None:
     """Try a prompt.
 
-    Example: `cpugrpo generate "Compute 12 + 7 - 5." --n 4 --temperature 1`
+    Example: `cpugrpo generate "Compute 12+7-5." --n 4 --temperature 1`
     """
     from cpugrpo_edu.hardware import configure_threads
 

@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import cpugrpo_edu
+from cpugrpo_edu.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -263,6 +264,20 @@ def test_marked_notebook_cells_have_the_output_they_are_compared_with():
                 assert cell["outputs"], f"{path.name}: {source}"
 
 
+def test_notebooks_are_committed_executed_and_narrow():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        notebook = json.loads(path.read_text())
+        assert "widgets" not in notebook["metadata"], f"{path.name}: clear the widgets' state"
+        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)], path.name
+        for cell in cells:
+            source = "".join(cell["source"])
+            assert max(map(len, source.splitlines())) <= 76, f"{path.name}: {source}"
+            for output in cell["outputs"]:
+                assert output["output_type"] != "error", f"{path.name}: {source}"
+                assert output.get("name") != "stderr", f"{path.name}: {output}"
+
+
 # --- what is said -------------------------------------------------------------------------------
 
 
@@ -296,3 +311,13 @@ def test_documented_make_targets_exist():
             named |= set(re.findall(r"(?:^|`|entry: )make ([a-z]+)", text, re.MULTILINE))
     assert {"run", "test"} <= named
     assert named <= targets, named - targets
+
+
+def test_documented_commands_exist():
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    readme = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"^\| `cpugrpo ([a-z]+)`", readme, re.MULTILINE)) == commands
+    for name, text in texts().items():
+        if name.endswith((".md", ".yml", ".ipynb")) or name == "Makefile":
+            named = set(re.findall(r"(?:^|[`/\s])cpugrpo ([a-z]+)", text, re.MULTILINE))
+            assert named <= commands, f"{name}: {named - commands}"

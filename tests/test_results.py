@@ -114,7 +114,8 @@ def test_main_writes_the_readme_and_a_stale_one_is_noticed(tmp_path, monkeypatch
     ],
 )
 def test_a_record_without_its_origin_is_refused(tmp_path, monkeypatch, name, bad):
-    made = record(**{name: bad})
+    made = record()
+    setattr(made, name, bad)
     assert results.missing_provenance(record()) == []
     assert results.missing_provenance(made) == [name]
     made.save(tmp_path / "run-1.json")
