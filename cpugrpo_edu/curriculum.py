@@ -6,6 +6,7 @@ strict order forget, so each stage may replay a share of the other difficulties.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -91,20 +92,34 @@ def stage_problems(stage: Stage, domains: Sequence[str], count: int, seed: int) 
 def select_problems(
     stage: Stage, problems: Sequence[Problem], count: int, offset: int = 0
 ) -> list[Problem]:
-    """The same from a fixed set such as GSM8K: cycles through it if it is too small."""
-    chosen: list[Problem] = []
-    for difficulty, share in stage.mixture.items():
-        pool = [problem for problem in problems if problem.difficulty == difficulty]
-        take = round(share * count)
-        if pool:
-            chosen += [pool[(offset + i) % len(pool)] for i in range(take)]
-    if not chosen:
-        raise UserError(
-            f"no problems for stage {stage.name!r}: the data has none of the difficulties "
-            f"{', '.join(d for d, share in stage.mixture.items() if share)}; add some"
-        )
-    rest = [chosen[i % len(chosen)] for i in range(count)]
-    return sorted(rest, key=lambda problem: complexity(problem.question))
+    """The same from a fixed set such as GSM8K: cycles through it if it is too small.
+
+    Difficulties that the set lacks give their share to the others.
+    """
+    if not problems:
+        raise UserError("the training data is empty; give at least one problem")
+    pools = {
+        difficulty: pool
+        for difficulty in stage.mixture
+        if (pool := [problem for problem in problems if problem.difficulty == difficulty])
+    }
+    total = sum(stage.mixture[difficulty] for difficulty in pools)
+    if not total:  # difficulties of another kind, or none that this stage asks for
+        pools, shares = {"any": list(problems)}, {"any": 1.0}
+    else:
+        shares = {difficulty: stage.mixture[difficulty] / total for difficulty in pools}
+    take = {difficulty: math.floor(share * count) for difficulty, share in shares.items()}
+    by_remainder = sorted(
+        take, key=lambda difficulty: take[difficulty] - shares[difficulty] * count
+    )
+    for difficulty in by_remainder[: count - sum(take.values())]:
+        take[difficulty] += 1
+    chosen = [
+        pool[(offset + i) % len(pool)]
+        for difficulty, pool in pools.items()
+        for i in range(take[difficulty])
+    ]
+    return sorted(chosen, key=lambda problem: complexity(problem.question))
 
 
 def check_difficulty(name: str) -> Difficulty:

@@ -122,12 +122,41 @@ def test_a_fixed_set_is_mixed_cycled_and_sorted_by_complexity():
     assert not {p.id for p in later if p.difficulty == "basic"} & {p.id for p in early}
 
 
-def test_a_fixed_set_lacking_a_difficulty_is_filled_up_and_lacking_all_refused():
-    stage = make_stages(replay=0.5)[0]
-    basic = [p for p in fixed() if p.difficulty == "basic"]
-    assert len(select_problems(stage, basic, 12)) == 12
-    with pytest.raises(UserError, match="'basic'.*none of the difficulties"):
+def without(*lacking: str) -> list[Problem]:
+    return [p for p in fixed() if p.difficulty not in lacking]
+
+
+def test_difficulties_that_a_fixed_set_lacks_give_their_share_to_the_others():
+    stage = make_stages(replay=0.5)[0]  # 1/2, 1/4, 1/4
+    chosen = select_problems(stage, without("advanced"), 12)
+    assert Counter(p.difficulty for p in chosen) == {"basic": 8, "intermediate": 4}
+    chosen = select_problems(stage, without("basic"), 12)
+    assert Counter(p.difficulty for p in chosen) == {"intermediate": 6, "advanced": 6}
+
+
+@pytest.mark.parametrize("replay", [0, 0.3])
+@pytest.mark.parametrize("index", range(3))
+def test_every_stage_of_a_fixed_set_takes_what_there_is(replay, index):
+    stage = make_stages(replay=replay)[index]
+    for others in (DIFFICULTIES[1:], DIFFICULTIES[:2]):
+        chosen = select_problems(stage, without(*others), 12)
+        assert len({p.id for p in chosen}) == 12
+    with pytest.raises(UserError, match="training data is empty; give at least one"):
         select_problems(stage, [], 12)
+
+
+@given(
+    st.sampled_from(["curriculum", "mixed", "reversed"]),
+    st.floats(0, 0.99),
+    st.integers(0, 2),
+    st.integers(1, 40),
+)
+def test_a_fixed_set_keeps_to_the_mixture_at_any_count(order, replay, index, count):
+    stage = make_stages(order, replay=replay)[index]
+    found = Counter(p.difficulty for p in select_problems(stage, fixed(), count))
+    assert found.total() == count
+    for difficulty, share in stage.mixture.items():
+        assert abs(found[difficulty] - share * count) < 1 + 1e-9
 
 
 @pytest.mark.parametrize(

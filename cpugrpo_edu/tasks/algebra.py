@@ -114,6 +114,6 @@ def holds_only_for(line: str, x: int) -> bool:
 
 
 def complexity(line: str) -> tuple[int, int]:
-    """(number of terms, 0 if x stands alone with the coefficient 1, else 1)."""
-    terms = re.findall(r"\d*x|\d+", line)
-    return len(terms), int("x" not in terms)
+    """(number of terms, 0 if x stands alone on a side, else 1)."""
+    sides = [part.strip() for part in line.split("=")]
+    return len(re.findall(r"\d*x|\d+", line)), int("x" not in sides)
