@@ -161,10 +161,8 @@ def test_splitting_trims_padding_and_keeps_log_probs(trainer, batch):
     keep = torch.tensor([0, 1, 3, 4, 6, 7])
     seen, widths = [], []
     for micro in split_by_length(batch, keep, 2):
-        row = [
-            next(i for i in range(8) if batch["advantages"][i] == a or (i == 6 and a == 0))
-            for a in micro["advantages"]
-        ]
+        # The kept rows differ in their advantages, which so tell them apart.
+        row = [next(i for i in keep.tolist() if ADVANTAGES[i] == a) for a in micro["advantages"]]
         seen += row
         longest = int(LENGTHS[row].max())
         assert micro["completion_ids"].shape[1] == longest
@@ -183,7 +181,8 @@ def test_checkpointing_changes_no_gradient(trainer, batch, monkeypatch):
     _, plain = gradient(trainer, batch, monkeypatch, micro_batch=4)
     calls = []
     layer = trainer.model.model.layers[0]
-    handle = layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+    # When it enters, since computing anew stops as soon as all that is needed is there.
+    handle = layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         _, again = gradient(trainer, batch, monkeypatch, micro_batch=4)
@@ -207,7 +206,7 @@ def test_the_plan_keeps_to_the_memory_limit(trainer, batch, monkeypatch):
     )
     needs = []
     original = trainer.free_memory
-    for free in (10**9, 10**6, 10**5):
+    for free in (10**9, 2 * 10**5, 10**4):
         monkeypatch.setattr(trainer, "options", CPUOptions(memory_limit=held + free))
         assert original() == free
         try:
@@ -215,7 +214,7 @@ def test_the_plan_keeps_to_the_memory_limit(trainer, batch, monkeypatch):
         except UserError as error:
             needs.append(0)
             assert "one sequence needs" in str(error) and "checkpointing" in str(error)
-    assert needs[0] == 8 and needs == sorted(needs, reverse=True) and needs[2] == 0
+    assert needs[0] == 8 and 0 < needs[1] < 8 and needs[2] == 0
     monkeypatch.setattr(trainer, "options", CPUOptions(memory_limit=held // 2))
     assert original() == 0
     monkeypatch.setattr(trainer, "options", CPUOptions(micro_batch=3, memory_limit=1))
@@ -387,7 +386,28 @@ def test_a_nan_loss_stops_training(tiny_policy, tmp_path):
         trainer.train()
 
 
-def test_without_signal_training_stops_after_the_patience(tiny_policy, tmp_path):
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [
+        (True, "in 2 steps in a row every group's rewards"),
+        (False, "all completions were cut at the length limit in 2 steps in a row"),
+    ],
+)
+def test_without_signal_training_stops_after_the_patience(
+    tiny_policy, tmp_path, monkeypatch, ending, words
+):
+    import cpugrpo_edu.trainer as module
+
+    original = module.rollout
+    last = tiny_policy.tokenizer.eos_token_id if ending else 7
+
+    def ended(*args, **kwargs):
+        groups = original(*args, **kwargs)
+        for episode in (episode for group in groups for episode in group.episodes):
+            episode.completion_ids[-1] = last
+        return groups
+
+    monkeypatch.setattr(module, "rollout", ended)
     rows = []
     trainer = make(
         tiny_policy,
@@ -397,7 +417,7 @@ def test_without_signal_training_stops_after_the_patience(tiny_policy, tmp_path)
         on_step=rows.append,
         max_steps=5,
     )
-    with pytest.raises(UserError, match="in 2 steps in a row every group's rewards"):
+    with pytest.raises(UserError, match=words):
         trainer.train()
     assert len(rows) == 2
 
