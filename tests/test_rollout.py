@@ -80,7 +80,7 @@ def test_greedy_equals_hugging_face_generate_on_ragged_prompts(which, request):
         assert ours.episodes[0].logprobs == pytest.approx(theirs.episodes[0].logprobs, abs=1e-4)
     for prompt, group in zip(PROMPTS, fast, strict=True):  # nor does padding matter
         assert ids(run(model, [prompt], temperature=0.0, max_new_tokens=16)) == ids([group])
-    assert len({token for [[row]] in zip(ids(fast)) for token in row}) > 8  # not one token all over
+    assert len({token for [[row]] in zip(ids(fast)) for token in row}) > 4  # not one token all over
 
 
 def test_adapters_change_what_is_sampled(model, adapted):
@@ -146,9 +146,11 @@ def test_nucleus_by_hand():
 
 
 def staggered_eos(model):
-    """Ends that stop three of the four greedy completions after 2, 5 and 9 tokens or so."""
+    """Ends for some of the greedy completions, none at the first token; and all without ends."""
     rows = [row for [row] in ids(run(model, temperature=0.0, max_new_tokens=20))]
-    return {rows[0][1], rows[1][4], rows[3][8]}, rows
+    first = {row[0] for row in rows}
+    later = [[t for t in row[1 + 2 * i :] if t not in first] for i, row in enumerate(rows)]
+    return {tokens[0] for tokens in later if tokens}, rows
 
 
 def test_retiring_finished_rows_changes_no_other_row(model, monkeypatch):
