@@ -13,11 +13,22 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from cpugrpo_edu import cli
+from cpugrpo_edu import cli, hardware
 from cpugrpo_edu.rewards import REWARDS, guarded
 from cpugrpo_edu.types import UserError
 
 COMMANDS = ("doctor", "run", "evaluate", "generate", "report", "pretrain", "models")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Tests run side by side: unless asked for more, a command takes one thread, not every core."""
+    original = hardware.configure_threads
+    monkeypatch.setattr(
+        hardware,
+        "configure_threads",
+        lambda threads=None: original(1 if threads is None else threads),
+    )
 
 
 def invoke(*arguments):
