@@ -116,7 +116,7 @@ class RunConfig:
     system: str | None = None
     # Curriculum
     order: str = "curriculum"
-    steps: tuple[int, int, int] = (16, 16, 16)
+    steps: tuple[int, int, int] = (10, 10, 10)
     learning_rates: tuple[float, float, float] = (3e-4, 3e-4, 3e-4)
     replay: float = 0.3
     # GRPO
@@ -146,7 +146,7 @@ class RunConfig:
     # Consolidation
     fisher: str = "rollout_score"
     fisher_examples: int = 64
-    ewc_strength: float = 10.0
+    ewc_strength: float = 0.1
     ewc_decay: float = 1.0
     # Evaluation
     per_cell: int = 300

@@ -130,6 +130,7 @@ def test_saved_evaluations_read_back_equal(tiny_policy, problems, tmp_path):
         gzip.compress(b"\xff\xfe"),
         gzip.compress(b'{"label": "a"}' * 50)[:-12],
     ],
+    ids=range(8),  # the compressed bytes hold the time, and test names must not
 )
 def test_corrupted_files_are_named(tmp_path, content):
     path = tmp_path / "broken.json.gz"
