@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -536,7 +536,7 @@ class Run:
             results |= self.results_of(evaluations, int8)
         return RunRecord(
             kind="run",
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
             seed=config.seed,
             commit=git_commit(),
             code_hash=code_hash(),

@@ -808,7 +808,9 @@ def _run_row(record: RunRecord) -> tuple[list[float | None], list[str]]:
     results = record.results
     overall = results.get("comparisons", {}).get(MAIN, {}).get("overall", {})
     forgotten = results.get("forgetting", {}).get("forgetting", {}).values()
-    worst = max((cell for cell in forgotten if cell), key=lambda cell: cell["points"], default={})
+    worst: dict[str, Any] = max(
+        (cell for cell in forgotten if cell), key=lambda cell: cell["points"], default={}
+    )
     seconds = results.get("seconds", {})
     total, evaluating = seconds.get("total"), seconds.get("evaluate")
     numbers = [overall.get(key) for key in ("before", "after", "difference")]
