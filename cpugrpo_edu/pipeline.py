@@ -116,7 +116,7 @@ class RunConfig:
     system: str | None = None
     # Curriculum
     order: str = "curriculum"
-    steps: tuple[int, int, int] = (10, 10, 10)
+    steps: tuple[int, int, int] = (9, 9, 9)
     learning_rates: tuple[float, float, float] = (3e-4, 3e-4, 3e-4)
     replay: float = 0.3
     # GRPO
