@@ -183,11 +183,14 @@ def run(
         record = work.finish(peak)
     record.results["peak_rss_bytes"] = peak.peak_rss_bytes
     record.results["cpu_percent"] = peak.cpu_percent
+    seconds = record.results["seconds"]
+    seconds["total"] = work.seconds()  # as the report shows it: without its own writing
     start = time.perf_counter()
     write_report(record, work.output)
-    record.results["seconds"]["report"] = time.perf_counter() - start
-    record.results["seconds"]["total"] = time.time() - work.started + work.state["seconds_before"]
+    seconds["report"] = time.perf_counter() - start
+    seconds["total"] = work.seconds()
     record.save(work.output / "record.json")
+    shutil.rmtree(work.output / "checkpoints", ignore_errors=True)
     return record
 
 
@@ -254,8 +257,12 @@ class Run:
         if anchor.exists():
             self.anchor = load_anchor(anchor)
 
+    def seconds(self) -> float:
+        """Since the run began, without the pauses between an interruption and its resumption."""
+        return time.time() - self.started + float(self.state["seconds_before"])
+
     def save_state(self) -> None:
-        self.state["seconds_before"] += time.time() - self.started
+        self.state["seconds_before"] = self.seconds()
         self.started = time.time()
         temporary = self.output / "state.json.tmp"
         temporary.write_text(json.dumps(self.state, indent=1))
