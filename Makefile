@@ -53,7 +53,7 @@ endif
 book: venv ## build the book from the stored outputs into _build/html
 	$(BIN)/jupyter-book build -W -n --keep-going .
 
-records: venv ## do the ten runs of the readme's table again (about half an hour), keep their records
+records: venv ## do the runs of the readme's table again (about half an hour) and keep their records
 	$(BIN)/python tools/records.py $(ARGS)
 
 results: venv ## write the table of the readme from records/run-*.json
