@@ -86,6 +86,17 @@ def test_block_names_every_machine_and_commit():
     assert "0123456789; ffffffffff+dirty" in block
 
 
+def test_block_says_how_often_working_is_shown():
+    runs = [record(1), record(2)]
+    assert "working" not in results.results_block(runs)
+    for run, after in zip(runs, (0.75, 0.25), strict=True):
+        run.results["working"] = {
+            "before": {"share_with_working": 0.125},
+            "after": {"share_with_working": after},
+        }
+    assert "their working: 12.5 % before, 50.0 % after" in results.results_block(runs)
+
+
 def test_no_records_give_the_placeholder(tmp_path):
     assert results.results_block(results.read_runs(tmp_path)) == results.PLACEHOLDER
 

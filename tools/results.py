@@ -65,6 +65,18 @@ def listed(values: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(values))
 
 
+def habit(records: Sequence[RunRecord]) -> str:
+    """How often completions show their working, so that no gain is taken for skill alone."""
+    found = [r.results["working"] for r in records if "working" in r.results]
+    if not found:
+        return ""
+    shares = []
+    for side in ("before", "after"):
+        values = [100 * working[side]["share_with_working"] for working in found]
+        shares.append(f"{sum(values) / len(values):.1f} % {side}")
+    return f"Completions that show their working: {', '.join(shares)} (mean of all runs above).\n"
+
+
 def results_block(records: Sequence[RunRecord]) -> str:
     """What stands between the markers: the table, and where its numbers come from."""
     if not records:
@@ -87,6 +99,7 @@ def results_block(records: Sequence[RunRecord]) -> str:
         "Exact match on held-out problems, greedy; a seed's interval is about the problems drawn "
         "(paired bootstrap), that of the mean about the seed (t). Forgetting: points that the "
         "difficulty that lost most is below its best; negative is a gain.\n"
+        f"{habit(records)}"
         f"Machine: {machines}. Versions: {packages}. Commit: {commits}; code: {code}.\n"
         "Written by `make results` from [`records/`](records/)."
     )
