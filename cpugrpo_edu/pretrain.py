@@ -314,7 +314,8 @@ A question's split is decided by its hash, so no evaluation question was trained
 Targets are worked solutions, one step a line, and bare answers without working: {early:.0f} %
 bare answers at first, {late:.0f} % in the last {part:.0f} % of the corpus. That is deliberate:
 **the model can work step by step better than it is in the habit of doing**. Much of what GRPO
-gains in the first steps is this habit. A run's record tells habit and skill apart.
+gains in the first steps is this habit. A run's record counts how often working
+is shown; before training that is so rare that skill alone can hardly be compared.
 
 ## How it scores
 
