@@ -13,7 +13,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from cpugrpo_edu.types import ANSWER_MARK
+from cpugrpo_edu.types import ANSWER_MARK, Problem
 
 MAX_ANSWER_CHARS = 100
 """A longer stated answer is not accepted."""
@@ -72,6 +72,11 @@ def normalize_answer(text: str) -> str:
     """
     number = parse_number(text)
     return _plain_text(text) if number is None else str(number)
+
+
+def exact_match(problem: Problem, completion: str) -> bool:
+    """Whether the completion states one answer, and it equals the problem's."""
+    return answers_match(extract_answer(completion), problem.answer)
 
 
 def answers_match(stated: str | None, reference: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from cpugrpo_edu.types import DIFFICULTIES, UserError
+from cpugrpo_edu.types import DIFFICULTIES, Problem, UserError
 
 # Heavy imports (torch, transformers, trl) stand inside the commands: --help answers at
 # once, and threads are set before torch is loaded.
@@ -346,12 +346,9 @@ def generate(
         raise UserError("the prompt is empty; give a question in quotes")
     sampling = Sampling(max_completion, temperature, seed=seed)
     policy = load_policy(model)
-    messages = [{"role": "user", "content": prompt}]
-    if policy.system:
-        messages.insert(0, {"role": "system", "content": policy.system})
     [group] = rollout(
         policy.model,
-        [policy.encode_chat(messages)],
+        [policy.encode_problem(Problem("prompt", "", "", prompt, answer=""))],
         n,
         sampling,
         eos_ids=policy.eos_ids,

@@ -15,7 +15,7 @@ from typing import Any
 
 from cpugrpo_edu.models import Policy
 from cpugrpo_edu.rollout import Sampling, rollout
-from cpugrpo_edu.tasks import DOMAINS, get_task, make_problems, prompt_messages
+from cpugrpo_edu.tasks import DOMAINS, get_task, make_problems
 from cpugrpo_edu.types import DIFFICULTIES, Evaluation, Problem, UserError
 
 EVALUATION_SEED = 2026
@@ -55,7 +55,7 @@ def evaluate(
     if not problems:
         raise UserError("there are no problems to evaluate on; give at least one")
     start = time.perf_counter()
-    prompts = [policy.encode_chat(prompt_messages(p, policy.system)) for p in problems]
+    prompts = [policy.encode_problem(problem) for problem in problems]
     groups = rollout(
         policy.model if model is None else model,
         prompts,

@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cpugrpo_edu.hardware import native_bfloat16
+from cpugrpo_edu.hardware import BUNDLED_MODEL, native_bfloat16
 from cpugrpo_edu.memory import ensure_fits, estimate_model_bytes
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.tasks import prompt_messages
+from cpugrpo_edu.types import Problem, UserError
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = BUNDLED_MODEL.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
@@ -63,6 +64,10 @@ class Policy:
                 messages, add_generation_prompt=True, return_dict=True
             )["input_ids"]
         )
+
+    def encode_problem(self, problem: Problem) -> list[int]:
+        """Token ids of the prompt that puts the problem to this model."""
+        return self.encode_chat(prompt_messages(problem, self.system))
 
 
 def resolve_source(name: str | Path) -> str:
@@ -127,15 +132,9 @@ def load_policy(
     prepare_tokenizer(tokenizer)
     if lora_rank:
         model = add_lora(model, lora_rank, seed)
-    if system is None and source != str(BUNDLED):
-        system = default_system(source)
+    if system is None and not getattr(config, "cpugrpo_format", False):  # not a model of ours
+        system = SYSTEM_PROMPT
     return Policy(model, tokenizer, source, system)
-
-
-def default_system(source: str) -> str | None:
-    """None for a model of ours (marked in its config), else the format instructions."""
-    config = AutoConfig.from_pretrained(source)
-    return None if getattr(config, "cpugrpo_format", False) else SYSTEM_PROMPT
 
 
 def first_sentence(error: BaseException) -> str:

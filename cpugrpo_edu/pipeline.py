@@ -47,6 +47,7 @@ from cpugrpo_edu.ewc import (
 )
 from cpugrpo_edu.fisher import Example, Variant, examples_from_groups, fisher_diagonal
 from cpugrpo_edu.hardware import (
+    GIB,
     code_hash,
     configure_threads,
     describe_machine,
@@ -72,15 +73,14 @@ from cpugrpo_edu.monitor import MetricsLog, ProgressDisplay
 from cpugrpo_edu.quantization import quantization_report, quantize_for_rollout
 from cpugrpo_edu.report import write_report
 from cpugrpo_edu.rewards import combine
-from cpugrpo_edu.rollout import Sampling, rollout
+from cpugrpo_edu.rollout import ENGINES, Sampling, rollout
 from cpugrpo_edu.statistics import accuracy_table, compare, forgetting_matrix
-from cpugrpo_edu.tasks import DOMAINS, prompt_messages, split_of
+from cpugrpo_edu.tasks import DOMAINS, split_of
 from cpugrpo_edu.tasks.custom import load_custom
 from cpugrpo_edu.tasks.gsm8k import load_gsm8k
 from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
 from cpugrpo_edu.types import Evaluation, Problem, RunRecord, UserError
 
-GIB = 2**30
 STEP_METRICS = {
     # our name: TRL's
     "reward": "reward",
@@ -180,7 +180,7 @@ def run(
         work.measure("before")
         for index in range(len(config.stages)):
             work.do_stage(index)
-        record = work.finish(peak)
+        record = work.finish()
     record.results["peak_rss_bytes"] = peak.peak_rss_bytes
     record.results["cpu_percent"] = peak.cpu_percent
     seconds = record.results["seconds"]
@@ -210,7 +210,6 @@ class Run:
         }
         self.anchor: Anchor | None = None
         self.released = 0
-        self.micro_batches: list[int] = []
 
     # Beginning
 
@@ -335,12 +334,13 @@ class Run:
         problems = self.problems_for(stage, index)
         trainer = self.train(stage, index, problems)
         trained = time.perf_counter() - begun
-        if fingerprint(self.policy.model) == self.state["fingerprint"] and stage.steps:
+        now = fingerprint(self.policy.model)
+        if now == self.state["fingerprint"] and stage.steps:
             raise UserError(
                 f"the weights did not change in stage {stage.name!r}; check that the learning rate "
                 f"({stage.learning_rate}) is above 0 and that rewards differ within groups"
             )
-        self.state["fingerprint"] = fingerprint(self.policy.model)
+        self.state["fingerprint"] = now
         consolidating = time.perf_counter()
         detail = self.consolidate(problems, index)
         fisher_seconds = time.perf_counter() - consolidating
@@ -444,7 +444,7 @@ class Run:
         if config.fisher_examples == 0:
             return {}
         chosen = list(problems)[-config.fisher_examples :]
-        prompts = [self.policy.encode_chat(prompt_messages(p, self.policy.system)) for p in chosen]
+        prompts = [self.policy.encode_problem(problem) for problem in chosen]
         if config.fisher in ("empirical", "batched"):
             solutions = [self.policy.tokenizer(p.solution or p.answer)["input_ids"] for p in chosen]
             examples = [Example(p, s) for p, s in zip(prompts, solutions, strict=True)]
@@ -508,7 +508,7 @@ class Run:
         self.save_state()
         return evaluation
 
-    def finish(self, peak: PeakMemory) -> RunRecord:
+    def finish(self) -> RunRecord:
         """The INT8 evaluation, the final model, and the record."""
         config, state = self.config, self.state
         labels = ["before", *(f"after {stage.name}" for stage in config.stages)]
@@ -517,13 +517,7 @@ class Run:
         quantization: dict[str, Any] = {}
         if config.int8_evaluation:
             served = quantize_for_rollout(self.policy.model)
-            ids = torch.tensor(
-                [
-                    self.policy.encode_chat(
-                        prompt_messages(self.eval_problems[0], self.policy.system)
-                    )
-                ]
-            )
+            ids = torch.tensor([self.policy.encode_problem(self.eval_problems[0])])
             quantization = quantization_report(self.policy.model, served, ids)
             quantization.pop("layer_error")
             int8 = self.measure("after, INT8", model=served)
@@ -629,7 +623,7 @@ class Run:
 def check_settings(config: RunConfig) -> None:
     """What would otherwise come out only when its turn comes, perhaps after an hour."""
     for name, allowed in (
-        ("engine", ("fast", "generate")),
+        ("engine", ENGINES),
         ("checkpointing", ("auto", "on", "off")),
         ("fisher", get_args(Variant)),
     ):

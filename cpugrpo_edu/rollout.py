@@ -25,6 +25,8 @@ from torch import Tensor
 
 from cpugrpo_edu.types import Episode, Group, UserError
 
+ENGINES = ("fast", "generate")
+
 RETIRE_SHARE = 0.75
 """Compact the batch when fewer than this share of its rows is still running."""
 
@@ -194,20 +196,33 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
 
 
-def prefill(
-    lm: Any, prompts: Sequence[Sequence[int]], room: int, pad_id: int
-) -> tuple[Tensor, Tensor, Cache]:
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids (prompts, width), padded on the left, and where a real token stands."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return ids, torch.arange(width) >= (width - lengths)[:, None]
+
+
+def regroup(
+    prompts: Sequence[Sequence[int]], copies: int, episodes: Sequence[Episode]
+) -> list[Group]:
+    """Put the episodes, ``copies`` in a row for each prompt, into one group a prompt."""
+    return [
+        Group(list(prompt), list(episodes[i * copies : (i + 1) * copies]))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def prefill(lm: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor, Cache]:
     """Left-pad and run the prompts once.
 
     Returns the last hidden states (prompts, hidden), the lengths, and the cache.
     """
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    valid = torch.arange(width) >= (width - lengths)[:, None]
+    ids, valid = left_pad(prompts, pad_id)
     positions = (valid.cumsum(-1) - 1).clamp(min=0)
-    cache = Cache.empty(lm, len(prompts), width + room)
-    return forward(lm, ids, positions, valid, cache), lengths, cache
+    cache = Cache.empty(lm, *ids.shape)
+    return forward(lm, ids, positions, valid, cache), valid.sum(-1), cache
 
 
 def decode(
@@ -220,7 +235,7 @@ def decode(
     generator: torch.Generator,
 ) -> list[Group]:
     """Complete each prompt ``copies`` times, all rows in one batch."""
-    hidden, lengths, prompt_cache = prefill(lm, prompts, 0, pad_id)
+    hidden, lengths, prompt_cache = prefill(lm, prompts, pad_id)
     rows = torch.arange(len(prompts)).repeat_interleave(copies)
     cache = prompt_cache.select(rows, prompt_cache.length + sampling.max_new_tokens)
     del prompt_cache
@@ -256,16 +271,11 @@ def decode(
             cache,
         )
         position = position + 1
-    groups = []
-    for index, prompt in enumerate(prompts):
-        episodes = []
-        for row in range(index * copies, (index + 1) * copies):
-            n = int(counts[row])
-            episodes.append(
-                Episode(tokens[row, :n].tolist(), logprobs[row, :n].tolist(), bool(ended[row]))
-            )
-        groups.append(Group(list(prompt), episodes))
-    return groups
+    episodes = [
+        Episode(ids[:n].tolist(), logps[:n].tolist(), bool(end))
+        for ids, logps, n, end in zip(tokens, logprobs, counts.tolist(), ended, strict=True)
+    ]
+    return regroup(prompts, copies, episodes)
 
 
 def decode_with_generate(
@@ -278,16 +288,13 @@ def decode_with_generate(
     generator: torch.Generator,
 ) -> list[Group]:
     """The reference: Hugging Face ``generate`` on left-padded prompts, each given G times."""
-    width = max(len(prompt) for prompt in prompts)
-    repeated = [prompt for prompt in prompts for _ in range(copies)]
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in repeated])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in repeated])
+    ids, valid = left_pad([prompt for prompt in prompts for _ in range(copies)], pad_id)
     greedy = sampling.temperature == 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         output = model.generate(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=valid.long(),
             max_new_tokens=sampling.max_new_tokens,
             do_sample=not greedy,
             temperature=None if greedy else sampling.temperature,
@@ -300,18 +307,14 @@ def decode_with_generate(
             output_scores=True,
         )
     scores = torch.stack(output.scores, dim=1).float().log_softmax(-1)
-    tokens = output.sequences[:, width:]
+    tokens = output.sequences[:, ids.shape[1] :]
     chosen = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    groups = []
-    for index, prompt in enumerate(prompts):
-        episodes = []
-        for row in range(index * copies, (index + 1) * copies):
-            ids_row = tokens[row].tolist()
-            end = next((i for i, token in enumerate(ids_row) if token in eos_ids), None)
-            n = len(ids_row) if end is None else end + 1
-            episodes.append(Episode(ids_row[:n], chosen[row, :n].tolist(), end is not None))
-        groups.append(Group(list(prompt), episodes))
-    return groups
+    episodes = []
+    for row, logps in zip(tokens.tolist(), chosen.tolist(), strict=True):
+        end = next((i for i, token in enumerate(row) if token in eos_ids), None)
+        n = len(row) if end is None else end + 1
+        episodes.append(Episode(row[:n], logps[:n], end is not None))
+    return regroup(prompts, copies, episodes)
 
 
 @torch.inference_mode()
@@ -333,8 +336,8 @@ def rollout(
     may be empty, which forces completions of full length. Completions keep their
     end-of-text token. Raises UserError for an empty prompt or an unknown engine.
     """
-    if engine not in {"fast", "generate"}:
-        raise UserError(f"unknown rollout engine {engine!r}; allowed are fast and generate")
+    if engine not in ENGINES:
+        raise UserError(f"unknown rollout engine {engine!r}; allowed are {' and '.join(ENGINES)}")
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt has no tokens; give it some text")
     if copies < 1:

@@ -6,7 +6,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from cpugrpo_edu.answers import answers_match, extract_answer
+from cpugrpo_edu.answers import exact_match
 from cpugrpo_edu.tasks.equations import step_score, working_lines
 from cpugrpo_edu.types import ANSWER_MARK, Difficulty, Problem, Step, StepReport
 
@@ -46,8 +46,7 @@ class Algebra:
         return Problem("", self.name, difficulty, f"Solve for x: {question}", str(x), solution)
 
     def verify(self, problem: Problem, completion: str) -> bool:
-        stated = extract_answer(completion)
-        return stated is not None and answers_match(stated, problem.answer)
+        return exact_match(problem, completion)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         """A step is valid if it holds for the true x only, and is simpler than all before.

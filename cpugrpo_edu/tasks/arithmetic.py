@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from cpugrpo_edu.answers import answers_match, extract_answer
+from cpugrpo_edu.answers import exact_match
 from cpugrpo_edu.tasks.equations import check_equations, write_solution
 from cpugrpo_edu.types import Difficulty, Problem, StepReport
 
@@ -42,8 +42,7 @@ class Arithmetic:
         return Problem("", self.name, difficulty, f"Compute {text}.", answer, solution)
 
     def verify(self, problem: Problem, completion: str) -> bool:
-        stated = extract_answer(completion)
-        return stated is not None and answers_match(stated, problem.answer)
+        return exact_match(problem, completion)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         return check_equations(problem, completion)

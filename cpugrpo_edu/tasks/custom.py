@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import cpugrpo_edu.tasks as tasks
-from cpugrpo_edu.answers import answers_match, extract_answer, normalize_answer
+from cpugrpo_edu.answers import exact_match, normalize_answer
 from cpugrpo_edu.tasks.gsm8k import check_prose, read_jsonl
 from cpugrpo_edu.types import DIFFICULTIES, Difficulty, Problem, StepReport, UserError
 
 Verifier = Callable[[Problem, str], Any]
 """``verify(problem, completion)`` returns a bool, or a grade from 0 to 1."""
-
-
-def exact_match(problem: Problem, completion: str) -> bool:
-    """The verifier of problems that come with an answer: the stated one equals it."""
-    return answers_match(extract_answer(completion), problem.answer)
 
 
 @dataclass

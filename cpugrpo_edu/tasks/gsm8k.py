@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cpugrpo_edu.tasks as tasks
-from cpugrpo_edu.answers import answers_match, extract_answer, parse_number
+from cpugrpo_edu.answers import exact_match, extract_answer, parse_number
 from cpugrpo_edu.tasks.equations import step_score
 from cpugrpo_edu.types import ANSWER_MARK, Difficulty, Problem, Step, StepReport, UserError
 
@@ -44,7 +44,7 @@ class GSM8K:
         raise UserError(f"{self.name} problems are not generated; load them from a file instead")
 
     def verify(self, problem: Problem, completion: str) -> bool:
-        return answers_match(extract_answer(completion), problem.answer)
+        return exact_match(problem, completion)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         return check_prose(problem, completion)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cpugrpo_edu.answers import answers_match, extract_answer
+from cpugrpo_edu.answers import exact_match
 from cpugrpo_edu.tasks.equations import step_score, working_lines
 from cpugrpo_edu.types import ANSWER_MARK, Difficulty, Problem, Step, StepReport
 
@@ -46,8 +46,7 @@ class Lists:
         return Problem("", self.name, difficulty, question, answer, solution)
 
     def verify(self, problem: Problem, completion: str) -> bool:
-        stated = extract_answer(completion)
-        return stated is not None and answers_match(stated, problem.answer)
+        return exact_match(problem, completion)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         """A step is valid if it is the next line of the one right way to work."""
