@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cpugrpo_edu.models import drop_input_grad_hooks
 from cpugrpo_edu.policy import completion_logits, gather_log_probs
 from cpugrpo_edu.types import Group, UserError
 
@@ -133,6 +134,7 @@ def fisher_diagonal(
 
     was_training = model.training
     model.eval()
+    drop_input_grad_hooks(model)  # vmap rejects them
     try:
         rows = [r for e in examples for r in _rows(model, e, variant, temperature, generator)]
         batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]

@@ -228,3 +228,17 @@ def save_policy(policy: Policy, folder: str | Path) -> Path:
     model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     return folder
+
+
+def drop_input_grad_hooks(model: Any) -> None:
+    """Remove the hooks by which Hugging Face makes embedding outputs require gradients.
+
+    ``gradient_checkpointing_enable`` adds one each time it is called and forgets the earlier
+    ones. Only reentrant checkpointing needs them; the trainer's is not.
+    """
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    hooks = model.get_input_embeddings()._forward_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "__name__", "") == "make_inputs_require_grads":
+            del hooks[key]

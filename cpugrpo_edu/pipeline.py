@@ -116,7 +116,7 @@ class RunConfig:
     system: str | None = None
     # Curriculum
     order: str = "curriculum"
-    steps: tuple[int, int, int] = (9, 9, 9)
+    steps: tuple[int, int, int] = (6, 6, 6)
     learning_rates: tuple[float, float, float] = (3e-4, 3e-4, 3e-4)
     replay: float = 0.3
     # GRPO
@@ -133,14 +133,14 @@ class RunConfig:
     # Model and memory
     lora_rank: int = 0
     dtype: str = "float32"
-    checkpointing: str = "auto"
+    checkpointing: str = "on"
     micro_batch: int | None = None
     memory_budget_gib: float | None = None
     cleanup: bool = True
     threads: int | None = None
     # Rollouts and serving
     engine: str = "fast"
-    int8_rollouts: bool = False
+    int8_rollouts: bool = True
     importance_correction: bool = True
     int8_evaluation: bool = True
     # Consolidation

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .models import drop_input_grad_hooks
 from .types import UserError
 
 _linear_dynamic = torch.ops.quantized.linear_dynamic
@@ -257,8 +258,7 @@ def quantize_for_rollout(
     served = copy.deepcopy(live, memo).eval()
     # A TRL trainer leaves a forward that would call the live model's layers from the copy.
     served.__dict__.pop("forward", None)
-    if hasattr(served, "disable_input_require_grads"):
-        served.disable_input_require_grads()  # a hook that checkpointing with LoRA leaves
+    drop_input_grad_hooks(served)
     return served
 
 

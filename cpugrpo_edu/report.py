@@ -29,7 +29,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from cpugrpo_edu.monitor import (
     BLUE,
@@ -50,9 +50,6 @@ from cpugrpo_edu.monitor import (
 from cpugrpo_edu.statistics import difficulty_order, over_seeds, wilson_interval
 from cpugrpo_edu.types import RunRecord, UserError
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 __all__ = [
     "Plot",
     "headline",
@@ -61,9 +58,9 @@ __all__ = [
     "plot_forgetting",
     "plot_learning",
     "plot_time_and_memory",
+    "records_folder",
     "replace_between_markers",
     "results_table",
-    "show",
     "value",
     "write_report",
 ]
@@ -163,19 +160,6 @@ def headline(record: RunRecord) -> str:
 
 
 # Plots
-
-
-def show(figure: Figure | Plot, alt: str | None = None) -> None:
-    """Display a figure in a notebook with its alternative text, which must say something."""
-    from IPython.display import display
-
-    plot = figure if isinstance(figure, Plot) else Plot(figure, "")
-    if alt is not None:
-        plot = Plot(plot.figure, alt)
-    if not plot.alt.strip():
-        raise UserError("a figure needs alternative text; say what it shows: show(fig, alt='...')")
-    data, metadata = plot._repr_mimebundle_()
-    display(data, metadata=metadata, raw=True)  # type: ignore[no-untyped-call]
 
 
 def _message_plot(text: str) -> Plot:
@@ -764,7 +748,7 @@ def value(source: RunRecord | str | Path, key: str) -> Any:
     return found
 
 
-def _records_folder() -> Path:
+def records_folder() -> Path:
     """``records/`` of the working directory, a parent of it, or the source tree."""
     here = Path.cwd()
     places = [p / "records" for p in (here, *here.parents, Path(__file__).resolve().parent.parent)]
@@ -782,7 +766,7 @@ def number(
 
     ``number("smoke", "results.peak_rss_bytes", "{:.2f} GiB", scale=2**-30)``.
     """
-    folder = _records_folder() if folder is None else Path(folder)
+    folder = records_folder() if folder is None else Path(folder)
     path = folder / f"{record_name}.json"
     if not path.exists():
         names = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"

@@ -10,7 +10,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from matplotlib.figure import Figure
 
 from cpugrpo_edu.report import (
     COMPONENTS,
@@ -22,7 +21,6 @@ from cpugrpo_edu.report import (
     plot_time_and_memory,
     replace_between_markers,
     results_table,
-    show,
     value,
     write_report,
 )
@@ -340,22 +338,6 @@ def test_plots_of_nothing_say_so():
     record.results = {}
     for plot in (plot_accuracy(record), plot_forgetting(record), plot_time_and_memory(record)):
         assert plot.alt.startswith("No ") and plot.png().startswith(b"\x89PNG")
-
-
-def test_show_carries_the_alternative_text(monkeypatch):
-    shown = []
-    monkeypatch.setattr("IPython.display.display", lambda *a, **k: shown.append((a, k)))
-    plot = Plot(Figure(figsize=(1, 1)), "a figure of nothing")
-    show(plot)
-    show(Figure(figsize=(1, 1)), alt="an empty square")
-    show(plot, alt="said otherwise")
-    alts = [k["metadata"]["image/png"]["alt"] for _, k in shown]
-    assert alts == [plot.alt, "an empty square", "said otherwise"]
-    assert base64.b64decode(shown[1][0][0]["image/png"]).startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="alternative text"):
-        show(Figure(), alt=" ")
-    with pytest.raises(UserError, match="alternative text"):
-        show(Figure())
 
 
 # Glue
