@@ -8,7 +8,6 @@ VENV ?= .venv
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # one torch thread per test worker: they would only take each other's cores
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
@@ -32,6 +31,8 @@ venv: ## create the environment from requirements.lock (at once when it is up to
 lint: venv ## ruff: style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --config line-length=76 notebooks/*.ipynb
+	$(BIN)/ruff format --check --config line-length=76 notebooks/*.ipynb
 
 format: venv ## ruff: mend style and formatting
 	$(BIN)/ruff check --fix .
@@ -43,12 +44,8 @@ types: venv ## mypy on the package
 unit: venv ## unit tests with coverage
 	$(PYTEST) --cov --cov-report=term
 
-notebooks: venv ## execute the notebooks, compare the outputs marked for it
-ifeq ($(NOTEBOOKS),)
-	@echo "no notebooks yet"
-else
-	$(PYTEST) --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout=600 $(NOTEBOOKS)
-endif
+notebooks: venv ## execute every notebook with nbval and print what each took
+	$(BIN)/python tools/notebooks.py $(ARGS)
 
 book: venv ## build the book from the stored outputs into _build/html
 	$(BIN)/jupyter-book build -W -n --keep-going .

@@ -1,0 +1,130 @@
+"""What every chapter must have: its parts, solved exercises, words for pictures, no typed result."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+RECORDS = ROOT / "records" / "notebooks"
+
+SECTIONS = ["Check yourself", "Take-aways", "What this does not show", "Further reading"]
+LARGEST = 800_000  # bytes
+
+RESULT = re.compile(
+    r"""(?<![\w.$-])[+\u2212-]?\d[\d.,]*\s?
+    (?:%|percent\b|points?\b|seconds?\b|s\b|ms\b|minutes?\b|[KMG]i?B\b|tokens?\ (?:a|per)\ second
+    |tokens/s|GFLOPS|GB/s|times\ (?:faster|slower|larger|smaller))""",
+    re.X,
+)
+ALLOWED = re.compile(r"(?<!\d)(?:95|99|90|100|50|0|5|1|10|20|80)\s?(?:%|percent)")
+"""Levels of intervals and tests, and shares that are meant, not measured."""
+
+
+def cells(path, kind):
+    notebook = json.loads(path.read_text())
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def prose(path):
+    """The Markdown of a chapter without code, formulas, links and citations."""
+    text = "\n\n".join(source(cell) for cell in cells(path, "markdown"))
+    text = re.sub(r"^\s*(`{3,})(?:python|text|bash|json)?\n.*?^\s*\1", "", text, flags=re.S | re.M)
+    text = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$|`[^`\n]*`|\]\([^)]*\)", "", text, flags=re.S)
+    return text
+
+
+def typed_results(text):
+    """Figures with a unit that look measured: they belong in a record or a cell."""
+    return [m.group() for m in RESULT.finditer(text) if not ALLOWED.fullmatch(m.group().strip())]
+
+
+def test_typed_results_are_recognised():
+    assert typed_results("It took 12 s and 1.5 GiB, gained +3.1 points (41 %).") == [
+        "12 s",
+        "1.5 GiB",
+        "+3.1 points",
+        "41 %",
+    ]
+    assert not typed_results(
+        "A 95 % interval of 100 % of the cells, arXiv:2402.03300, 8 completions."
+    )
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_chapter_has_its_parts(path):
+    markdown = [source(cell) for cell in cells(path, "markdown")]
+    text = "\n\n".join(markdown)
+    assert markdown[0].startswith("# "), "begin with the title"
+    assert "**Objectives.**" in markdown[0] and "**Before:**" in markdown[0]
+    headings = re.findall(r"^(#+) (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+    assert [h for level, h in headings if level == "#"] == headings[0][1:], "one title"
+    levels = [len(level) for level, _ in headings]
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels)), "a level is skipped"
+    titles = [title for _, title in headings]
+    assert titles[-3:] == SECTIONS[1:] and SECTIONS[0] in titles
+    code = [source(cell) for cell in cells(path, "code")]
+    assert f'begin("{path.stem}", TIER)' in code[0] and 'TIER = "SMOKE"' in code[0]
+    assert any("explore(" in c for c in code), "a slider where moving something teaches"
+    assert any("quiz(" in c for c in code)
+    assert "{cite}" in text.split("## Further reading")[1]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_exercises_have_solutions(path):
+    text = "\n\n".join(source(cell) for cell in cells(path, "markdown"))
+    exercises = re.findall(r"^`{3,}\{exercise\}.*\n:label: (\S+)", text, re.M)
+    solutions = re.findall(r"^`{3,}\{solution-start\} (\S+)\n:class: dropdown", text, re.M)
+    assert 3 <= len(exercises) <= 6
+    assert exercises == solutions
+    assert len(re.findall(r"^`{3,}\{solution-end\}", text, re.M)) == len(solutions)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_no_result_is_typed_by_hand(path):
+    assert typed_results(prose(path)) == []
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_pictures_have_words(path):
+    for cell in cells(path, "code"):
+        for output in cell["outputs"]:
+            data, metadata = output.get("data", {}), output.get("metadata", {})
+            if "image/png" in data:
+                assert metadata.get("image/png", {}).get("alt"), f"use show(): {source(cell)}"
+            images = re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", "")))
+            assert all(re.search(r'\balt="[^"]+"', image) for image in images), source(cell)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_chapter_is_clean_and_measured(path):
+    text = path.read_text()
+    assert len(text) < LARGEST, f"{len(text)} bytes: fewer or smaller pictures"
+    assert not re.search(r"/(?:home|root|tmp|work|Users)/", text), "a path of a machine"
+    notebook = json.loads(text)
+    assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
+    for cell in notebook["cells"]:
+        assert set(cell["metadata"]) <= {"tags", "jupyter", "mystnb"}
+    record = json.loads((RECORDS / f"{path.stem}.json").read_text())
+    assert record["kind"] == "notebook"
+    assert f"{record['results']['seconds']:.0f} s" in json.dumps(cells(path, "code")[0]["outputs"])
+
+
+def test_citations_are_in_the_bibliography():
+    known = set(
+        re.findall(r"^@\w+\{([^,]+),", (ROOT / "book" / "references.bib").read_text(), re.M)
+    )
+    for path in CHAPTERS:
+        for cell in cells(path, "markdown"):
+            cited = re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", source(cell))
+            keys = {key.strip() for group in cited for key in group.split(",")}
+            assert keys <= known, f"{path.stem}: {sorted(keys - known)}"
