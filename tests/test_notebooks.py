@@ -1,4 +1,4 @@
-"""What every chapter must have: its parts, solved exercises, words for pictures, no typed result."""
+"""What every chapter must have: parts, solved exercises, words for pictures, no typed results."""
 
 from __future__ import annotations
 
