@@ -29,8 +29,10 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cpugrpo_edu.models import drop_input_grad_hooks
+from cpugrpo_edu.frozen import is_frozen, token_log_probs
+from cpugrpo_edu.memory import drop_input_grad_hooks
 from cpugrpo_edu.policy import completion_logits, gather_log_probs
+from cpugrpo_edu.rollout import causal_lm
 from cpugrpo_edu.types import Group, UserError
 
 Variant = Literal["exact", "sample", "empirical", "batched", "rollout_score", "lightning"]
@@ -212,8 +214,11 @@ def per_sequence_scores(
 
     ``backward()`` only gives the sum over the batch, and the square of a sum is not the sum
     of the squares. Here ``vmap`` carries the batch dimension through ``grad``. Memory is
-    B x trainable parameters.
+    B x trainable parameters. A frozen INT8 base, which ``vmap`` cannot enter, goes row by row.
     """
+    if is_frozen(model):
+        one_by_one = [frozen_scores(model, row, temperature) for row in rows]
+        return {name: torch.stack([s[name] for s in one_by_one]) for name in one_by_one[0]}
     parameters = {n: p.detach() for n, p in trainable_parameters(model).items()}
     length = max(len(row.input_ids) for row in rows)
     scored = max(length - len(row.input_ids) + len(row.labels) for row in rows)
@@ -235,6 +240,17 @@ def per_sequence_scores(
     # The fused CPU attention kernel has no batching rule; the plain one does.
     with sdpa_kernel(SDPBackend.MATH):
         return vmap(grad(log_prob), in_dims=(None, 0, 0, 0))(parameters, input_ids, labels, mask)
+
+
+def frozen_scores(model: Any, row: Row, temperature: float) -> dict[str, Tensor]:
+    """Gradient of the log-probability of one row's labels on a frozen INT8 base."""
+    parameters = trainable_parameters(model)
+    lm = causal_lm(model)
+    hidden = lm.model(input_ids=torch.tensor([row.input_ids]), use_cache=False).last_hidden_state
+    scored, labels = hidden[0, -len(row.labels) :], torch.tensor(row.labels)
+    log_probs, _ = token_log_probs(scored, labels, lm.lm_head, temperature)
+    gradients = torch.autograd.grad(log_probs.sum(), list(parameters.values()))
+    return dict(zip(parameters, gradients, strict=True))
 
 
 # --- A heuristic, for comparison ------------------------------------------------

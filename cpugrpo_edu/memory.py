@@ -12,7 +12,7 @@ import gc
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,9 @@ __all__ = [
     "PeakMemory",
     "available_memory",
     "checkpointing_policy",
+    "compact_activations",
     "count_parameters",
+    "drop_input_grad_hooks",
     "ensure_fits",
     "estimate_model_bytes",
     "estimate_training_memory",
@@ -35,6 +37,7 @@ __all__ = [
     "models_that_fit",
     "plan_micro_batch",
     "release_memory",
+    "return_large_blocks",
     "saved_activation_bytes",
     "swap_pressure",
 ]
@@ -175,6 +178,54 @@ def release_memory() -> int:
     with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
     return max(0, before - process.memory_info().rss)
+
+
+def return_large_blocks(threshold: int = 2**20) -> bool:
+    """Let the C library map every block of at least ``threshold`` bytes on its own (glibc only).
+
+    Otherwise it raises that threshold as it sees large blocks freed, keeps them in its heap,
+    and a training step's activations leave holes that the next step does not fit into: the
+    process grows by gigabytes that nothing uses. Costs a page fault per 4 KiB of each block,
+    so it is for large models only. Returns whether the setting took.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        map_threshold, trim_threshold = -3, -1  # from malloc.h
+        return bool(mallopt(map_threshold, threshold) and mallopt(trim_threshold, threshold))
+    return False
+
+
+@contextlib.contextmanager
+def compact_activations(smallest: int = 2**14) -> Iterator[None]:
+    """Keep what autograd saves for the backward pass in bfloat16: half the bytes.
+
+    For float32 tensors of at least ``smallest`` numbers that are no parameters. A tensor saved
+    by several operations is kept once. The forward pass stays exact; gradients see
+    activations rounded to 8 bits of precision (relative error up to 2**-9).
+    """
+    import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    kept: dict[Any, tuple[Any, Any]] = {}
+
+    def pack(tensor: Any) -> Any:
+        leaf = tensor.is_leaf and tensor.requires_grad
+        if leaf or tensor.dtype != torch.float32 or tensor.numel() < smallest:
+            return tensor
+        storage = tensor.untyped_storage()
+        place = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        key = (*place, tensor._version)
+        if key not in kept or kept[key][0].expired():  # expired: another tensor's old address
+            # The weak reference keeps the address from being used again while it is listed.
+            kept[key] = (StorageWeakRef(storage), tensor.bfloat16())
+        return kept[key][1]
+
+    def unpack(packed: Any) -> Any:
+        return packed.float() if packed.dtype == torch.bfloat16 else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+    kept.clear()
 
 
 def swap_pressure() -> str | None:
@@ -469,3 +520,17 @@ def models_that_fit(
             }
         )
     return rows
+
+
+def drop_input_grad_hooks(model: Any) -> None:
+    """Remove the hooks by which Hugging Face makes embedding outputs require gradients.
+
+    ``gradient_checkpointing_enable`` adds one each time it is called and forgets the earlier
+    ones. Only reentrant checkpointing needs them; the trainer's is not.
+    """
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    hooks = model.get_input_embeddings()._forward_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "__name__", "") == "make_inputs_require_grads":
+            del hooks[key]

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cpugrpo_edu.frozen import is_frozen, load_frozen
 from cpugrpo_edu.hardware import BUNDLED_MODEL, native_bfloat16
 from cpugrpo_edu.memory import ensure_fits, estimate_model_bytes
 from cpugrpo_edu.tasks import prompt_messages
@@ -24,6 +25,8 @@ from cpugrpo_edu.types import Problem, UserError
 
 BUNDLED = BUNDLED_MODEL.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FROZEN = "int8"
+"""The dtype whose base is integers, for LoRA only, see :mod:`cpugrpo_edu.frozen`."""
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 SYSTEM_PROMPT = (
@@ -106,14 +109,15 @@ def load_policy(
 ) -> Policy:
     """Load model and tokenizer; ``lora_rank`` > 0 freezes the base and adds adapters.
 
-    ``dtype`` is float32, bfloat16, or auto (bfloat16 where the CPU computes in it).
+    ``dtype`` is float32, bfloat16, auto (bfloat16 where the CPU computes in it), or int8:
+    a frozen integer base that only LoRA can train, in a quarter of the memory.
     A model other than ours gets ``SYSTEM_PROMPT`` unless ``system`` says otherwise.
     Raises UserError for an unknown model, a broken download, or too little memory.
     """
     if dtype == "auto":
         dtype = "bfloat16" if native_bfloat16() else "float32"
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; allowed are auto, {', '.join(DTYPES)}")
+    if dtype not in (*DTYPES, FROZEN):
+        raise UserError(f"unknown dtype {dtype!r}; allowed are auto, {', '.join(DTYPES)}, int8")
     if lora_rank < 0:
         raise UserError(f"lora_rank is {lora_rank}; give 0 (full fine-tuning) or more")
     source = resolve_source(name)
@@ -122,7 +126,10 @@ def load_policy(
         if check_memory:
             ensure_fits(f"loading {name}", estimate_model_bytes(config, dtype))
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+        if dtype == FROZEN:
+            model = load_frozen(source, config)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
     except (OSError, ValueError, ConnectionError, SafetensorError) as error:
         raise UserError(
             f"cannot load the model {str(name)!r} ({first_sentence(error)}); give an existing "
@@ -216,10 +223,15 @@ def save_policy(policy: Policy, folder: str | Path) -> Path:
     """Save as a standard Hugging Face folder that plain ``transformers`` loads.
 
     LoRA adapters are merged into a copy of the base; the adapter alone is kept
-    beside it in ``adapter/``.
+    beside it in ``adapter/``. On a frozen INT8 base only the adapter is saved: it
+    belongs on the float model that the base was made of.
     """
     folder = Path(folder)
     model = policy.model
+    if is_frozen(model):
+        model.save_pretrained(folder / "adapter")
+        policy.tokenizer.save_pretrained(folder)
+        return folder
     if hasattr(model, "merge_and_unload"):
         import copy
 
@@ -228,17 +240,3 @@ def save_policy(policy: Policy, folder: str | Path) -> Path:
     model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     return folder
-
-
-def drop_input_grad_hooks(model: Any) -> None:
-    """Remove the hooks by which Hugging Face makes embedding outputs require gradients.
-
-    ``gradient_checkpointing_enable`` adds one each time it is called and forgets the earlier
-    ones. Only reentrant checkpointing needs them; the trainer's is not.
-    """
-    if not hasattr(model, "get_input_embeddings"):
-        return
-    hooks = model.get_input_embeddings()._forward_hooks
-    for key, hook in list(hooks.items()):
-        if getattr(hook, "__name__", "") == "make_inputs_require_grads":
-            del hooks[key]

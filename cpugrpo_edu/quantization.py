@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .models import drop_input_grad_hooks
+from .memory import drop_input_grad_hooks
 from .types import UserError
 
 _linear_dynamic = torch.ops.quantized.linear_dynamic

@@ -15,13 +15,14 @@ architectures go through ``model.generate``, which is slower and means the same.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpugrpo_edu.types import Episode, Group, UserError
 
@@ -100,53 +101,147 @@ class Cache:
         )
 
 
-def forward(lm: Any, ids: Tensor, positions: Tensor, valid: Tensor, cache: Cache) -> Tensor:
-    """Run ``ids`` (rows, T) through the layers, appending to the cache.
+Layer = Callable[[Tensor], Tensor]
 
-    ``positions`` are the rotary positions, ``valid`` is False on padding.
-    Returns the last position's hidden state (rows, hidden), after the final norm.
+
+def linear_of(layer: Any) -> Layer:
+    """The function a linear layer computes, without the module's bookkeeping at each call.
+
+    A plain LoRA layer becomes base(x) + s B A x; whatever else is called as it stands.
     """
-    start, end = cache.length, cache.length + ids.shape[1]
-    cache.mask[:, start:end] = valid
-    cache.length = end
-    hidden = lm.model.embed_tokens(ids)
-    cos, sin = lm.model.rotary_emb(hidden, positions)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    visible = cache.mask[:, None, None, :end]  # (rows, 1, 1, end)
-    if ids.shape[1] > 1:
-        causal = torch.ones(ids.shape[1], end, dtype=torch.bool).tril(start)
-        visible = visible & causal
-        # A padded query sees nothing; let it see itself, so that no softmax is empty.
-        visible = visible | torch.eye(ids.shape[1], end, dtype=torch.bool)
-    bias = torch.zeros(visible.shape, dtype=hidden.dtype).masked_fill_(~visible, -torch.inf)
-    for index, layer in enumerate(lm.model.layers):
-        normed = layer.input_layernorm(hidden)
-        mixed = attend(layer.self_attn, normed, cos, sin, bias, cache, index, start)
-        hidden = hidden + mixed
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return lm.model.norm(hidden[:, -1])
+    if type(layer) is nn.Linear:
+        return functools.partial(F.linear, weight=layer.weight, bias=layer.bias)
+    adapters = getattr(layer, "active_adapters", None)
+    plain = (
+        adapters is not None
+        and type(layer).__module__ == "peft.tuners.lora.layer"
+        and type(layer).__name__ == "Linear"
+        and not layer.merged
+        and not getattr(layer, "lora_variant", None)
+    )
+    if not plain:
+        return layer.forward  # type: ignore[no-any-return]
+    base = linear_of(layer.base_layer)
+    active = [name for name in adapters or () if name in layer.lora_A]
+    if layer.disable_adapters or not active:
+        return base
+    pairs = [
+        (layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name])
+        for name in active
+    ]
+
+    def with_adapters(x: Tensor) -> Tensor:
+        y = base(x)
+        for down, up in pairs:
+            y = y + F.linear(F.linear(x, down), up)
+        return y
+
+    return with_adapters
+
+
+def norm_of(norm: Any) -> Layer:
+    """An RMS norm as one fused call in float32; other norms and dtypes as they stand."""
+    epsilon = getattr(norm, "variance_epsilon", None)
+    if epsilon is None or norm.weight.dtype != torch.float32:
+        return norm.forward  # type: ignore[no-any-return]
+    return lambda x: F.rms_norm(x, norm.weight.shape, norm.weight, epsilon)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer layer as plain functions, valid until the weights change."""
+
+    before_attention: Layer
+    query: Layer
+    key: Layer
+    value: Layer
+    output: Layer
+    before_mlp: Layer
+    gate: Layer
+    up: Layer
+    down: Layer
+    activation: Layer
+    head_dim: int
+
+    @classmethod
+    def of(cls, layer: Any) -> Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        silu = type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        return cls(
+            before_attention=norm_of(layer.input_layernorm),
+            query=linear_of(attention.q_proj),
+            key=linear_of(attention.k_proj),
+            value=linear_of(attention.v_proj),
+            output=linear_of(attention.o_proj),
+            before_mlp=norm_of(layer.post_attention_layernorm),
+            gate=linear_of(mlp.gate_proj),
+            up=linear_of(mlp.up_proj),
+            down=linear_of(mlp.down_proj),
+            activation=functools.partial(F.silu, inplace=True) if silu else mlp.act_fn,
+            head_dim=attention.head_dim,
+        )
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate(x)).mul_(self.up(x)))
+
+
+class Decoder:
+    """The live model's layers as functions, for one generation."""
+
+    def __init__(self, lm: Any):
+        self.lm = lm
+        self.blocks = [Block.of(layer) for layer in lm.model.layers]
+        self.norm = norm_of(lm.model.norm)
+        self.head = linear_of(lm.lm_head)
+
+    def forward(self, ids: Tensor, positions: Tensor, valid: Tensor, cache: Cache) -> Tensor:
+        """Run ``ids`` (rows, T) through the layers, appending to the cache.
+
+        ``positions`` are the rotary positions, ``valid`` is False on padding.
+        Returns the last position's hidden state (rows, hidden), after the final norm.
+        """
+        start, end = cache.length, cache.length + ids.shape[1]
+        cache.mask[:, start:end] = valid
+        cache.length = end
+        hidden = self.lm.model.embed_tokens(ids)
+        cos, sin = self.lm.model.rotary_emb(hidden, positions)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        bias = None
+        if not (ids.shape[1] == 1 and bool(cache.mask[:, :end].all())):
+            visible = cache.mask[:, None, None, :end]  # (rows, 1, 1, end)
+            if ids.shape[1] > 1:
+                causal = torch.ones(ids.shape[1], end, dtype=torch.bool).tril(start)
+                visible = visible & causal
+                # A padded query sees nothing; let it see itself, so that no softmax is empty.
+                visible = visible | torch.eye(ids.shape[1], end, dtype=torch.bool)
+            bias = torch.zeros(visible.shape, dtype=hidden.dtype)
+            bias.masked_fill_(~visible, -torch.inf)
+        for index, block in enumerate(self.blocks):
+            normed = block.before_attention(hidden)
+            keys, values = cache.keys[index], cache.values[index]
+            hidden = hidden + attend(block, normed, cos, sin, bias, keys, values, start)
+            hidden = hidden + block.mlp(block.before_mlp(hidden))
+        return self.norm(hidden[:, -1])
 
 
 def attend(
-    attention: Any,
+    block: Block,
     hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
-    bias: Tensor,
-    cache: Cache,
-    index: int,
+    bias: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
     start: int,
 ) -> Tensor:
     """One attention layer over the cache. Query heads that share keys go as one block."""
     rows, length, _ = hidden.shape
-    dim = attention.head_dim
+    dim = block.head_dim
     end = start + length
-    query = attention.q_proj(hidden).view(rows, length, -1, dim).transpose(1, 2)
-    key = attention.k_proj(hidden).view(rows, length, -1, dim).transpose(1, 2)
-    value = attention.v_proj(hidden).view(rows, length, -1, dim).transpose(1, 2)
-    keys, values = cache.keys[index], cache.values[index]
+    query = block.query(hidden).view(rows, length, -1, dim).transpose(1, 2)
+    key = block.key(hidden).view(rows, length, -1, dim).transpose(1, 2)
     keys[:, :, start:end] = rotate(key, cos, sin)
-    values[:, :, start:end] = value
+    values[:, :, start:end] = block.value(hidden).view(rows, length, -1, dim).transpose(1, 2)
     query = rotate(query, cos, sin)
     keys, values = keys[:, :, :end], values[:, :, :end]
     if length == 1:  # (rows, kv heads, queries of that head, dim): no copy of the cache
@@ -156,7 +251,7 @@ def attend(
     else:
         mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, enable_gqa=True)
         mixed = mixed.transpose(1, 2).reshape(rows, length, -1)
-    return attention.o_proj(mixed)
+    return block.output(mixed)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -214,15 +309,17 @@ def regroup(
     ]
 
 
-def prefill(lm: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor, Cache]:
+def prefill(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Tensor, Tensor, Cache]:
     """Left-pad and run the prompts once.
 
     Returns the last hidden states (prompts, hidden), the lengths, and the cache.
     """
     ids, valid = left_pad(prompts, pad_id)
     positions = (valid.cumsum(-1) - 1).clamp(min=0)
-    cache = Cache.empty(lm, *ids.shape)
-    return forward(lm, ids, positions, valid, cache), valid.sum(-1), cache
+    cache = Cache.empty(decoder.lm, *ids.shape)
+    return decoder.forward(ids, positions, valid, cache), valid.sum(-1), cache
 
 
 def decode(
@@ -235,7 +332,8 @@ def decode(
     generator: torch.Generator,
 ) -> list[Group]:
     """Complete each prompt ``copies`` times, all rows in one batch."""
-    hidden, lengths, prompt_cache = prefill(lm, prompts, pad_id)
+    decoder = Decoder(lm)
+    hidden, lengths, prompt_cache = prefill(decoder, prompts, pad_id)
     rows = torch.arange(len(prompts)).repeat_interleave(copies)
     cache = prompt_cache.select(rows, prompt_cache.length + sampling.max_new_tokens)
     del prompt_cache
@@ -249,7 +347,7 @@ def decode(
     active = torch.arange(total)  # which original row each batch row is
     running = torch.ones(total, dtype=torch.bool)
     for t in range(sampling.max_new_tokens):
-        token, logprob = draw(lm.lm_head(hidden), sampling, generator)
+        token, logprob = draw(decoder.head(hidden), sampling, generator)
         live = active[running]
         tokens[live, t], logprobs[live, t] = token[running], logprob[running]
         counts[live] = t + 1
@@ -263,8 +361,7 @@ def decode(
             keep = running.nonzero().squeeze(1)
             cache, active, token = cache.select(keep), active[keep], token[keep]
             position, running = position[keep], running[keep]
-        hidden = forward(
-            lm,
+        hidden = decoder.forward(
             token[:, None],
             position[:, None],
             torch.ones(len(active), 1, dtype=torch.bool),

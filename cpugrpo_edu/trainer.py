@@ -28,12 +28,14 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
+from cpugrpo_edu.frozen import is_frozen
 from cpugrpo_edu.hardware import available_memory
-from cpugrpo_edu.memory import estimate_training_memory, plan_micro_batch
+from cpugrpo_edu.memory import compact_activations, estimate_training_memory, plan_micro_batch
 from cpugrpo_edu.models import Policy
+from cpugrpo_edu.packing import group_rows, packed_log_probs
 from cpugrpo_edu.quantization import quantize_for_rollout, refresh
 from cpugrpo_edu.rollout import Sampling, rollout
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.types import Group, UserError
 
 IMPORTANCE_LEVELS = ("token", "sequence")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -64,6 +66,10 @@ class CPUOptions:
     memory_limit: int | None = None
     """Bytes this process may hold in all; None leaves it to what the machine has."""
     skip_zero_advantage: bool = True
+    share_prefix: bool = False
+    """Score the completions of a prompt behind one copy of it, see :mod:`cpugrpo_edu.packing`."""
+    compact: bool = False
+    """Keep packed activations in bfloat16, see ``memory.compact_activations``."""
     ewc_strength: float = 0.0
     patience: int = 8
     """Steps without any learning signal before the run is stopped; 0 never stops it."""
@@ -211,6 +217,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         self.stop_request = StopRequest()
         self.tally = RolloutTally()
         self.int8_copy: Any = None
+        self.last_groups: list[Group] = []
         super().__init__(
             model=policy.model,
             args=args,
@@ -230,8 +237,8 @@ class CPUGRPOTrainer(GRPOTrainer):
     def sampling_model(self) -> Any:
         """The model that rolls out: the live policy, or its INT8 copy with fresh weights."""
         live = self.accelerator.unwrap_model(self.model)
-        if not self.options.int8_rollouts:
-            return live
+        if not self.options.int8_rollouts or is_frozen(live):
+            return live  # a frozen base is INT8 already
         if self.int8_copy is None:
             self.int8_copy = quantize_for_rollout(live)
         else:
@@ -270,6 +277,7 @@ class CPUGRPOTrainer(GRPOTrainer):
             engine=self.options.engine,
         )
         seconds = time.perf_counter() - start
+        self.last_groups = groups
         episodes = [episode for group in groups for episode in group.episodes]
         tokens = sum(len(episode.completion_ids) for episode in episodes)
         self.tally.tokens += tokens
@@ -313,7 +321,8 @@ class CPUGRPOTrainer(GRPOTrainer):
             return self.zero_loss()
         size = self.plan(inputs)
         total: Tensor | float = 0.0
-        micro_batches = list(split_by_length(inputs, keep, size))
+        whole = self.options.share_prefix
+        micro_batches = list(split_by_length(inputs, keep, size, groups_together=whole))
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             share: Any = 1.0
@@ -330,6 +339,35 @@ class CPUGRPOTrainer(GRPOTrainer):
             total = total + loss
         assert isinstance(total, Tensor)
         return total
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's, or the same values from packed groups. Several processes need TRL's, since
+        their gradients meet in the wrapped model."""
+        live = self.accelerator.unwrap_model(model)
+        frozen = is_frozen(live)
+        if not (self.options.share_prefix or frozen) or self.accelerator.num_processes > 1:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        compact = compact_activations() if self.options.compact else contextlib.nullcontext()
+        with compact:
+            log_probs, entropies = packed_log_probs(
+                live,
+                input_ids[:, :-logits_to_keep],
+                attention_mask[:, :-logits_to_keep],
+                input_ids[:, -logits_to_keep:],
+                attention_mask[:, -logits_to_keep:],
+                self.temperature,
+            )
+        return log_probs, entropies, None
 
     def rows_with_signal(self, inputs: dict[str, Any]) -> Tensor:
         """Rows to train on. A zero advantage has a zero policy gradient, so where the loss
@@ -356,6 +394,7 @@ class CPUGRPOTrainer(GRPOTrainer):
             size = self.options.micro_batch
         else:
             length = inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
+            least = self.num_generations if self.options.share_prefix else 1
             parts = estimate_training_memory(
                 self.policy.model.config,
                 tokens_per_sequence=length,
@@ -367,7 +406,7 @@ class CPUGRPOTrainer(GRPOTrainer):
                 self.free_memory(),
                 per_sequence,
                 len(inputs["completion_ids"]),
-                maximum=max(1, CACHE_BYTES // per_sequence, MIN_TOKENS // length),
+                maximum=max(least, CACHE_BYTES // per_sequence, MIN_TOKENS // length),
             )
         self.tally.micro_batches.append(size)
         return size
@@ -401,15 +440,22 @@ class CPUGRPOTrainer(GRPOTrainer):
             self.guard.check(logs)
 
 
-def split_by_length(inputs: dict[str, Any], keep: Tensor, size: int) -> Iterator[dict[str, Any]]:
+def split_by_length(
+    inputs: dict[str, Any], keep: Tensor, size: int, groups_together: bool = False
+) -> Iterator[dict[str, Any]]:
     """Micro-batches of at most ``size`` of the kept rows, like lengths together, trimmed.
 
-    Padding that no row of a micro-batch needs is cut off on both sides.
+    Padding that no row of a micro-batch needs is cut off on both sides. With
+    ``groups_together`` the completions of a prompt stay neighbours instead.
     """
     rows = len(inputs["completion_ids"])
     prompt_lengths = inputs["prompt_mask"].sum(1)
     completion_lengths = inputs["completion_mask"].sum(1)
-    order = keep[torch.argsort((prompt_lengths + completion_lengths)[keep], stable=True)]
+    if groups_together:
+        groups = group_rows(inputs["prompt_ids"][keep], inputs["prompt_mask"][keep])
+        order = keep[torch.tensor([row for group in groups for row in group])]
+    else:
+        order = keep[torch.argsort((prompt_lengths + completion_lengths)[keep], stable=True)]
     for chosen in order.split(size):
         micro = {
             key: value[chosen]

@@ -174,13 +174,13 @@ def test_retiring_finished_rows_changes_no_other_row(model, monkeypatch):
 def test_the_batch_really_shrinks(model, monkeypatch):
     eos, _ = staggered_eos(model)
     sizes = []
-    forward = engine_module.forward
+    forward = engine_module.Decoder.forward
 
-    def counting(lm, tokens, *rest):
+    def counting(decoder, tokens, *rest):
         sizes.append(len(tokens))
-        return forward(lm, tokens, *rest)
+        return forward(decoder, tokens, *rest)
 
-    monkeypatch.setattr(engine_module, "forward", counting)
+    monkeypatch.setattr(engine_module.Decoder, "forward", counting)
     run(model, copies=4, eos=eos, temperature=0.0, max_new_tokens=20)
     assert sizes[:2] == [4, 16]  # each prompt is prefilled once
     assert sizes[1:] == sorted(sizes[1:], reverse=True)

@@ -1,0 +1,315 @@
+"""A frozen INT8 base under LoRA: train half a billion parameters in two gigabytes.
+
+LoRA (Hu et al. 2021, arXiv:2106.09685) leaves the base weights W alone, so they need no
+gradient, no optimizer state and no float copy. Here each W is stored as integers,
+W = diag(s) Q with Q in [-127, 127] and one scale s a row, as QLoRA does in 4 bits (Dettmers
+et al. 2023, arXiv:2305.14314). Both products that training needs are integer products:
+
+    forward   y = x W^T          = (x Q^T) * s
+    backward  dL/dx = g W        = (g * s) Q
+
+The kernel quantizes x and g on the fly, with one scale for all rows, so rows are brought to
+equal size first. The adapters stay in float32; the gradient reaches them through the frozen
+layers.
+
+``exact=True`` computes the same layers by float products of the dequantized weights: the
+reference in tests, and what happens where the machine has no working INT8 kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from cpugrpo_edu.quantization import _linear_dynamic, _pack, quantize_tensor, quantized_engine
+from cpugrpo_edu.types import UserError
+
+ABSENT_IS_NONE = {"_raise_exceptions_for_missing_entries": False}
+
+TILE_ROWS = 4096
+"""Rows of the vocabulary that are made float at a time: they stay in the cache."""
+
+FEW_ROWS = 8
+"""So few rows share one scale: when decoding, calls cost more than the arithmetic."""
+
+LOGIT_ROWS = 32
+"""Positions whose logits, positions x vocabulary, exist at a time."""
+
+
+def pack(q: Tensor, scale: Tensor) -> Any:
+    """Integers (out, in) and a scale a row, in the kernel's own order."""
+    return _pack(q, scale, torch.zeros(len(q), dtype=torch.int32), None)
+
+
+def rowwise(x: Tensor, packed: Any) -> Tensor:
+    """x Q^T * s for x (..., in) with rows of any size: each is brought to a peak of 1 first."""
+    peak = x.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    result: Tensor = _linear_dynamic(x / peak, packed, True).mul_(peak)
+    return result
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """y = x W^T with a gradient for x only. Nothing is saved for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenInt8Linear | FrozenInt8Head) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.layer.transposed_product(gradient), None
+
+
+class FrozenInt8Linear(nn.Linear):
+    """``x @ W.T + b`` with frozen INT8 weights, through which a gradient can pass.
+
+    ``x`` is (..., in_features) in float32. Two packed copies are kept, Q and Q
+    transposed: 2 bytes a weight; with ``exact`` one of 1 byte. It calls itself an
+    ``nn.Linear``, so that PEFT puts adapters on it, but ``weight`` is empty.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, exact: bool = False):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.float().clone(), False)
+        )
+        q, self.scale, _ = quantize_tensor(weight)
+        self.exact = exact or quantized_engine() in ("torch", "qnnpack")
+        if self.exact:
+            self.q = q
+        else:
+            self.packed = pack(q, self.scale)
+            self.packed_transposed = pack(q.t().contiguous(), torch.ones(self.in_features))
+
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor
+        if self.exact:
+            y = F.linear(x, self.q.float()).mul_(self.scale)
+        elif x.numel() <= FEW_ROWS * self.in_features:
+            y = _linear_dynamic(x, self.packed, True)
+        else:
+            y = rowwise(x, self.packed)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def transposed_product(self, gradient: Tensor) -> Tensor:
+        if self.exact:
+            return (gradient * self.scale) @ self.q.float()
+        return rowwise(gradient * self.scale, self.packed_transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            result: Tensor = _FrozenProduct.apply(x, self)
+            return result
+        return self.product(x)
+
+    def dequantized(self) -> Tensor:
+        """The weights it computes with, float32 (out_features, in_features)."""
+        if self.exact:
+            return self.q.float() * self.scale[:, None]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            weight: Tensor = torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
+        return weight
+
+
+class FrozenInt8Embedding(nn.Embedding):
+    """Token embeddings as INT8 rows, (vocabulary, hidden); the head may share them."""
+
+    def __init__(self, weight: Tensor):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx = None
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        parts = [quantize_tensor(part)[:2] for part in weight.split(TILE_ROWS)]
+        self.q = torch.cat([q for q, _ in parts])
+        self.scale = torch.cat([scale for _, scale in parts])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.q[ids].float() * self.scale[ids].unsqueeze(-1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows(ids)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``weights @ W`` for weights (n, vocabulary), in tiles that fit the cache."""
+        total = weights.new_zeros(len(weights), self.embedding_dim)
+        for start in range(0, self.num_embeddings, TILE_ROWS):
+            tile = slice(start, start + TILE_ROWS)
+            total.addmm_(weights[:, tile] * self.scale[tile], self.q[tile].float())
+        return total
+
+
+class FrozenInt8Head(nn.Linear):
+    """The output projection on INT8 embedding rows: its own packed copy for the product."""
+
+    rows: FrozenInt8Embedding
+
+    def __init__(self, rows: FrozenInt8Embedding, exact: bool = False):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = rows.num_embeddings, rows.embedding_dim
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.register_parameter("bias", None)
+        # not as a submodule: the embedding may be the same object
+        object.__setattr__(self, "rows", rows)
+        self.exact = exact or quantized_engine() in ("torch", "qnnpack")
+        self.packed = None if self.exact else pack(rows.q, rows.scale)
+
+    def product(self, hidden: Tensor) -> Tensor:
+        if self.exact:
+            return F.linear(hidden, self.rows.q.float()).mul_(self.rows.scale)
+        if hidden.numel() <= FEW_ROWS * self.in_features:
+            logits: Tensor = _linear_dynamic(hidden, self.packed, True)
+            return logits
+        return rowwise(hidden, self.packed)
+
+    def transposed_product(self, gradient: Tensor) -> Tensor:
+        flat = self.rows.weighted_sum(gradient.flatten(0, -2))
+        return flat.view(*gradient.shape[:-1], self.in_features)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            logits: Tensor = _FrozenProduct.apply(hidden, self)
+            return logits
+        return self.product(hidden)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log pi(token) and entropy from hidden states, the logits never stored.
+
+    With z = W h / T and p = softmax(z), the gradient of log p(y) with respect to h is
+    (W_y - p W) / T. It is computed at once, while p is at hand, so the backward pass only
+    multiplies. The entropy gets no gradient: it is a metric here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, tokens: Tensor, head: FrozenInt8Head, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        log_probs, entropies, slopes = [], [], []
+        for h, y in zip(hidden.split(LOGIT_ROWS), tokens.split(LOGIT_ROWS), strict=True):
+            logits = head.product(h).div_(temperature)
+            chosen = logits.gather(1, y[:, None]).squeeze(1)
+            peak = logits.amax(1, keepdim=True)
+            shifted = logits.sub_(peak)
+            weights = shifted.exp()
+            total = weights.sum(1)
+            log_total = total.log()
+            log_probs.append(chosen - peak.squeeze(1) - log_total)
+            expected = torch.linalg.vecdot(weights, shifted) / total
+            del logits, shifted
+            entropies.append(log_total - expected)
+            if ctx.needs_input_grad[0]:
+                mean = head.rows.weighted_sum(weights).div_(total[:, None])
+                slopes.append((head.rows.rows(y) - mean).div_(temperature))
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(log_probs), entropy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:  # type: ignore[override]
+        (slope,) = ctx.saved_tensors
+        return slope * gradient[:, None], None, None, None
+
+
+def token_log_probs(
+    hidden: Tensor, tokens: Tensor, head: Any, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probs in nats and entropies, (n,) each, of ``tokens`` (n,) after ``hidden`` (n, hidden).
+
+    ``head`` is a ``FrozenInt8Head`` or any linear layer; only for the first no logits are kept.
+    """
+    if isinstance(head, FrozenInt8Head):
+        result: tuple[Tensor, Tensor] = _TokenLogProbs.apply(hidden, tokens, head, temperature)
+        return result
+    log_p = (head(hidden).float() / temperature).log_softmax(-1)
+    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
+    return log_p.gather(1, tokens[:, None]).squeeze(1), entropy
+
+
+# --- loading -----------------------------------------------------------------------------
+
+
+def weight_files(source: str) -> dict[str, str]:
+    """Tensor name to safetensors file, for a local folder or a hub id."""
+    if index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **ABSENT_IS_NONE):
+        names = json.loads(Path(index).read_text())["weight_map"]
+        return {name: str(cached_file(source, file)) for name, file in names.items()}
+    if file := cached_file(source, SAFE_WEIGHTS_NAME, **ABSENT_IS_NONE):
+        with safe_open(file, framework="pt") as weights:
+            return {name: file for name in weights.keys()}  # noqa: SIM118 (no dictionary)
+    raise UserError(
+        f"{source} has no {SAFE_WEIGHTS_NAME}; save the model with safetensors, "
+        "or use another dtype than int8"
+    )
+
+
+def load_frozen(source: str, config: Any, exact: bool = False) -> Any:
+    """A causal LM from safetensors with all linear layers and embeddings in INT8.
+
+    One tensor is read at a time, and its file mapped anew for each, so that the float
+    weights are never in memory together.
+    """
+    files = weight_files(source)
+
+    def read(name: str) -> Tensor:
+        with safe_open(files[name], framework="pt") as weights:
+            tensor: Tensor = weights.get_tensor(name)
+        return tensor
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = config.tie_word_embeddings
+    rows = FrozenInt8Embedding(read(name_of(model, embedding) + ".weight"))
+    head_name = name_of(model, head)
+    head_rows = rows if tied else FrozenInt8Embedding(read(head_name + ".weight"))
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        new: nn.Module
+        if module is embedding:
+            new = rows
+        elif module is head:
+            new = FrozenInt8Head(head_rows, exact)
+        elif isinstance(module, nn.Linear):
+            bias = read(name + ".bias") if module.bias is not None else None
+            new = FrozenInt8Linear(read(name + ".weight"), bias, exact)
+        elif any(True for _ in module.buffers(recurse=False)):
+            new = type(module)(config)  # the rotary tables: computed, not stored
+        else:
+            for own in dict(module.named_parameters(recurse=False)):
+                weight = nn.Parameter(read(f"{name}.{own}").float().clone(), requires_grad=False)
+                setattr(module, own, weight)
+            continue
+        setattr(model.get_submodule(parent), child, new)
+    model.generation_config = generation_config(source, model)
+    return model.eval()
+
+
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, found in model.named_modules() if found is module)
+
+
+def generation_config(source: str, model: Any) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return model.generation_config
+
+
+def is_frozen(model: Any) -> bool:
+    """Whether the model stands on a frozen INT8 base."""
+    return any(isinstance(module, FrozenInt8Linear) for module in model.modules())

@@ -1,0 +1,96 @@
+"""One forward pass for a whole group: the prompt once, its G completions behind it.
+
+The G completions of a prompt are usually scored as G sequences, so the prompt goes through
+the network G times. Here one sequence holds
+
+    prompt | completion 1 | completion 2 | ... | completion G
+
+and the attention mask lets every completion see the prompt and itself, but no other
+completion. Rotary positions go on from the prompt's end in each of them, so all hidden
+states, log-probabilities and gradients are those of the separate sequences: G (P + C) tokens
+become P + G C. (Prefix Grouper, arXiv:2506.05433, does the same by other means.)
+
+Attention costs (P + G C)^2 instead of G (P + C)^2 products, which is little where the linear
+layers dominate, as in models of some hundred million parameters; not in tiny ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpugrpo_edu.frozen import token_log_probs
+from cpugrpo_edu.rollout import causal_lm
+
+
+def group_rows(prompt_ids: Tensor, prompt_mask: Tensor) -> list[list[int]]:
+    """Rows with the same prompt, (rows, P) token ids and mask, in order of appearance."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, (ids, mask) in enumerate(zip(prompt_ids, prompt_mask.bool(), strict=True)):
+        groups.setdefault(tuple(ids[mask].tolist()), []).append(row)
+    return list(groups.values())
+
+
+def pack_group(
+    prompt: Tensor, completions: list[Tensor], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids (L,), rotary positions (L,) and additive attention mask (L, L) of one group."""
+    start = len(prompt)
+    ids = torch.cat([prompt, *completions])
+    positions = torch.cat(
+        [torch.arange(start), *(torch.arange(start, start + len(c)) for c in completions)]
+    )
+    # Segment 0 is the prompt, k the k-th completion.
+    lengths = torch.tensor([start, *map(len, completions)])
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    visible = (segment[None, :] == 0) | (segment[None, :] == segment[:, None])
+    visible &= torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+    return ids, positions, bias
+
+
+def packed_log_probs(
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities in nats and entropies, (rows, C) each, 0 on padding.
+
+    Prompts (rows, P) are padded on the left, completions (rows, C) on the right. Rows with
+    the same prompt share it, wherever they stand. The entropies carry no gradient.
+    """
+    lm = causal_lm(model)
+    width = completion_ids.shape[1]
+    log_probs: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
+    entropies: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
+    for rows in group_rows(prompt_ids, prompt_mask):
+        prompt = prompt_ids[rows[0]][prompt_mask[rows[0]].bool()]
+        completions = [completion_ids[row][completion_mask[row].bool()] for row in rows]
+        ids, positions, bias = pack_group(prompt, completions, lm.model.norm.weight.dtype)
+        hidden = lm.model(
+            input_ids=ids[None],
+            attention_mask=bias[None, None],
+            position_ids=positions[None],
+            use_cache=False,
+        ).last_hidden_state[0]
+        # A token is predicted by the state before it: of the prompt's end, then its own.
+        before, start = [], len(prompt)
+        for completion in completions:
+            last = torch.tensor([len(prompt) - 1])
+            before.append(torch.cat([last, torch.arange(start, start + len(completion) - 1)]))
+            start += len(completion)
+        log_p, entropy = token_log_probs(
+            hidden[torch.cat(before)], torch.cat(completions), lm.lm_head, temperature
+        )
+        lengths = [len(completion) for completion in completions]
+        pieces = zip(rows, log_p.split(lengths), entropy.split(lengths), strict=True)
+        for row, row_log_p, row_entropy in pieces:
+            log_probs[row] = F.pad(row_log_p, (0, width - len(row_log_p)))
+            entropies[row] = F.pad(row_entropy, (0, width - len(row_entropy)))
+    return torch.stack(log_probs), torch.stack(entropies)
