@@ -333,12 +333,306 @@ def StepTimes(times: list[float]) -> Any:
     return Clock()
 
 
+# Rollout engines
+
+
+def rollout_speed(
+    engine: str, folder: str, rows: int, tokens: int, prompt_tokens: int = 100
+) -> dict[str, Any]:
+    """Tokens a second of one engine, ``rows`` completions of one prompt, after a warm-up.
+
+    "generate" is Hugging Face's on float32 weights with the prompt given ``rows`` times,
+    "continuous" its continuous batching, "ours-float32" and "ours-int8" this package's.
+    """
+    with PeakMemory() as peak:
+        seconds = _rollout_seconds(engine, Path(folder), rows, tokens, prompt_tokens)
+    return {
+        "tokens_per_second": rows * tokens / seconds,
+        "seconds": seconds,
+        "peak_rss_bytes": peak.peak_rss_bytes,
+    }
+
+
+def _rollout_seconds(
+    engine: str, folder: Path, rows: int, tokens: int, prompt_tokens: int
+) -> float:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from cpugrpo_edu.frozen import load_frozen
+    from cpugrpo_edu.rollout import Sampling, rollout
+
+    rng = random.Random(0)
+    prompt = [rng.randrange(3, VOCABULARY) for _ in range(prompt_tokens)]
+    if engine == "ours-int8":
+        source = folder / "bf16"
+        model = load_frozen(str(source), AutoConfig.from_pretrained(source))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder / "fp32")
+
+    def once(tokens: int) -> None:
+        sampling = Sampling(tokens, 1.0)
+        if engine == "continuous":
+            config = GenerationConfig(
+                max_new_tokens=tokens, do_sample=True, eos_token_id=-1, pad_token_id=2
+            )
+            model.generate_batch(inputs=[prompt] * rows, generation_config=config)
+        else:
+            name = "generate" if engine == "generate" else "fast"
+            rollout(model, [prompt], rows, sampling, eos_ids=set(), pad_id=2, engine=name)
+
+    with torch.inference_mode():
+        once(4)
+        start = time.perf_counter()
+        once(tokens)
+        return time.perf_counter() - start
+
+
+ENGINES = ("generate", "continuous", "ours-float32", "ours-int8")
+
+
+# Floors: what the machine could at best do
+
+
+def best_of(function: Callable[[], Any], repeats: int = 5) -> float:
+    """The shortest time of some calls, after two that warm up; seconds."""
+    function()
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def machine_floors(rows: int = 228) -> dict[str, float]:
+    """Peak rates on products of the model's own shape.
+
+    ``float32_gflops`` and ``int8_gops`` count 2 operations a multiply-add;
+    ``read_gb_per_second`` is what summing a large array reads, ``int8_weight_gb_per_second``
+    what the INT8 kernel reads of its weights for two rows, as in decoding.
+    """
+    import torch
+
+    from cpugrpo_edu.quantization import Int8Linear
+
+    inner, outer = 896, 4864
+    weight = torch.randn(outer, inner)
+    x, few = torch.randn(rows, inner), torch.randn(2, inner)
+    large = torch.randn(64 * 2**20)
+    layers = [Int8Linear(torch.randn(outer, inner)) for _ in range(24)]  # more than a cache holds
+    operations = 2.0 * rows * inner * outer
+
+    def decode() -> None:
+        for layer in layers:
+            layer(few)
+
+    with torch.inference_mode():
+        return {
+            "float32_gflops": operations / best_of(lambda: x @ weight.t()) / 1e9,
+            "int8_gops": operations / best_of(lambda: layers[0](x)) / 1e9,
+            "read_gb_per_second": large.nbytes / best_of(large.sum) / 1e9,
+            "int8_weight_gb_per_second": len(layers) * inner * outer / best_of(decode) / 1e9,
+        }
+
+
+BLOCK_PARAMETERS = 14_909_440  # of one layer of the shape, linear weights only
+HEAD_PARAMETERS = VOCABULARY * 896
+
+
+def step_floor(workload: Workload, floors: dict[str, float]) -> dict[str, float]:
+    """Least seconds of one step on a frozen INT8 base, by part: no overhead at all.
+
+    Decoding reads every weight once a token; the prompt, the reference, the forward and
+    the backward pass multiply P + G C tokens by every weight; the head sees completions.
+    """
+    blocks, head = workload.layers * BLOCK_PARAMETERS, HEAD_PARAMETERS
+    prompt = (workload.shortest_prompt + workload.longest_prompt) / 2
+    completions = workload.group * workload.tokens
+    packed = prompt + completions
+    int8 = floors["int8_gops"] * 1e9
+    decode = workload.tokens * (blocks + head) / (floors["int8_weight_gb_per_second"] * 1e9)
+    # With many rows, decoding is bound by arithmetic instead.
+    decode = max(decode, 2 * completions * (blocks + head) / int8)
+    one_pass = 2 * (packed * blocks + completions * head) / int8
+    return {
+        "prefill": 2 * prompt * blocks / int8,
+        "decode": decode,
+        "reference": one_pass,
+        "forward": one_pass,
+        "backward": one_pass,
+    }
+
+
+def floors_worker() -> dict[str, Any]:
+    return machine_floors()
+
+
+# Whole comparisons
+
+
+def new_record(kind: str, config: dict[str, Any], results: dict[str, Any]) -> RunRecord:
+    return RunRecord(
+        kind=f"bench-{kind}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seed=0,
+        commit=git_commit(),
+        code_hash=code_hash(),
+        machine=describe_machine().to_json(),
+        versions=versions(),
+        config=config,
+        results=results,
+    )
+
+
+def attempt(need: int, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of a contestant, or why it was left out. Never ends the comparison."""
+    available = available_memory()
+    if available < need:
+        have, want = available / 2**30, need / 2**30
+        return {"skipped": f"needs about {want:.0f} GiB of memory, {have:.1f} GiB are free"}
+    try:
+        return call()
+    except UserError as error:
+        return {"skipped": str(error)}
+
+
+def bench_b1(
+    workload: Workload,
+    peers: tuple[str, ...] = (),
+    peer_steps: int = 3,
+    options: Options | None = None,
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> RunRecord:
+    """Ours on the whole workload and the peers on its first steps, with the floors."""
+    unknown = sorted(set(peers) - set(PEERS))
+    if unknown:
+        raise UserError(f"unknown peer {', '.join(unknown)}; allowed are {', '.join(PEERS)}")
+    options = options or Options()
+    say("the model of the workload (made on first use)")
+    model = str(workload_model(workload, folder))
+    say("the machine's floors")
+    floors = run_worker("floors")
+    results: dict[str, Any] = {"floors": floors, "step_floor": step_floor(workload, floors)}
+    shape = asdict(workload)
+    say(f"ours: {workload.stages} stages of {workload.steps} steps")
+    results["ours"] = run_worker("ours", say, workload=shape, folder=model, options=asdict(options))
+    results["peers"] = {}
+    for peer in peers:
+        say(f"{peer}: {peer_steps} steps of {PEERS[peer]}")
+        lora = peer == "stock-lora"
+        results["peers"][peer] = attempt(
+            PEER_MEMORY[peer],
+            lambda lora=lora: run_worker(  # type: ignore[misc]
+                "stock", say, workload=shape, folder=model, lora=lora, steps=peer_steps
+            ),
+        )
+    return new_record(workload.name, {**shape, "options": asdict(options)}, results)
+
+
+def steady_seconds(result: dict[str, Any]) -> float:
+    """Seconds a step: the mean without the first one, which warms up."""
+    steps = result["step_seconds"]
+    later = steps[1:] or steps
+    return float(sum(later) / len(later))
+
+
+def b1_rows(record: RunRecord) -> list[list[str]]:
+    """The table of ``cpugrpo bench b1``: one row a contestant, the floor last."""
+    results, group, tokens = record.results, record.config["group"], record.config["tokens"]
+    ours = results["ours"]
+    base = steady_seconds(ours)
+    rows = []
+    for name, result in {"ours": ours, **results["peers"]}.items():
+        if "skipped" in result:
+            rows.append([name, "skipped: " + result["skipped"], "", "", "", ""])
+            continue
+        seconds, peak = steady_seconds(result), result["peak_rss_bytes"]
+        rows.append(
+            [
+                name,
+                f"{seconds:.2f}",
+                f"{group * tokens / seconds:.0f}",
+                f"{peak / 1e9:.2f}",
+                f"{seconds / base:.1f}",
+                f"{ours['peak_rss_bytes'] / peak:.2f}",
+            ]
+        )
+    floor = sum(results["step_floor"].values())
+    rows.append(["floor", f"{floor:.2f}", f"{group * tokens / floor:.0f}", "", "", ""])
+    return rows
+
+
+B1_HEADER = ["", "s a step", "tokens/s", "peak GB", "x ours", "ours' memory, x"]
+
+ABLATIONS = {
+    "all on": {},
+    "float products": {"exact": True},
+    "prompt not shared": {"share_prefix": False},
+    "generate": {"fast_rollouts": False},
+    "float32 activations": {"compact": False},
+    "default malloc": {"large_blocks": False},
+    "float32 base": {"frozen_int8": False},
+}
+
+
+def bench_ablate(
+    workload: Workload,
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    names: tuple[str, ...] = tuple(ABLATIONS),
+) -> RunRecord:
+    """What each fast path is worth: the workload's first stage with one of them off."""
+    model = str(workload_model(workload, folder))
+    shape = asdict(replace(workload, stages=1))
+    results = {}
+    for name in names:
+        say(f"ablation: {name}")
+        options = asdict(replace(Options(), **ABLATIONS[name]))
+        results[name] = attempt(
+            6 * 2**30,
+            lambda options=options: run_worker(  # type: ignore[misc]
+                "ours", say, workload=shape, folder=model, options=options
+            ),
+        )
+    return new_record("ablate", shape, {"ablations": results})
+
+
+def bench_rollout(
+    workload: Workload,
+    engines: tuple[str, ...] = ENGINES,
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> RunRecord:
+    """Tokens a second of each rollout engine on the workload's shape."""
+    model = str(workload_model(workload, folder))
+    results = {}
+    for engine in engines:
+        say(f"rollouts: {engine}, {workload.group} rows")
+        results[engine] = attempt(
+            4 * 2**30,
+            lambda engine=engine: run_worker(  # type: ignore[misc]
+                "rollout",
+                say,
+                engine=engine,
+                folder=model,
+                rows=workload.group,
+                tokens=workload.tokens,
+            ),
+        )
+    return new_record("rollout", asdict(workload), {"engines": results})
+
+
 # Processes
 
 WORKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "make_model": make_model,
     "ours": ours,
     "stock": stock,
+    "rollout": rollout_speed,
+    "floors": floors_worker,
 }
 MARK = "RESULT "
 

@@ -140,7 +140,9 @@ def run(
         str | None, typer.Option(help="Such as correct_answer=1,valid_steps=0.5")
     ] = None,
     lora: Annotated[int | None, typer.Option(help="LoRA rank; 0 trains all weights.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, auto, or int8 with LoRA.")
+    ] = None,
     checkpointing: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Completions a backward pass; default from memory.")
@@ -150,6 +152,9 @@ def run(
     threads: Annotated[int | None, typer.Option(help="Default: all physical cores.")] = None,
     engine: Annotated[str | None, typer.Option(help="Rollouts: fast, or generate.")] = None,
     int8_rollouts: Annotated[bool | None, typer.Option(help="Sample from an INT8 copy.")] = None,
+    share_prefix: Annotated[
+        bool | None, typer.Option(help="Score a prompt's completions behind one copy of it.")
+    ] = None,
     int8_evaluation: Annotated[bool, typer.Option(help="Evaluate an INT8 copy as well.")] = True,
     fisher: Annotated[str | None, typer.Option(help="Fisher variant for EWC.")] = None,
     fisher_examples: Annotated[int | None, typer.Option(help="0 switches Fisher off.")] = None,
@@ -165,11 +170,11 @@ def run(
 
     Examples:
 
-    `cpugrpo run` trains the bundled model in about a minute.
+    `cpugrpo run` trains the bundled model in about a minute and evaluates it in another.
 
     `cpugrpo run --seed 1 --ewc 0 --output runs/no-ewc`
 
-    `cpugrpo run --model Qwen/Qwen2-0.5B-Instruct --lora 16 --data openai/gsm8k --per-cell 20`
+    `cpugrpo run --model Qwen/Qwen2-0.5B-Instruct --lora 16 --dtype int8 --data openai/gsm8k`
     """
     from cpugrpo_edu.hardware import configure_threads
 
@@ -196,6 +201,7 @@ def run(
         "checkpointing": checkpointing,
         "engine": engine,
         "int8_rollouts": int8_rollouts,
+        "share_prefix": share_prefix,
         "fisher": fisher,
         "fisher_examples": fisher_examples,
         "ewc_strength": ewc,

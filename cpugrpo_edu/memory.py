@@ -180,7 +180,7 @@ def release_memory() -> int:
     return max(0, before - process.memory_info().rss)
 
 
-def return_large_blocks(threshold: int = 2**20) -> bool:
+def return_large_blocks(threshold: int = 2**17) -> bool:
     """Let the C library map every block of at least ``threshold`` bytes on its own (glibc only).
 
     Otherwise it raises that threshold as it sees large blocks freed, keeps them in its heap,

@@ -61,8 +61,10 @@ from cpugrpo_edu.memory import (
     ensure_fits,
     estimate_training_memory,
     release_memory,
+    return_large_blocks,
 )
 from cpugrpo_edu.models import (
+    FROZEN,
     fingerprint,
     load_policy,
     relative_change,
@@ -143,6 +145,7 @@ class RunConfig:
     int8_rollouts: bool = True
     importance_correction: bool = True
     int8_evaluation: bool = True
+    share_prefix: bool | None = None
     # Consolidation
     fisher: str = "rollout_score"
     fisher_examples: int = 64
@@ -211,6 +214,11 @@ class Run:
         self.anchor: Anchor | None = None
         self.released = 0
 
+    @property
+    def frozen(self) -> bool:
+        """Whether LoRA trains on a frozen INT8 base."""
+        return self.config.dtype == FROZEN
+
     # Beginning
 
     def prepare(self, resume: bool) -> None:
@@ -276,6 +284,8 @@ class Run:
         self.available = available_memory()
         if config.memory_budget_gib is not None:
             self.available = min(self.available, int(config.memory_budget_gib * GIB))
+        if self.frozen:
+            return_large_blocks()
         self.policy = load_policy(
             source,
             dtype=config.dtype,
@@ -309,7 +319,7 @@ class Run:
                 self.policy.model.config,
                 mode="lora" if config.lora_rank else "full",
                 lora_rank=config.lora_rank or 16,
-                dtype_bytes=self.policy.model.dtype.itemsize,
+                dtype_bytes=2 if self.frozen else self.policy.model.dtype.itemsize,
                 tokens_per_sequence=config.max_completion + 64,
                 micro_batch=micro_batch,
                 checkpointing=checkpointing,
@@ -404,6 +414,8 @@ class Run:
             engine=config.engine,
             micro_batch=config.micro_batch,
             memory_limit=int(config.memory_budget_gib * GIB) if config.memory_budget_gib else None,
+            share_prefix=self.frozen if config.share_prefix is None else config.share_prefix,
+            compact=self.frozen,
             ewc_strength=config.ewc_strength,
             patience=config.patience,
         )
@@ -515,7 +527,7 @@ class Run:
         evaluations = [e for e in (self.measure(label) for label in labels) if e is not None]
         int8 = None
         quantization: dict[str, Any] = {}
-        if config.int8_evaluation:
+        if config.int8_evaluation and not self.frozen:
             served = quantize_for_rollout(self.policy.model)
             ids = torch.tensor([self.policy.encode_problem(self.eval_problems[0])])
             quantization = quantization_report(self.policy.model, served, ids)
@@ -599,10 +611,15 @@ class Run:
                 "detail": {"variant": config.fisher, "examples": config.fisher_examples},
             },
             "int8_rollouts": {
-                "on": config.int8_rollouts,
-                "detail": {"importance_correction": config.importance_correction},
+                "on": config.int8_rollouts or self.frozen,
+                "detail": {
+                    "importance_correction": config.importance_correction and not self.frozen
+                },
             },
-            "int8_evaluation": {"on": config.int8_evaluation, "detail": quantization},
+            "int8_evaluation": {
+                "on": config.int8_evaluation or self.frozen,
+                "detail": quantization or {"base": "int8"},
+            },
             "gradient_checkpointing": {
                 "on": self.checkpointing,
                 "detail": {"asked": config.checkpointing},
@@ -645,6 +662,8 @@ def check_settings(config: RunConfig) -> None:
             raise UserError(f"{name} is {value}; give at least {least}")
     if config.memory_budget_gib is not None and not config.memory_budget_gib > 0:
         raise UserError(f"the memory budget is {config.memory_budget_gib} GiB; give more than 0")
+    if config.dtype == FROZEN and not config.lora_rank:
+        raise UserError("an int8 base is frozen, so only LoRA can train on it; add --lora 16")
     if not 0 <= config.ewc_decay <= 1:
         raise UserError(f"ewc_decay is {config.ewc_decay}; give a number from 0 to 1")
     if not 0 < config.temperature < float("inf"):

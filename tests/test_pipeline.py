@@ -102,15 +102,15 @@ def test_the_record_is_complete(first, config):
     assert len(results["samples"]) == 3 and results["forgetting"] and results["working"]
 
 
-def test_every_component_says_whether_it_acted(first):
+def test_every_component_acts_in_the_default_run(first):
     parts = first[1].results["components"]
     assert {name: part["on"] for name, part in parts.items()} == {
         "curriculum": True,
         "ewc": True,
         "fisher": True,
-        "int8_rollouts": False,
+        "int8_rollouts": True,
         "int8_evaluation": True,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": True,
         "adaptive_micro_batch": True,
         "memory_cleanup": True,
         "memory_efficient_loading": True,
@@ -292,7 +292,8 @@ def test_lora_goes_on_after_a_complete_stage(config, tmp_path, no_report):
 
 
 def test_everything_off(config, tmp_path):
-    config = small(config, ewc_strength=0.0, cleanup=False, order="mixed", micro_batch=2)
+    off = {"int8_rollouts": False, "checkpointing": "off", "micro_batch": 2, "cleanup": False}
+    config = small(config, ewc_strength=0.0, order="mixed", **off)
     record = run(config, tmp_path / "off")
     on = {name for name, part in record.results["components"].items() if part["on"]}
     assert on == {"memory_efficient_loading", "threads"}
@@ -312,6 +313,17 @@ def test_everything_on(config, tmp_path, no_report):
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def test_lora_on_a_frozen_int8_base(config, tmp_path, no_report):
+    with pytest.raises(UserError, match="add --lora"):
+        run(replace(config, dtype="int8"), tmp_path / "refused")
+    changes = {"dtype": "int8", "lora_rank": 2, "beta": 0.1, "checkpointing": "off"}
+    record = run(replace(config, **changes), tmp_path / "run")
+    assert record.results["weights_changed"]["changed"]
+    assert record.results["components"]["int8_rollouts"]["on"]
+    assert record.results["components"]["ewc"]["detail"]["penalty_last"]
+    assert (tmp_path / "run" / "model" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_prompts_and_verifier_of_ones_own(config, tmp_path, no_report):

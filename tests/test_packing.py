@@ -1,0 +1,128 @@
+"""Packed groups: the same log-probabilities and gradients as separate sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cpugrpo_edu.memory import compact_activations, return_large_blocks
+from cpugrpo_edu.models import load_policy
+from cpugrpo_edu.packing import group_rows, pack_group, packed_log_probs
+from cpugrpo_edu.policy import completion_logits
+
+
+def batch(rows=5, prompt=6, completion=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(3, 300, (rows, prompt), generator=generator)
+    completions = torch.randint(3, 300, (rows, completion), generator=generator)
+    prompt_mask, completion_mask = torch.ones_like(prompts), torch.ones_like(completions)
+    prompts[3] = prompts[0]  # the same prompt, not neighbours
+    prompts[4, 2:], prompt_mask[4, :2] = prompts[0, 2:], 0  # like it, but shorter
+    completion_mask[1, 3:] = 0
+    completion_mask[3, 1:] = 0
+    return prompts, prompt_mask, completions, completion_mask
+
+
+def separate(model, prompts, prompt_mask, completions, completion_mask, temperature):
+    mask = torch.cat([prompt_mask, completion_mask], dim=1)
+    logits = completion_logits(model, prompts, completions, mask, temperature)
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    chosen = log_p.gather(-1, completions.unsqueeze(-1)).squeeze(-1)
+    return chosen * completion_mask, entropy * completion_mask
+
+
+def gradient(model, log_p):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = torch.linspace(-1, 1, log_p.numel()).view_as(log_p)
+    parts = torch.autograd.grad((log_p * weights).sum(), parameters, allow_unused=True)
+    return torch.cat([g.flatten() for g in parts if g is not None])
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients_are_those_of_separate_sequences(tiny_folder, lora_rank, temperature):
+    model = load_policy(tiny_folder, lora_rank=lora_rank).model
+    inputs = batch()
+    ours, entropy = packed_log_probs(model, *inputs, temperature)
+    expected, expected_entropy = separate(model, *inputs, temperature)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, expected_entropy.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradient(model, ours), gradient(model, expected), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_a_completion_sees_the_prompt_and_itself():
+    ids, positions, bias = pack_group(
+        torch.tensor([10, 11]), [torch.tensor([20, 21]), torch.tensor([30])]
+    )
+    assert ids.tolist() == [10, 11, 20, 21, 30]
+    assert positions.tolist() == [0, 1, 2, 3, 2]
+    assert (bias == 0).long().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+
+
+def test_rows_are_grouped_by_their_prompt():
+    prompts, prompt_mask, _, _ = batch()
+    assert group_rows(prompts, prompt_mask) == [[0, 3], [1], [2], [4]]
+
+
+def test_compact_activations_halve_what_is_kept_and_nearly_keep_the_gradient(tiny_folder):
+    model = load_policy(tiny_folder, lora_rank=4).model
+    inputs = batch(completion=40)
+    kept = []
+
+    def count(tensor):
+        kept.append(tensor.nbytes)
+        return tensor
+
+    log_p, _ = packed_log_probs(model, *inputs)
+    exact = gradient(model, log_p)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(count, lambda t: t),
+    ):
+        packed_log_probs(model, *inputs)
+    plain_bytes, kept[:] = sum(kept), []
+    with compact_activations(smallest=64):
+        log_p_compact, _ = packed_log_probs(model, *inputs)
+    torch.testing.assert_close(log_p_compact, log_p, rtol=0, atol=0)  # the forward is exact
+    approximate = gradient(model, log_p_compact)
+    error = ((approximate - exact).norm() / exact.norm()).item()
+    assert 0 < error < 0.02
+    assert plain_bytes > 0
+
+
+def test_a_tensor_saved_twice_is_kept_once():
+    x = torch.randn(64, 64, requires_grad=True)
+    saved = []
+    pack_of = torch.autograd.graph.saved_tensors_hooks
+
+    class Recorder(pack_of):
+        def __init__(self, pack, unpack):
+            def recording(tensor):
+                saved.append(pack(tensor))
+                return saved[-1]
+
+            super().__init__(recording, unpack)
+
+    torch.autograd.graph.saved_tensors_hooks = Recorder
+    try:
+        with compact_activations(smallest=16):
+            y = x * 1.0
+            z = (y * y.sin()).sum() + y.exp().sum()
+            big = [t for t in saved if t.dtype == torch.bfloat16]
+    finally:
+        torch.autograd.graph.saved_tensors_hooks = pack_of
+    z.backward()
+    assert x.grad is not None
+    assert len({id(t) for t in big}) < len(big)  # y went in more than once, kept once
+
+
+def test_large_blocks_go_back_to_the_system():
+    assert return_large_blocks() in (True, False)  # False where the C library is not glibc
