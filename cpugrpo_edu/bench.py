@@ -20,15 +20,21 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cpugrpo_edu.hardware import (
+    available_memory,
+    code_hash,
     configure_threads,
+    describe_machine,
+    git_commit,
+    versions,
 )
 from cpugrpo_edu.memory import PeakMemory, return_large_blocks
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.types import RunRecord, UserError
 
 VOCABULARY = 151_936
 LORA_RANK = 16
@@ -472,6 +478,47 @@ def floors_worker() -> dict[str, Any]:
 # Whole comparisons
 
 
+def bundled_speed(steps: int = 3) -> dict[str, Any]:
+    """Seconds and tokens a second of GRPO steps on the bundled model, by rollout engine."""
+    from cpugrpo_edu.curriculum import stage_problems, to_dataset
+    from cpugrpo_edu.models import load_policy
+    from cpugrpo_edu.pipeline import RunConfig
+    from cpugrpo_edu.rewards import combine
+    from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+
+    results: dict[str, Any] = {}
+    run = RunConfig()
+    for engine in ("fast", "generate"):
+        policy = load_policy("bundled")
+        functions, weights = combine(run.rewards)
+        problems = stage_problems(run.stages[0], run.domains, steps * run.prompts_per_step, seed=0)
+        times: list[float] = []
+        with tempfile.TemporaryDirectory() as out:
+            config = cpu_config(
+                out,
+                max_steps=steps,
+                max_completion_length=run.max_completion,
+                learning_rate=run.learning_rates[0],
+                reward_weights=weights,
+            )
+            trainer = CPUGRPOTrainer(
+                policy,
+                config,
+                functions,
+                to_dataset(problems, policy.system),
+                CPUOptions(engine=engine),
+            )
+            trainer.add_callback(StepTimes(times))
+            trainer.train()
+        tally = trainer.tally
+        results[engine] = {
+            "step_seconds": times,
+            "rollout_tokens_per_second": tally.tokens / tally.seconds,
+            "tokens_per_second": tally.tokens / sum(times),
+        }
+    return results
+
+
 def new_record(kind: str, config: dict[str, Any], results: dict[str, Any]) -> RunRecord:
     return RunRecord(
         kind=f"bench-{kind}",
@@ -567,7 +614,7 @@ def b1_rows(record: RunRecord) -> list[list[str]]:
 
 B1_HEADER = ["", "s a step", "tokens/s", "peak GB", "x ours", "ours' memory, x"]
 
-ABLATIONS = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "all on": {},
     "float products": {"exact": True},
     "prompt not shared": {"share_prefix": False},
@@ -598,6 +645,25 @@ def bench_ablate(
             ),
         )
     return new_record("ablate", shape, {"ablations": results})
+
+
+ABLATE_HEADER = ["", "s a step", "peak GB", "x all on"]
+
+
+def ablate_rows(record: RunRecord) -> list[list[str]]:
+    results = record.results["ablations"]
+    base = steady_seconds(results["all on"])
+    return [
+        [name, result["skipped"], "", ""]
+        if "skipped" in result
+        else [
+            name,
+            f"{steady_seconds(result):.2f}",
+            f"{result['peak_rss_bytes'] / 1e9:.2f}",
+            f"{steady_seconds(result) / base:.2f}",
+        ]
+        for name, result in results.items()
+    ]
 
 
 def bench_rollout(
@@ -633,6 +699,7 @@ WORKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "stock": stock,
     "rollout": rollout_speed,
     "floors": floors_worker,
+    "bundled": bundled_speed,
 }
 MARK = "RESULT "
 

@@ -1,4 +1,5 @@
-"""The command line: ``cpugrpo doctor | run | evaluate | generate | report | pretrain | models``.
+"""The command line: ``cpugrpo doctor | run | evaluate | generate | report | pretrain | models |
+bench``.
 
 Results go to stdout, progress to stderr. A mistake in the input ends with one
 sentence and exit code 2, an interrupted run with 130.
@@ -453,6 +454,169 @@ def models(
         sizes = (f"{row[f'{kind}_bytes'] / 2**30:.2f}" for kind in ("evaluate", "lora", "full"))
         table.add_row(row["name"], f"{row['parameters']:,}", *sizes, row["verdict"])
     Console().print(table)
+
+
+# Benchmarks
+
+bench = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Time and memory on a 494M-parameter model, beside peers and the machine's floors.",
+)
+app.add_typer(bench, name="bench")
+
+Record = Annotated[Path | None, typer.Option("--output", help="Where to write the record.")]
+Cache = Annotated[
+    Path | None, typer.Option(help="Where the random model (3 GB) is kept; made on first use.")
+]
+Steps = Annotated[int | None, typer.Option(help="Steps a stage, instead of the workload's.")]
+
+
+def workload_of(name: str, steps: int | None) -> Any:
+    from dataclasses import replace
+
+    from cpugrpo_edu.bench import WORKLOADS
+
+    if name not in WORKLOADS:
+        raise UserError(f"unknown workload {name!r}; allowed are {', '.join(WORKLOADS)}")
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps is {steps}; give at least 1")
+    workload = WORKLOADS[name]
+    return workload if steps is None else replace(workload, steps=steps)
+
+
+def show_progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def silent(line: str) -> None:
+    """Progress for who asked for none."""
+
+
+def give(
+    record: Any, path: Path | None, header: list[str], rows: list[list[str]], as_json: bool
+) -> None:
+    """Write a benchmark's record; print it, or its table."""
+    from cpugrpo_edu.report import markdown_table
+
+    if path is not None:
+        record.save(path)
+        print(f"record: {path}", file=sys.stderr)
+    print(json.dumps(asdict(record)) if as_json else markdown_table(header, rows))
+
+
+@bench.command("machine")
+def bench_machine(output: Record = None, as_json: Json = False) -> None:
+    """What this machine could at best do: arithmetic and memory."""
+    from cpugrpo_edu.bench import new_record, run_worker
+
+    record = new_record("machine", {}, {"floors": run_worker("floors")})
+    rows = [[name, f"{value:.1f}"] for name, value in record.results["floors"].items()]
+    give(record, output, ["Floor", "Value"], rows, as_json)
+
+
+@bench.command("b1")
+def bench_b1_command(
+    peers: Annotated[
+        str, typer.Option(help="stock and stock-lora, by comma; none by default.")
+    ] = "",
+    workload: Annotated[str, typer.Option(help="b1, b2 (10 steps a stage) or b3 (G = 8).")] = "b1",
+    steps: Steps = None,
+    peer_steps: Annotated[int, typer.Option(help="Steps that each peer does.")] = 3,
+    cache: Cache = None,
+    output: Record = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Three stages of GRPO on the 494M-parameter shape: seconds, memory, ratios, floor.
+
+    Example: `cpugrpo bench b1 --peers stock,stock-lora`
+    """
+    from cpugrpo_edu.bench import B1_HEADER, b1_rows, bench_b1
+
+    names = tuple(name.strip() for name in peers.split(",") if name.strip())
+    if peer_steps < 1:
+        raise UserError(f"--peer-steps is {peer_steps}; give at least 1")
+    say = silent if quiet else show_progress
+    shape = workload_of(workload, steps)
+    record = bench_b1(shape, names, peer_steps, folder=cache, say=say)
+    give(record, output, B1_HEADER, b1_rows(record), as_json)
+    if not record.results["ours"]["weights_changed"]["changed"]:
+        print("cpugrpo: the weights did not change: no training took place", file=sys.stderr)
+        raise SystemExit(1)
+
+
+@bench.command("peers")
+def bench_peers(
+    cache: Cache = None, output: Record = None, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """`bench b1` with every peer."""
+    from cpugrpo_edu.bench import B1_HEADER, PEERS, b1_rows, bench_b1
+
+    say = silent if quiet else show_progress
+    record = bench_b1(workload_of("b1", None), tuple(PEERS), folder=cache, say=say)
+    give(record, output, B1_HEADER, b1_rows(record), as_json)
+
+
+@bench.command("ablate")
+def bench_ablate_command(
+    steps: Steps = 3,
+    cache: Cache = None,
+    output: Record = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What each fast path is worth: one stage of B1 with one of them off at a time."""
+    from cpugrpo_edu.bench import ABLATE_HEADER, ablate_rows, bench_ablate
+
+    say = silent if quiet else show_progress
+    record = bench_ablate(workload_of("b1", steps), folder=cache, say=say)
+    give(record, output, ABLATE_HEADER, ablate_rows(record), as_json)
+
+
+@bench.command("rollout")
+def bench_rollout_command(
+    workload: Annotated[str, typer.Option(help="b1 (2 rows) or b3 (8 rows).")] = "b3",
+    cache: Cache = None,
+    output: Record = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tokens a second of the rollout engines on the 494M-parameter shape."""
+    from cpugrpo_edu.bench import bench_rollout
+
+    say = silent if quiet else show_progress
+    record = bench_rollout(workload_of(workload, None), folder=cache, say=say)
+    rows = [
+        [name, result["skipped"], ""]
+        if "skipped" in result
+        else [
+            name,
+            f"{result['tokens_per_second']:.1f}",
+            f"{result['peak_rss_bytes'] / 1e9:.2f}",
+        ]
+        for name, result in record.results["engines"].items()
+    ]
+    give(record, output, ["Engine", "tokens/s", "peak GB"], rows, as_json)
+
+
+@bench.command("train")
+def bench_train(output: Record = None, as_json: Json = False) -> None:
+    """Steps of the bundled model's default run with each rollout engine."""
+    from cpugrpo_edu.bench import new_record, run_worker
+
+    record = new_record("train", {}, {"engines": run_worker("bundled", show_progress)})
+    rows = [
+        [
+            name,
+            f"{sum(result['step_seconds']) / len(result['step_seconds']):.2f}",
+            f"{result['rollout_tokens_per_second']:.0f}",
+            f"{result['tokens_per_second']:.0f}",
+        ]
+        for name, result in record.results["engines"].items()
+    ]
+    header = ["Rollouts by", "s a step", "rollout tokens/s", "tokens/s in all"]
+    give(record, output, header, rows, as_json)
 
 
 if __name__ == "__main__":
