@@ -36,7 +36,6 @@ from cpugrpo_edu.hardware import (
 from cpugrpo_edu.memory import PeakMemory, return_large_blocks
 from cpugrpo_edu.types import RunRecord, UserError
 
-VOCABULARY = 151_936
 LORA_RANK = 16
 LEARNING_RATE = 1e-4
 BETA = 0.1
@@ -53,15 +52,33 @@ class Workload:
     tokens: int = 64
     shortest_prompt: int = 80
     longest_prompt: int = 128
-    layers: int = 24
     stages: int = 3
+    # The shape, Qwen2-0.5B's
+    layers: int = 24
+    hidden: int = 896
+    ffn: int = 4864
+    heads: int = 14
+    kv_heads: int = 2
+    vocabulary: int = 151_936
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights of one layer's linear maps."""
+        head_dim = self.hidden // self.heads
+        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * head_dim
+        return attention + 3 * self.hidden * self.ffn
+
+    @property
+    def prompt_tokens(self) -> float:
+        """Mean length of a prompt."""
+        return (self.shortest_prompt + self.longest_prompt) / 2
 
     def prompts(self, seed: int = 0) -> list[str]:
         """Random words, one token each, for all steps of all stages."""
         rng = random.Random(seed)
         return [
             " ".join(
-                f"w{rng.randrange(3, VOCABULARY)}"
+                f"w{rng.randrange(3, self.vocabulary)}"
                 for _ in range(rng.randint(self.shortest_prompt, self.longest_prompt))
             )
             for _ in range(self.steps * self.stages)
@@ -92,7 +109,7 @@ def cache_folder() -> Path:
 def workload_model(workload: Workload, folder: Path | None = None) -> Path:
     """The folder of the random model, made on first use: ``bf16`` and ``fp32`` in it, the
     same values, with a tokenizer of one token a word."""
-    folder = (folder or cache_folder()) / f"qwen2-0.5b-shape-{workload.layers}"
+    folder = (folder or cache_folder()) / f"random-{workload.layers}x{workload.hidden}"
     if not (folder / "complete").exists():
         run_worker("make_model", workload=asdict(workload), folder=str(folder))
         (folder / "complete").touch()
@@ -100,22 +117,23 @@ def workload_model(workload: Workload, folder: Path | None = None) -> Path:
 
 
 def make_model(workload: dict[str, Any], folder: str) -> dict[str, Any]:
+    shape = Workload(**workload)
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=workload["layers"],
-        num_attention_heads=14,
-        num_key_value_heads=2,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
-    words = models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")
+    words = models.WordLevel({f"w{i}": i for i in range(shape.vocabulary)}, unk_token="w0")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wrapped = PreTrainedTokenizerFast(
@@ -132,9 +150,9 @@ def make_model(workload: dict[str, Any], folder: str) -> dict[str, Any]:
 # The reward: some completions must be better than others, whatever they say
 
 
-def low_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Share of tokens from the lower half of the vocabulary."""
-    return [sum(i < VOCABULARY // 2 for i in ids) / len(ids) for ids in completion_ids]
+def even_ids(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Share of even token ids."""
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
 # Contestants; each is called in a process of its own
@@ -216,7 +234,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
             trainer = CPUGRPOTrainer(
                 policy,
                 config,
-                [low_ids],
+                [even_ids],
                 Dataset.from_dict({"prompt": chosen}),
                 options=CPUOptions(
                     ewc_strength=EWC_STRENGTH if anchor else 0.0,
@@ -309,7 +327,7 @@ def _stock(
         )
         trainer = GRPOTrainer(
             str(folder),
-            low_ids,  # type: ignore[arg-type]
+            even_ids,  # type: ignore[arg-type]
             args=config,
             train_dataset=Dataset.from_dict({"prompt": workload.prompts()[:steps]}),
             processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
@@ -369,7 +387,7 @@ def _rollout_seconds(
     from cpugrpo_edu.rollout import Sampling, rollout
 
     rng = random.Random(0)
-    prompt = [rng.randrange(3, VOCABULARY) for _ in range(prompt_tokens)]
+    prompt = [rng.randrange(3, 400) for _ in range(prompt_tokens)]
     if engine == "ours-int8":
         source = folder / "bf16"
         model = load_frozen(str(source), AutoConfig.from_pretrained(source))
@@ -443,27 +461,23 @@ def machine_floors(rows: int = 228) -> dict[str, float]:
         }
 
 
-BLOCK_PARAMETERS = 14_909_440  # of one layer of the shape, linear weights only
-HEAD_PARAMETERS = VOCABULARY * 896
-
-
 def step_floor(workload: Workload, floors: dict[str, float]) -> dict[str, float]:
     """Least seconds of one step on a frozen INT8 base, by part: no overhead at all.
 
     Decoding reads every weight once a token; the prompt, the reference, the forward and
     the backward pass multiply P + G C tokens by every weight; the head sees completions.
     """
-    blocks, head = workload.layers * BLOCK_PARAMETERS, HEAD_PARAMETERS
-    prompt = (workload.shortest_prompt + workload.longest_prompt) / 2
+    blocks = workload.layers * workload.block_parameters
+    head = workload.vocabulary * workload.hidden
     completions = workload.group * workload.tokens
-    packed = prompt + completions
+    packed = workload.prompt_tokens + completions
     int8 = floors["int8_gops"] * 1e9
     decode = workload.tokens * (blocks + head) / (floors["int8_weight_gb_per_second"] * 1e9)
     # With many rows, decoding is bound by arithmetic instead.
     decode = max(decode, 2 * completions * (blocks + head) / int8)
     one_pass = 2 * (packed * blocks + completions * head) / int8
     return {
-        "prefill": 2 * prompt * blocks / int8,
+        "prefill": 2 * workload.prompt_tokens * blocks / int8,
         "decode": decode,
         "reference": one_pass,
         "forward": one_pass,

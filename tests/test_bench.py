@@ -1,0 +1,246 @@
+"""The benchmark does the work it names; its arithmetic and its refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cpugrpo_edu import bench
+from cpugrpo_edu.bench import (
+    ABLATIONS,
+    PEERS,
+    WORKLOADS,
+    Options,
+    Workload,
+    ablate_rows,
+    attempt,
+    b1_rows,
+    bench_ablate,
+    bench_b1,
+    bench_rollout,
+    even_ids,
+    make_model,
+    ours,
+    rollout_speed,
+    run_worker,
+    steady_seconds,
+    step_floor,
+    stock,
+    workload_model,
+)
+from cpugrpo_edu.cli import app, main
+from cpugrpo_edu.types import UserError
+
+TINY = Workload(
+    "tiny",
+    steps=2,
+    tokens=5,
+    shortest_prompt=4,
+    longest_prompt=6,
+    layers=2,
+    hidden=32,
+    ffn=48,
+    heads=2,
+    kv_heads=1,
+    vocabulary=400,
+    stages=2,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "model"
+    make_model(asdict(TINY), str(folder))
+    return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch, folder):
+    """Workers run here, on the tiny model; what a fresh process would do is tested once."""
+
+    def call(name, on_line=None, **arguments):
+        if name == "floors":
+            return {
+                "float32_gflops": 100.0,
+                "int8_gops": 200.0,
+                "read_gb_per_second": 20.0,
+                "int8_weight_gb_per_second": 20.0,
+            }
+        return bench.WORKERS[name](**arguments)
+
+    monkeypatch.setattr(bench, "run_worker", call)
+    monkeypatch.setattr(bench, "workload_model", lambda *a: folder)
+
+
+def test_the_workload_is_the_one_that_is_named():
+    b1, b3 = WORKLOADS["b1"], WORKLOADS["b3"]
+    norms = 2 * b1.hidden * b1.layers + b1.hidden
+    biases = (b1.hidden + 2 * b1.kv_heads * 64) * b1.layers
+    blocks = b1.layers * b1.block_parameters
+    assert blocks + biases + norms + b1.vocabulary * b1.hidden == 494_032_768
+    prompts = b1.prompts()
+    assert len(prompts) == 15 and prompts == b1.prompts() != b1.prompts(seed=1)
+    assert all(80 <= len(p.split()) <= 128 for p in prompts)
+    assert (b3.group, b3.tokens) == (8, 64)
+
+
+def test_both_copies_of_the_model_have_the_same_values(folder):
+    models = [AutoModelForCausalLM.from_pretrained(folder / d) for d in ("bf16", "fp32")]
+    weights = [dict(m.named_parameters()) for m in models]
+    assert all((weights[0][n].float() == weights[1][n]).all() for n in weights[0])
+    assert AutoConfig.from_pretrained(folder / "fp32").tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ours_does_the_whole_workload(folder, name):
+    options = asdict(replace(Options(large_blocks=False), **ABLATIONS[name]))
+    result = ours(asdict(TINY), str(folder), options)
+    assert len(result["step_seconds"]) == len(result["reward"]) == 4
+    assert result["weights_changed"]["changed"]
+    assert result["weights_changed"]["relative_l2"] > 0
+    assert result["kl"][0] == pytest.approx(0, abs=0.05) and max(result["kl"]) > 0
+    assert len(result["ewc_penalty"]) == 2  # in the second stage only
+    assert result["peak_rss_bytes"] > 0
+    assert all(value >= 0 for value in result["seconds"].values())
+
+
+def test_full_fine_tuning(folder):
+    result = ours(asdict(replace(TINY, stages=1)), str(folder), asdict(Options("full")))
+    assert result["weights_changed"]["relative_l2"] > 0
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_stock(folder, lora):
+    result = stock(asdict(TINY), str(folder), lora, steps=2)
+    assert len(result["step_seconds"]) == 2
+
+
+@pytest.mark.parametrize("engine", bench.ENGINES)
+def test_rollout_engines(folder, engine):
+    result = rollout_speed(engine, str(folder), rows=2, tokens=4, prompt_tokens=5)
+    assert result["tokens_per_second"] == pytest.approx(8 / result["seconds"])
+
+
+def test_rewards_differ():
+    assert even_ids([[2, 4], [1, 3], [1, 2]]) == [1.0, 0.0, 0.5]
+
+
+def test_the_floor_is_weights_over_bandwidth_and_operations_over_peak():
+    rates = {"int8_gops": 100.0, "int8_weight_gb_per_second": 10.0}
+    b1 = WORKLOADS["b1"]
+    floor = step_floor(b1, rates)
+    blocks, head = 24 * b1.block_parameters, b1.vocabulary * b1.hidden
+    assert floor["decode"] == pytest.approx(64 * (blocks + head) / 10e9)
+    assert floor["forward"] == pytest.approx(2 * (232 * blocks + 128 * head) / 100e9)
+    assert floor["prefill"] == pytest.approx(2 * 104 * blocks / 100e9)
+    many = step_floor(replace(b1, group=64), rates)  # bound by arithmetic
+    assert many["decode"] == pytest.approx(2 * 64 * 64 * (blocks + head) / 100e9)
+
+
+def test_a_comparison_and_its_table(in_process, tmp_path):
+    lines = []
+    record = bench_b1(TINY, ("stock-lora",), peer_steps=2, say=lines.append)
+    assert record.kind == "bench-tiny" and any("stock-lora" in line for line in lines)
+    rows = b1_rows(record)
+    assert [row[0] for row in rows] == ["ours", "stock-lora", "floor"]
+    assert rows[0][4:] == ["1.0", "1.00"]
+    seconds = steady_seconds(record.results["ours"])
+    assert float(rows[0][2]) == pytest.approx(TINY.group * TINY.tokens / seconds, abs=0.5)
+    record.save(tmp_path / "b1.json")
+    with pytest.raises(UserError, match="stock-lora"):
+        bench_b1(TINY, ("llama",))
+
+
+def test_a_peer_without_memory_or_that_fails_is_skipped(in_process, monkeypatch):
+    monkeypatch.setattr(bench, "PEER_MEMORY", dict.fromkeys(PEERS, 2**60))
+    record = bench_b1(TINY, ("stock",))
+    assert "GiB of memory" in record.results["peers"]["stock"]["skipped"]
+    assert b1_rows(record)[1][1].startswith("skipped: needs")
+
+    def fail():
+        raise UserError("it broke")
+
+    assert attempt(0, fail) == {"skipped": "it broke"}
+
+
+def test_an_ablation_and_its_table(in_process):
+    record = bench_ablate(TINY, names=("all on", "generate"))
+    record.results["ablations"]["gone"] = {"skipped": "why"}
+    rows = ablate_rows(record)
+    assert [row[0] for row in rows] == ["all on", "generate", "gone"]
+    assert rows[0][3] == "1.00" and rows[2][1] == "why"
+
+
+def test_rollout_comparison(in_process):
+    record = bench_rollout(TINY, ("ours-int8",))
+    assert record.results["engines"]["ours-int8"]["tokens_per_second"] > 0
+
+
+def test_the_first_step_warms_up():
+    assert steady_seconds({"step_seconds": [9.0, 1.0, 3.0]}) == 2.0
+    assert steady_seconds({"step_seconds": [9.0]}) == 9.0
+
+
+def test_a_fresh_process_and_its_failure(tmp_path):
+    shape = replace(TINY, layers=1)
+    assert run_worker("make_model", workload=asdict(shape), folder=str(tmp_path / "m"))
+    with pytest.raises(UserError, match="exit code 1"):
+        run_worker("unheard_of")
+
+
+def test_the_model_is_made_once(tmp_path, monkeypatch):
+    calls = []
+
+    def make(name, **arguments):
+        calls.append(name)
+        (tmp_path / "random-2x32").mkdir()
+
+    monkeypatch.setattr(bench, "run_worker", make)
+    assert workload_model(TINY, tmp_path) == workload_model(TINY, tmp_path)
+    assert calls == ["make_model"]
+
+
+def command(*arguments):
+    from typer.testing import CliRunner
+
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_commands(in_process, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "WORKLOADS", {"b1": TINY, "b3": TINY})
+    path = tmp_path / "record.json"
+    shown = command("b1", "--output", str(path), "--quiet")
+    assert shown.exit_code == 0 and "| ours |" in shown.stdout
+    assert json.loads(path.read_text())["results"]["ours"]["weights_changed"]["changed"]
+    assert "200.0" in command("machine").stdout
+    monkeypatch.setattr(bench, "ENGINES", ("ours-int8",))
+    assert "ours-int8" in command("rollout", "--quiet").stdout
+    monkeypatch.setattr(bench, "ABLATIONS", {"all on": {}})
+    assert "all on" in command("ablate", "--steps", "1", "--quiet").stdout
+
+
+def test_weights_that_do_not_change_fail_the_command(in_process, monkeypatch):
+    monkeypatch.setattr(bench, "WORKLOADS", {"b1": TINY})
+    still = {**ours(asdict(TINY), str(bench.workload_model(TINY)), asdict(Options()))}
+    still["weights_changed"] = {"changed": False, "relative_l2": 0.0}
+    monkeypatch.setitem(bench.WORKERS, "ours", lambda **arguments: still)
+    assert command("b1", "--quiet").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--workload", "b9"], "'b9'; allowed are b1, b2, b3"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--peer-steps", "0"], "--peer-steps is 0"),
+        (["--peers", "llama"], "unknown peer llama"),
+    ],
+)
+def test_bad_input(arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cpugrpo", "bench", "b1", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and words in capsys.readouterr().err
