@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test venv lint format types unit notebooks book records results lock clean
+.PHONY: help run test venv lint format types unit notebooks mutations book records results lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -20,7 +20,7 @@ help: ## list the targets
 run: venv ## install what is missing, then train the bundled model and show the result
 	$(BIN)/cpugrpo run
 
-test: lint types unit notebooks book ## every check: style, types, unit tests, notebooks, book
+test: lint types unit notebooks mutations book ## every check: style, types, unit tests, notebooks, broken packages, book
 
 venv: ## create the environment from requirements.lock (at once when it is up to date)
 	@python='$(PYTHON)'; if [ -z "$$python" ]; then \
@@ -46,6 +46,9 @@ unit: venv ## unit tests with coverage
 
 notebooks: venv ## execute every notebook with nbval and print what each took
 	$(BIN)/python tools/notebooks.py $(ARGS)
+
+mutations: venv ## break the package on purpose: a notebook must fail each time
+	$(BIN)/python tools/mutations.py
 
 book: venv ## build the book from the stored outputs into _build/html
 	$(BIN)/jupyter-book build -W -n --keep-going .

@@ -1,0 +1,118 @@
+"""Break the package on purpose: for every break, a notebook must fail.
+
+    python tools/mutations.py             # all
+    python tools/mutations.py kl-sign     # some
+
+Each break changes one line of a copy of the package and executes one notebook against that
+copy. A notebook that runs through would teach the broken thing without noticing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``old`` in ``module`` becomes ``new``; ``notebook`` must then fail."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    notebook: str
+
+    def mutate(self, text: str) -> str:
+        assert text.count(self.old) == 1, f"{self.name}: {self.old!r} is not there just once"
+        return text.replace(self.old, self.new)
+
+
+MUTATIONS = [
+    Mutation(
+        "kl-sign",
+        "policy.py",
+        "    d = ref_log_probs - log_probs\n",
+        "    d = log_probs - ref_log_probs\n",
+        "03_grpo_from_zero",
+    ),
+    Mutation(
+        "advantage-ddof",
+        "policy.py",
+        "rewards.std(dim=-1, correction=1, keepdim=True)",
+        "rewards.std(dim=-1, correction=0, keepdim=True)",
+        "03_grpo_from_zero",
+    ),
+    Mutation(
+        "loss-mask",
+        "policy.py",
+        "    loss = loss * mask  # also",
+        "    loss = loss * torch.ones_like(mask)  # also",
+        "03_grpo_from_zero",
+    ),
+    Mutation(
+        "log-prob-mask",
+        "policy.py",
+        ".masked_fill(~mask, 0.0)",
+        ".masked_fill(mask & ~mask, 0.0)",
+        "01_policy",
+    ),
+    Mutation(
+        "fisher-batch-mean",
+        "fisher.py",
+        "fisher[name] += torch.tensordot(weights, score.float().square(), dims=1)",
+        "fisher[name] += torch.tensordot(weights, score.float(), dims=1).square() / len(weights)",
+        "13_fisher",
+    ),
+]
+
+
+def caught(mutation: Mutation) -> tuple[bool, str]:
+    """Whether the notebook fails on the broken package, and how."""
+    with tempfile.TemporaryDirectory() as folder:
+        broken = Path(folder) / "cpugrpo_edu"
+        shutil.copytree(ROOT / "cpugrpo_edu", broken, ignore=shutil.ignore_patterns("__pycache__"))
+        module = broken / mutation.module
+        module.write_text(mutation.mutate(module.read_text()))
+        notebook = ROOT / "notebooks" / f"{mutation.notebook}.ipynb"
+        command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute"]
+        command += ["--output-dir", folder, str(notebook)]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": folder},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+    lines = [line for line in done.stderr.splitlines() if "Error" in line]
+    return "CellExecutionError" in done.stderr, lines[-1][:120] if lines else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("names", nargs="*", help=", ".join(m.name for m in MUTATIONS))
+    names = parser.parse_args().names
+    missed = 0
+    for mutation in MUTATIONS:
+        if names and mutation.name not in names:
+            continue
+        start = time.perf_counter()
+        failed, how = caught(mutation)
+        missed += not failed
+        verdict = f"caught: {how}" if failed else "NOT CAUGHT"
+        seconds = time.perf_counter() - start
+        print(f"{mutation.name:18} {mutation.notebook:20} {seconds:4.0f} s  {verdict}", flush=True)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
