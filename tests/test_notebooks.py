@@ -67,7 +67,7 @@ def test_chapter_has_its_parts(path):
     assert markdown[0].startswith("# "), "begin with the title"
     assert "**Objectives.**" in markdown[0] and "**Before:**" in markdown[0]
     headings = re.findall(r"^(#+) (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
-    assert [h for level, h in headings if level == "#"] == headings[0][1:], "one title"
+    assert [h for level, h in headings if level == "#"] == [headings[0][1]], "one title"
     levels = [len(level) for level, _ in headings]
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels)), "a level is skipped"
     titles = [title for _, title in headings]
