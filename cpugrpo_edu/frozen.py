@@ -52,7 +52,8 @@ def pack(q: Tensor, scale: Tensor) -> Any:
 
 def rowwise(x: Tensor, packed: Any) -> Tensor:
     """x Q^T * s for x (..., in) with rows of any size: each is brought to a peak of 1 first."""
-    peak = x.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    peak = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)  # one pass, no copy
+    peak.clamp_(min=torch.finfo(torch.float32).tiny)
     result: Tensor = _linear_dynamic(x / peak, packed, True).mul_(peak)
     return result
 
