@@ -366,7 +366,7 @@ def rollout_speed(
     """Tokens a second of one engine, ``rows`` completions of one prompt, after a warm-up.
 
     "generate" is Hugging Face's on float32 weights with the prompt given ``rows`` times,
-    "continuous" its continuous batching, "ours-float32" and "ours-int8" this package's.
+    "ours-float32" and "ours-int8" are this package's.
     """
     with PeakMemory() as peak:
         seconds = _rollout_seconds(engine, Path(folder), rows, tokens, prompt_tokens)
@@ -381,7 +381,7 @@ def _rollout_seconds(
     engine: str, folder: Path, rows: int, tokens: int, prompt_tokens: int
 ) -> float:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from cpugrpo_edu.frozen import load_frozen
     from cpugrpo_edu.rollout import Sampling, rollout
@@ -396,14 +396,8 @@ def _rollout_seconds(
 
     def once(tokens: int) -> None:
         sampling = Sampling(tokens, 1.0)
-        if engine == "continuous":
-            config = GenerationConfig(
-                max_new_tokens=tokens, do_sample=True, eos_token_id=-1, pad_token_id=2
-            )
-            model.generate_batch(inputs=[prompt] * rows, generation_config=config)
-        else:
-            name = "generate" if engine == "generate" else "fast"
-            rollout(model, [prompt], rows, sampling, eos_ids=set(), pad_id=2, engine=name)
+        name = "generate" if engine == "generate" else "fast"
+        rollout(model, [prompt], rows, sampling, eos_ids=set(), pad_id=2, engine=name)
 
     with torch.inference_mode():
         once(4)
@@ -412,7 +406,7 @@ def _rollout_seconds(
         return time.perf_counter() - start
 
 
-ENGINES = ("generate", "continuous", "ours-float32", "ours-int8")
+ENGINES = ("generate", "ours-float32", "ours-int8")
 
 
 # Floors: what the machine could at best do

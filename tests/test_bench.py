@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, replace
 
@@ -216,9 +217,11 @@ def test_commands(in_process, monkeypatch, tmp_path):
     assert shown.exit_code == 0 and "| ours |" in shown.stdout
     assert json.loads(path.read_text())["results"]["ours"]["weights_changed"]["changed"]
     assert "200.0" in command("machine").stdout
-    monkeypatch.setattr(bench, "ENGINES", ("ours-int8",))
+    some = functools.partial(bench_rollout, engines=("ours-int8",))
+    monkeypatch.setattr(bench, "bench_rollout", some)
     assert "ours-int8" in command("rollout", "--quiet").stdout
-    monkeypatch.setattr(bench, "ABLATIONS", {"all on": {}})
+    some = functools.partial(bench_ablate, names=("all on",))
+    monkeypatch.setattr(bench, "bench_ablate", some)
     assert "all on" in command("ablate", "--steps", "1", "--quiet").stdout
 
 
