@@ -33,7 +33,7 @@ from cpugrpo_edu.hardware import (
     git_commit,
     versions,
 )
-from cpugrpo_edu.memory import PeakMemory, return_large_blocks
+from cpugrpo_edu.memory import PeakMemory
 from cpugrpo_edu.types import RunRecord, UserError
 
 LORA_RANK = 16
@@ -167,7 +167,6 @@ class Options:
     share_prefix: bool = True
     fast_rollouts: bool = True
     compact: bool = True
-    large_blocks: bool = True
     exact: bool = False
 
 
@@ -196,8 +195,6 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
         def eos_ids(self) -> set[int]:
             return set()
 
-    if options.large_blocks:
-        return_large_blocks()
     imported = time.perf_counter()
     lora = options.method == "lora"
     if options.frozen_int8 and lora:
@@ -628,7 +625,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "prompt not shared": {"share_prefix": False},
     "generate": {"fast_rollouts": False},
     "float32 activations": {"compact": False},
-    "default malloc": {"large_blocks": False},
     "float32 base": {"frozen_int8": False},
 }
 

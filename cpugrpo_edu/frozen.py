@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,6 @@ TILE_ROWS = 4096
 
 FEW_ROWS = 8
 """So few rows share one scale: when decoding, calls cost more than the arithmetic."""
-
-LOGIT_ROWS = 32
-"""Positions whose logits, positions x vocabulary, exist at a time."""
 
 
 def pack(q: Tensor, scale: Tensor) -> Any:
@@ -143,13 +141,13 @@ class FrozenInt8Embedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         return self.rows(ids)
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """``weights @ W`` for weights (n, vocabulary), in tiles that fit the cache."""
-        total = weights.new_zeros(len(weights), self.embedding_dim)
+    def tiles(self) -> Iterator[slice]:
         for start in range(0, self.num_embeddings, TILE_ROWS):
-            tile = slice(start, start + TILE_ROWS)
-            total.addmm_(weights[:, tile] * self.scale[tile], self.q[tile].float())
-        return total
+            yield slice(start, min(start + TILE_ROWS, self.num_embeddings))
+
+    def add_weighted_sum(self, total: Tensor, weights: Tensor, tile: slice) -> None:
+        """Add ``weights @ W[tile]``, weights (n, rows of the tile), to ``total`` (n, hidden)."""
+        total.addmm_(weights * self.scale[tile], self.q[tile].float())
 
 
 class FrozenInt8Head(nn.Linear):
@@ -165,19 +163,30 @@ class FrozenInt8Head(nn.Linear):
         # not as a submodule: the embedding may be the same object
         object.__setattr__(self, "rows", rows)
         self.exact = exact or quantized_engine() in ("torch", "qnnpack")
-        self.packed = None if self.exact else pack(rows.q, rows.scale)
+        self.tiles = list(rows.tiles())
+        self.packed = [
+            None if self.exact else pack(rows.q[tile], rows.scale[tile]) for tile in self.tiles
+        ]
+
+    def tile_product(self, hidden: Tensor, index: int) -> Tensor:
+        """Logits (..., rows of the tile) for one tile of the vocabulary."""
+        if self.exact:
+            tile = self.tiles[index]
+            return F.linear(hidden, self.rows.q[tile].float()).mul_(self.rows.scale[tile])
+        if hidden.numel() <= FEW_ROWS * self.in_features:
+            logits: Tensor = _linear_dynamic(hidden, self.packed[index], True)
+            return logits
+        return rowwise(hidden, self.packed[index])
 
     def product(self, hidden: Tensor) -> Tensor:
-        if self.exact:
-            return F.linear(hidden, self.rows.q.float()).mul_(self.rows.scale)
-        if hidden.numel() <= FEW_ROWS * self.in_features:
-            logits: Tensor = _linear_dynamic(hidden, self.packed, True)
-            return logits
-        return rowwise(hidden, self.packed)
+        return torch.cat([self.tile_product(hidden, i) for i in range(len(self.tiles))], -1)
 
     def transposed_product(self, gradient: Tensor) -> Tensor:
-        flat = self.rows.weighted_sum(gradient.flatten(0, -2))
-        return flat.view(*gradient.shape[:-1], self.in_features)
+        flat = gradient.flatten(0, -2)
+        total = flat.new_zeros(len(flat), self.in_features)
+        for tile in self.tiles:
+            self.rows.add_weighted_sum(total, flat[:, tile], tile)
+        return total.view(*gradient.shape[:-1], self.in_features)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if torch.is_grad_enabled() and hidden.requires_grad:
@@ -187,38 +196,45 @@ class FrozenInt8Head(nn.Linear):
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log pi(token) and entropy from hidden states, the logits never stored.
+    """log pi(token) and entropy from hidden states, one tile of the vocabulary after another.
 
     With z = W h / T and p = softmax(z), the gradient of log p(y) with respect to h is
     (W_y - p W) / T. It is computed at once, while p is at hand, so the backward pass only
-    multiplies. The entropy gets no gradient: it is a metric here.
+    multiplies. The softmax's sums grow tile by tile and are scaled again whenever a larger
+    logit turns up (Milakov and Gimelshein 2018, arXiv:1805.02867), so that neither the logits
+    nor p ever exist for more than one tile. The entropy gets no gradient: it is a metric here.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, tokens: Tensor, head: FrozenInt8Head, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        log_probs, entropies, slopes = [], [], []
-        for h, y in zip(hidden.split(LOGIT_ROWS), tokens.split(LOGIT_ROWS), strict=True):
-            logits = head.product(h).div_(temperature)
-            chosen = logits.gather(1, y[:, None]).squeeze(1)
-            peak = logits.amax(1, keepdim=True)
-            shifted = logits.sub_(peak)
-            weights = shifted.exp()
-            total = weights.sum(1)
-            log_total = total.log()
-            log_probs.append(chosen - peak.squeeze(1) - log_total)
-            expected = torch.linalg.vecdot(weights, shifted) / total
-            del logits, shifted
-            entropies.append(log_total - expected)
-            if ctx.needs_input_grad[0]:
-                mean = head.rows.weighted_sum(weights).div_(total[:, None])
-                slopes.append((head.rows.rows(y) - mean).div_(temperature))
-        if slopes:
-            ctx.save_for_backward(torch.cat(slopes))
-        entropy = torch.cat(entropies)
+        needs_gradient = ctx.needs_input_grad[0]
+        peak = hidden.new_full((len(hidden),), torch.finfo(hidden.dtype).min)
+        total, expected, chosen = (torch.zeros_like(peak) for _ in range(3))
+        mean = torch.zeros_like(hidden)  # sum of exp(z - peak) W, at the end of p W
+        for index, tile in enumerate(head.tiles):
+            z = head.tile_product(hidden, index).div_(temperature)
+            inside = ((tokens >= tile.start) & (tokens < tile.stop)).nonzero().squeeze(1)
+            chosen[inside] = z[inside, tokens[inside] - tile.start]
+            larger = torch.maximum(peak, z.amax(1))
+            shrink = (peak - larger).exp()
+            weights = z.sub_(larger[:, None]).exp()  # z is relative to the peak from here on
+            # sum of exp(z) z, with the earlier z relative to the new peak as well
+            expected.addcmul_(total, peak - larger).mul_(shrink).add_(
+                torch.linalg.vecdot(weights, z)
+            )
+            total.mul_(shrink).add_(weights.sum(1))
+            if needs_gradient:
+                head.rows.add_weighted_sum(mean.mul_(shrink[:, None]), weights, tile)
+            peak = larger
+        if needs_gradient:
+            slope = head.rows.rows(tokens) - mean.div_(total[:, None])
+            ctx.save_for_backward(slope.div_(temperature))
+        log_total = total.log()
+        entropy = log_total - expected / total
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(log_probs), entropy
+        return chosen - peak - log_total, entropy
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:  # type: ignore[override]

@@ -232,6 +232,9 @@ def configure_threads(threads: int | None = None) -> dict[str, Any]:
     early = "torch" not in sys.modules
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)  # read at import, and inherited by child processes
+    # Large tensors on pages of 2 MiB where the system has them: a fresh page of 4 KiB costs a
+    # trip into the kernel, and a training step of a large model needs a million of them.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
     torch.set_num_threads(threads)

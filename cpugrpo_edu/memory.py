@@ -37,7 +37,6 @@ __all__ = [
     "models_that_fit",
     "plan_micro_batch",
     "release_memory",
-    "return_large_blocks",
     "saved_activation_bytes",
     "swap_pressure",
 ]
@@ -180,19 +179,33 @@ def release_memory() -> int:
     return max(0, before - process.memory_info().rss)
 
 
-def return_large_blocks(threshold: int = 2**17) -> bool:
-    """Let the C library map every block of at least ``threshold`` bytes on its own (glibc only).
+class Slabs:
+    """Room for many tensors that live and die together, taken in large pieces.
 
-    Otherwise it raises that threshold as it sees large blocks freed, keeps them in its heap,
-    and a training step's activations leave holes that the next step does not fit into: the
-    process grows by gigabytes that nothing uses. Costs a page fault per 4 KiB of each block,
-    so it is for large models only. Returns whether the setting took.
+    Among the short-lived tensors of a forward pass, each kept one would leave a hole that the
+    next does not fit into, and the process would grow by hundreds of megabytes that nothing
+    uses. A slab is larger than anything the C library keeps for itself after it was freed.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        map_threshold, trim_threshold = -3, -1  # from malloc.h
-        return bool(mallopt(map_threshold, threshold) and mallopt(trim_threshold, threshold))
-    return False
+
+    SIZE = 40 * 2**20  # glibc returns blocks over 32 MiB to the system at once
+
+    def __init__(self) -> None:
+        self.slab: Any = None
+        self.used = 0
+
+    def copy(self, tensor: Any, dtype: Any) -> Any:
+        """A contiguous copy of the tensor in ``dtype``, inside the present slab or a new one."""
+        import torch
+
+        count = tensor.numel()
+        size = self.SIZE // dtype.itemsize
+        if count > size:
+            return tensor.to(dtype)
+        if self.slab is None or self.used + count > size:
+            self.slab, self.used = torch.empty(size, dtype=dtype), 0
+        place = self.slab[self.used : self.used + count].view(tensor.shape)
+        self.used += -(-count // 64) * 64
+        return place.copy_(tensor)
 
 
 @contextlib.contextmanager
@@ -207,6 +220,7 @@ def compact_activations(smallest: int = 2**14) -> Iterator[None]:
     from torch.multiprocessing.reductions import StorageWeakRef
 
     kept: dict[Any, tuple[Any, Any]] = {}
+    slabs = Slabs()
 
     def pack(tensor: Any) -> Any:
         leaf = tensor.is_leaf and tensor.requires_grad
@@ -217,7 +231,7 @@ def compact_activations(smallest: int = 2**14) -> Iterator[None]:
         key = (*place, tensor._version)
         if key not in kept or kept[key][0].expired():  # expired: another tensor's old address
             # The weak reference keeps the address from being used again while it is listed.
-            kept[key] = (StorageWeakRef(storage), tensor.bfloat16())
+            kept[key] = (StorageWeakRef(storage), slabs.copy(tensor, torch.bfloat16))
         return kept[key][1]
 
     def unpack(packed: Any) -> Any:

@@ -61,7 +61,6 @@ from cpugrpo_edu.memory import (
     ensure_fits,
     estimate_training_memory,
     release_memory,
-    return_large_blocks,
 )
 from cpugrpo_edu.models import (
     FROZEN,
@@ -284,8 +283,6 @@ class Run:
         self.available = available_memory()
         if config.memory_budget_gib is not None:
             self.available = min(self.available, int(config.memory_budget_gib * GIB))
-        if self.frozen:
-            return_large_blocks()
         self.policy = load_policy(
             source,
             dtype=config.dtype,

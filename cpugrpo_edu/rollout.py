@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cpugrpo_edu.types import Episode, Group, UserError
 
@@ -104,39 +105,70 @@ class Cache:
 Layer = Callable[[Tensor], Tensor]
 
 
-def linear_of(layer: Any) -> Layer:
-    """The function a linear layer computes, without the module's bookkeeping at each call.
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer as plain tensors: base(x) + x A^T B^T, A and B of LoRA, or only the base."""
 
-    A plain LoRA layer becomes base(x) + s B A x; whatever else is called as it stands.
-    """
-    if type(layer) is nn.Linear:
-        return functools.partial(F.linear, weight=layer.weight, bias=layer.bias)
-    adapters = getattr(layer, "active_adapters", None)
-    plain = (
-        adapters is not None
-        and type(layer).__module__ == "peft.tuners.lora.layer"
-        and type(layer).__name__ == "Linear"
-        and not layer.merged
-        and not getattr(layer, "lora_variant", None)
-    )
-    if not plain:
-        return layer.forward  # type: ignore[no-any-return]
-    base = linear_of(layer.base_layer)
-    active = [name for name in adapters or () if name in layer.lora_A]
-    if layer.disable_adapters or not active:
-        return base
-    pairs = [
-        (layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name])
-        for name in active
-    ]
+    base: Layer
+    down: Tensor | None = None  # A, (rank, in)
+    up: Tensor | None = None  # s B, (out, rank)
 
-    def with_adapters(x: Tensor) -> Tensor:
-        y = base(x)
-        for down, up in pairs:
-            y = y + F.linear(F.linear(x, down), up)
-        return y
+    @classmethod
+    def of(cls, layer: Any) -> Projection:
+        """Without the module's bookkeeping at each call; whatever is no plain layer stays whole."""
+        if type(layer) is nn.Linear:
+            return cls(functools.partial(F.linear, weight=layer.weight, bias=layer.bias))
+        adapters = getattr(layer, "active_adapters", None)
+        plain = (
+            adapters is not None
+            and type(layer).__module__ == "peft.tuners.lora.layer"
+            and type(layer).__name__ == "Linear"
+            and not layer.merged
+            and not getattr(layer, "lora_variant", None)
+            and all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+        )
+        if not plain:
+            return cls(layer.forward)
+        base = cls.of(layer.base_layer).base
+        active = [name for name in adapters or () if name in layer.lora_A]
+        if layer.disable_adapters or not active:
+            return cls(base)
+        downs = [layer.lora_A[name].weight for name in active]
+        ups = [layer.lora_B[name].weight * layer.scaling[name] for name in active]
+        one = len(active) == 1
+        return cls(
+            base, downs[0] if one else torch.cat(downs), ups[0] if one else torch.cat(ups, 1)
+        )
 
-    return with_adapters
+    def finish(self, x: Tensor, low: Tensor) -> Tensor:
+        """base(x) + low (s B)^T for ``low`` = x A^T."""
+        assert self.up is not None
+        if torch.is_grad_enabled():
+            # The adapter first: when activations are computed again in the backward pass, that
+            # ends at the last tensor that it needs, and a frozen base needs none.
+            change = F.linear(low, self.up)
+            return self.base(x) + change
+        y = self.base(x)
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.up.t()).view(y.shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.base(x) if self.down is None else self.finish(x, F.linear(x, self.down))
+
+
+class Projections:
+    """Linear layers of the same input: their A go through one product."""
+
+    def __init__(self, *layers: Any):
+        self.each = [Projection.of(layer) for layer in layers]
+        downs = [projection.down for projection in self.each if projection.down is not None]
+        self.down = torch.cat(downs) if len(downs) == len(self.each) else None
+        self.ranks = [len(down) for down in downs]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        if self.down is None:
+            return [projection(x) for projection in self.each]
+        lows = F.linear(x, self.down).split(self.ranks, -1)
+        return [p.finish(x, low) for p, low in zip(self.each, lows, strict=True)]
 
 
 def norm_of(norm: Any) -> Layer:
@@ -147,20 +179,35 @@ def norm_of(norm: Any) -> Layer:
     return lambda x: F.rms_norm(x, norm.weight.shape, norm.weight, epsilon)
 
 
+class _GatedUnit(torch.autograd.Function):
+    """silu(gate) * up, keeping only its two inputs for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        share = torch.sigmoid(gate)
+        active = gate * share  # silu
+        # silu' = share (1 + gate (1 - share)) = share + active (1 - share)
+        slope = share.addcmul_(active, 1 - share)
+        return slope.mul_(up).mul_(gradient), active.mul_(gradient)
+
+
 @dataclass(frozen=True)
 class Block:
     """One transformer layer as plain functions, valid until the weights change."""
 
     before_attention: Layer
-    query: Layer
-    key: Layer
-    value: Layer
+    query_key_value: Projections
     output: Layer
     before_mlp: Layer
-    gate: Layer
-    up: Layer
+    gate_up: Projections
     down: Layer
-    activation: Layer
+    activation: Layer | None  # None: silu
     head_dim: int
 
     @classmethod
@@ -169,20 +216,57 @@ class Block:
         silu = type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         return cls(
             before_attention=norm_of(layer.input_layernorm),
-            query=linear_of(attention.q_proj),
-            key=linear_of(attention.k_proj),
-            value=linear_of(attention.v_proj),
-            output=linear_of(attention.o_proj),
+            query_key_value=Projections(attention.q_proj, attention.k_proj, attention.v_proj),
+            output=Projection.of(attention.o_proj),
             before_mlp=norm_of(layer.post_attention_layernorm),
-            gate=linear_of(mlp.gate_proj),
-            up=linear_of(mlp.up_proj),
-            down=linear_of(mlp.down_proj),
-            activation=functools.partial(F.silu, inplace=True) if silu else mlp.act_fn,
+            gate_up=Projections(mlp.gate_proj, mlp.up_proj),
+            down=Projection.of(mlp.down_proj),
+            activation=None if silu else mlp.act_fn,
             head_dim=attention.head_dim,
         )
 
+    def heads(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, (rows, heads, T, head dim) each."""
+        query, key, value = (
+            x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for x in self.query_key_value(hidden)
+        )
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
+
     def mlp(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate(x)).mul_(self.up(x)))
+        gate, up = self.gate_up(x)
+        if self.activation is not None:
+            return self.down(self.activation(gate) * up)
+        if torch.is_grad_enabled():
+            return self.down(_GatedUnit.apply(gate, up))  # type: ignore[no-untyped-call]
+        return self.down(F.silu(gate, inplace=True).mul_(up))
+
+
+def hidden_states(
+    lm: Any, ids: Tensor, positions: Tensor, bias: Tensor, recompute: bool = False
+) -> Tensor:
+    """Last hidden states (rows, T, hidden) of whole sequences, differentiable, without a cache.
+
+    ``bias`` (rows or 1, 1, T, T) is added to the attention's scores. With ``recompute`` the
+    inside of each MLP, most of a layer's activations, is computed again in the backward pass.
+    """
+    hidden = lm.model.embed_tokens(ids)
+    cos, sin = lm.model.rotary_emb(hidden, positions)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    for layer in lm.model.layers:
+        block = Block.of(layer)
+        query, key, value = block.heads(block.before_attention(hidden), cos, sin)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+        hidden = hidden + block.output(mixed.transpose(1, 2).flatten(2))
+        normed = block.before_mlp(hidden)
+        if recompute and torch.is_grad_enabled():
+            hidden = hidden + checkpoint(
+                block.mlp, normed, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            hidden = hidden + block.mlp(normed)
+    result: Tensor = norm_of(lm.model.norm)(hidden)
+    return result
 
 
 class Decoder:
@@ -192,7 +276,7 @@ class Decoder:
         self.lm = lm
         self.blocks = [Block.of(layer) for layer in lm.model.layers]
         self.norm = norm_of(lm.model.norm)
-        self.head = linear_of(lm.lm_head)
+        self.head = Projection.of(lm.lm_head)
 
     def forward(self, ids: Tensor, positions: Tensor, valid: Tensor, cache: Cache) -> Tensor:
         """Run ``ids`` (rows, T) through the layers, appending to the cache.
@@ -236,16 +320,11 @@ def attend(
 ) -> Tensor:
     """One attention layer over the cache. Query heads that share keys go as one block."""
     rows, length, _ = hidden.shape
-    dim = block.head_dim
     end = start + length
-    query = block.query(hidden).view(rows, length, -1, dim).transpose(1, 2)
-    key = block.key(hidden).view(rows, length, -1, dim).transpose(1, 2)
-    keys[:, :, start:end] = rotate(key, cos, sin)
-    values[:, :, start:end] = block.value(hidden).view(rows, length, -1, dim).transpose(1, 2)
-    query = rotate(query, cos, sin)
+    query, keys[:, :, start:end], values[:, :, start:end] = block.heads(hidden, cos, sin)
     keys, values = keys[:, :, :end], values[:, :, :end]
     if length == 1:  # (rows, kv heads, queries of that head, dim): no copy of the cache
-        query = query.reshape(rows, keys.shape[1], -1, dim)
+        query = query.reshape(rows, keys.shape[1], -1, block.head_dim)
         mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
         mixed = mixed.reshape(rows, 1, -1)
     else:
@@ -273,10 +352,14 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tupl
     logits = logits / sampling.temperature
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
-    # Gumbel-max: adding Gumbel noise and taking the maximum samples from the softmax.
-    noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
-    token = noise.add_(logits).argmax(-1)
-    return token, log_prob_of(logits, token)
+    # The inverse of the cumulative distribution: one random number a row. (Gumbel-max needs
+    # one a token, which for a vocabulary of 151,936 costs more than a layer.)
+    log_total = logits.logsumexp(-1, keepdim=True)
+    mass = (logits - log_total).exp().cumsum(-1, dtype=torch.float64)
+    total = mass[:, -1:]
+    point = torch.rand(total.shape, generator=generator, dtype=torch.float64) * total
+    token = torch.searchsorted(mass, point, right=True)
+    return token.squeeze(-1), (logits.gather(-1, token) - log_total).squeeze(-1)
 
 
 def log_prob_of(logits: Tensor, token: Tensor) -> Tensor:

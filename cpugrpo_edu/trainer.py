@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
 from cpugrpo_edu.frozen import is_frozen
 from cpugrpo_edu.hardware import available_memory
-from cpugrpo_edu.memory import compact_activations, estimate_training_memory, plan_micro_batch
+from cpugrpo_edu.memory import estimate_training_memory, plan_micro_batch
 from cpugrpo_edu.models import Policy
 from cpugrpo_edu.packing import group_rows, packed_log_probs
 from cpugrpo_edu.quantization import quantize_for_rollout, refresh
@@ -357,16 +357,15 @@ class CPUGRPOTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-        compact = compact_activations() if self.options.compact else contextlib.nullcontext()
-        with compact:
-            log_probs, entropies = packed_log_probs(
-                live,
-                input_ids[:, :-logits_to_keep],
-                attention_mask[:, :-logits_to_keep],
-                input_ids[:, -logits_to_keep:],
-                attention_mask[:, -logits_to_keep:],
-                self.temperature,
-            )
+        log_probs, entropies = packed_log_probs(
+            live,
+            input_ids[:, :-logits_to_keep],
+            attention_mask[:, :-logits_to_keep],
+            input_ids[:, -logits_to_keep:],
+            attention_mask[:, -logits_to_keep:],
+            self.temperature,
+            self.options.compact,
+        )
         return log_probs, entropies, None
 
     def rows_with_signal(self, inputs: dict[str, Any]) -> Tensor:
