@@ -97,7 +97,7 @@ def test_both_copies_of_the_model_have_the_same_values(folder):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ours_does_the_whole_workload(folder, name):
-    options = asdict(replace(Options(large_blocks=False), **ABLATIONS[name]))
+    options = asdict(replace(Options(), **ABLATIONS[name]))
     result = ours(asdict(TINY), str(folder), options)
     assert len(result["step_seconds"]) == len(result["reward"]) == 4
     assert result["weights_changed"]["changed"]
