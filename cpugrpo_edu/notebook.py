@@ -184,24 +184,31 @@ def frame(drawn: Figure | Plot, value: Any, alt: str | Callable[[Any], str]) -> 
 def slider_html(
     frames: Sequence[tuple[str, str]], texts: Sequence[str], label: str, start: int
 ) -> str:
-    """A range input that swaps pictures; no library, no request, no kernel."""
+    """A range input that swaps pictures; no library, no request, no kernel.
+
+    Where no script may run, as in a notebook that JupyterLab does not trust yet, there is
+    one picture and a line that says so instead of a slider that does not move.
+    """
     key = "x" + hashlib.sha256("".join([label, *(f for f, _ in frames)]).encode()).hexdigest()[:12]
     images = "".join(
         f'<img src="data:image/png;base64,{png}" alt="{html.escape(alt)}"'
-        f'{"" if i == start else " hidden"} style="max-width:100%">'
+        f' style="max-width:100%{"" if i == start else ";display:none"}">'
         for i, (png, alt) in enumerate(frames)
     )
     ticks = html.escape(str(list(texts)).replace("'", '"'), quote=True)
     return (
         f'<div id="{key}" class="explore" data-values="{ticks}">'
-        f"<label>{html.escape(label)}: "
+        f'<span style="display:none"><label>{html.escape(label)}: '
         f'<input type="range" min="0" max="{len(frames) - 1}" step="1" value="{start}" '
         f'style="width:16em;vertical-align:middle"></label> '
-        f'<output aria-live="polite">{html.escape(texts[start])}</output><br>{images}</div>'
+        f'<output aria-live="polite">{html.escape(texts[start])}</output></span>'
+        f"<em>{html.escape(label)}: {html.escape(texts[start])} (run the cell for a slider)</em>"
+        f"<br>{images}</div>"
         f'<script>(()=>{{const box=document.getElementById("{key}");'
         'const images=box.querySelectorAll("img"),texts=JSON.parse(box.dataset.values);'
-        'box.querySelector("input").addEventListener("input",event=>{'
-        "const at=+event.target.value;images.forEach((image,i)=>{image.hidden=i!==at});"
+        'box.querySelector("span").style.display="";box.querySelector("em").style.display="none";'
+        'box.querySelector("input").addEventListener("input",event=>{const at=+event.target.value;'
+        'images.forEach((image,i)=>{image.style.display=i===at?"":"none"});'
         'box.querySelector("output").textContent=texts[at]})})()</script>'
     )
 
