@@ -158,6 +158,8 @@ def clean(path: Path) -> None:
                 output.execution_count = number
             data = output.get("data", {})
             data.pop(WIDGET, None)  # a page without a kernel shows the HTML beside it
+            if "application/javascript" in data:  # JupyterLab does not run it unasked
+                data["text/plain"] = "Run this cell to take the quiz."
             alt = output.get("metadata", {}).get("image/png", {}).get("alt")
             if alt:
                 cell.metadata["mystnb"] = {"image": {"alt": alt}}
