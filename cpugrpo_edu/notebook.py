@@ -154,8 +154,8 @@ def explore(
 ) -> None:
     """A slider over ``values`` that moves the figure ``draw(value)``.
 
-    In a live notebook it is a widget that calls ``draw``. In the book it is plain HTML with
-    all pictures inside, so it moves without a kernel. ``alt`` is the text of every picture,
+    In a live notebook it is a widget. In the book it is plain HTML with all pictures inside,
+    so it moves without a kernel. ``alt`` is the text of every picture,
     or a function of the value; a ``Plot`` brings its own. ``start`` is the position shown
     first, the middle by default.
     """
@@ -166,10 +166,9 @@ def explore(
     start = len(values) // 2 if start is None else start
     frames = [frame(draw(value), value, alt) for value in values]
     texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-    data = {"text/plain": f"slider: {label}", "text/html": slider_html(frames, texts, label, start)}
-    if widget := slider_widget(draw, values, texts, label, start):
-        data |= widget._repr_mimebundle_()
-        data["text/html"] = slider_html(frames, texts, label, start)
+    data = slider_widget(frames, texts, label, start)._repr_mimebundle_()
+    data["text/plain"] = f"slider: {label}"
+    data["text/html"] = slider_html(frames, texts, label, start)
     display(data, raw=True)  # type: ignore[no-untyped-call]
 
 
@@ -214,34 +213,30 @@ def slider_html(
 
 
 def slider_widget(
-    draw: Callable[[Any], Figure | Plot],
-    values: Sequence[Any],
-    texts: Sequence[str],
-    label: str,
-    start: int,
+    frames: Sequence[tuple[str, str]], texts: Sequence[str], label: str, start: int
 ) -> Any:
-    """The same slider as a live ipywidget."""
+    """The same slider as a live ipywidget. It has all its pictures, so it moves at once."""
     import ipywidgets
 
-    def picture(value: Any) -> bytes:
-        drawn = draw(value)
-        return small_png(drawn.figure if isinstance(drawn, Plot) else drawn, dpi=80)
-
-    image = ipywidgets.Image(value=picture(values[start]), format="png")
+    picture = ipywidgets.HTML()
     slider = ipywidgets.SelectionSlider(
-        options=list(zip(texts, values, strict=True)),
+        options=[(text, i) for i, text in enumerate(texts)],
         index=start,
         description=label,
-        continuous_update=False,
         style={"description_width": "initial"},
         layout={"width": "32em"},
     )
 
-    def move(change: Any) -> None:
-        image.value = picture(change["new"])
+    def move(at: int) -> None:
+        png, alt = frames[at]
+        picture.value = (
+            f'<img src="data:image/png;base64,{png}" alt="{html.escape(alt)}" '
+            'style="max-width:100%">'
+        )
 
-    slider.observe(move, names="value")
-    return ipywidgets.VBox([slider, image])
+    move(start)
+    slider.observe(lambda change: move(change["new"]), names="value")
+    return ipywidgets.VBox([slider, picture])
 
 
 # Quizzes
