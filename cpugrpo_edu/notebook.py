@@ -49,6 +49,13 @@ def begin(name: str, tier: str = "SMOKE") -> None:
     configure_threads()
     quiet_libraries()
     display(Markdown(head(name)))  # type: ignore[no-untyped-call]
+    if tier == "FULL" and model_for(tier) is None:
+        display(  # type: ignore[no-untyped-call]
+            Markdown(
+                f"**FULL:** {FULL_MODEL} is not at hand, so the bundled model and stored records "
+                "stand in. Set the environment variable CPUGRPO_FULL_MODEL to the model's folder."
+            )
+        )
 
 
 def quiet_libraries() -> None:

@@ -59,6 +59,17 @@ def test_begin_shows_the_head_and_checks_the_tier(records, shown):
         begin("07_trl", "HUGE")
 
 
+def test_begin_says_when_the_full_model_is_missing(records, shown, monkeypatch):
+    monkeypatch.delenv("CPUGRPO_FULL_MODEL", raising=False)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a: None)
+    begin("07_trl", "FULL")
+    assert "is not at hand" in shown[1][0][0].data
+    monkeypatch.setenv("CPUGRPO_FULL_MODEL", "/mine")
+    shown.clear()
+    begin("07_trl", "FULL")
+    assert len(shown) == 1
+
+
 def test_the_full_model_is_looked_for_and_never_downloaded(monkeypatch):
     assert model_for("SMOKE") == "bundled"
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a: None)
