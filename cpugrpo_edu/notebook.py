@@ -46,6 +46,10 @@ def begin(name: str, tier: str = "SMOKE") -> None:
     check_tier(tier)
     warnings.filterwarnings("ignore")  # notices of libraries to their authors
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Read when torch is imported: threads that wait shall sleep, not spin on a core that
+    # another program could use. On a busy machine spinning makes small models several times
+    # slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     configure_threads()
     quiet_libraries()
     display(Markdown(head(name)))  # type: ignore[no-untyped-call]

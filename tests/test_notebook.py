@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 from html.parser import HTMLParser
 
@@ -51,8 +52,10 @@ def test_head_takes_time_and_memory_from_the_record(records):
     assert "torch" in text and "trl" in text
 
 
-def test_begin_shows_the_head_and_checks_the_tier(records, shown):
+def test_begin_shows_the_head_and_checks_the_tier(records, shown, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     begin("07_trl")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE", "the user's choice stays"
     [((markdown,), _)] = shown
     assert "Versions here" in markdown.data
     with pytest.raises(UserError, match="'HUGE'"):
