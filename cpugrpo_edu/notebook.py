@@ -46,9 +46,20 @@ def begin(name: str, tier: str = "SMOKE") -> None:
     check_tier(tier)
     warnings.filterwarnings("ignore")  # notices of libraries to their authors
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Read when torch is imported: threads that wait shall sleep, not spin on a core that
+    # another program could use. On a busy machine spinning makes small models several times
+    # slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     configure_threads()
     quiet_libraries()
     display(Markdown(head(name)))  # type: ignore[no-untyped-call]
+    if tier == "FULL" and model_for(tier) is None:
+        display(  # type: ignore[no-untyped-call]
+            Markdown(
+                f"**FULL:** {FULL_MODEL} is not at hand, so the bundled model and stored records "
+                "stand in. Set the environment variable CPUGRPO_FULL_MODEL to the model's folder."
+            )
+        )
 
 
 def quiet_libraries() -> None:
@@ -154,8 +165,8 @@ def explore(
 ) -> None:
     """A slider over ``values`` that moves the figure ``draw(value)``.
 
-    In a live notebook it is a widget that calls ``draw``. In the book it is plain HTML with
-    all pictures inside, so it moves without a kernel. ``alt`` is the text of every picture,
+    In a live notebook it is a widget. In the book it is plain HTML with all pictures inside,
+    so it moves without a kernel. ``alt`` is the text of every picture,
     or a function of the value; a ``Plot`` brings its own. ``start`` is the position shown
     first, the middle by default.
     """
@@ -166,10 +177,9 @@ def explore(
     start = len(values) // 2 if start is None else start
     frames = [frame(draw(value), value, alt) for value in values]
     texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-    data = {"text/plain": f"slider: {label}", "text/html": slider_html(frames, texts, label, start)}
-    if widget := slider_widget(draw, values, texts, label, start):
-        data |= widget._repr_mimebundle_()
-        data["text/html"] = slider_html(frames, texts, label, start)
+    data = slider_widget(frames, texts, label, start)._repr_mimebundle_()
+    data["text/plain"] = f"slider: {label}"
+    data["text/html"] = slider_html(frames, texts, label, start)
     display(data, raw=True)  # type: ignore[no-untyped-call]
 
 
@@ -184,57 +194,60 @@ def frame(drawn: Figure | Plot, value: Any, alt: str | Callable[[Any], str]) -> 
 def slider_html(
     frames: Sequence[tuple[str, str]], texts: Sequence[str], label: str, start: int
 ) -> str:
-    """A range input that swaps pictures; no library, no request, no kernel."""
+    """A range input that swaps pictures; no library, no request, no kernel.
+
+    Where no script may run, as in a notebook that JupyterLab does not trust yet, there is
+    one picture and a line that says so instead of a slider that does not move.
+    """
     key = "x" + hashlib.sha256("".join([label, *(f for f, _ in frames)]).encode()).hexdigest()[:12]
     images = "".join(
         f'<img src="data:image/png;base64,{png}" alt="{html.escape(alt)}"'
-        f'{"" if i == start else " hidden"} style="max-width:100%">'
+        f' style="max-width:100%{"" if i == start else ";display:none"}">'
         for i, (png, alt) in enumerate(frames)
     )
     ticks = html.escape(str(list(texts)).replace("'", '"'), quote=True)
     return (
         f'<div id="{key}" class="explore" data-values="{ticks}">'
-        f"<label>{html.escape(label)}: "
+        f'<span style="display:none"><label>{html.escape(label)}: '
         f'<input type="range" min="0" max="{len(frames) - 1}" step="1" value="{start}" '
         f'style="width:16em;vertical-align:middle"></label> '
-        f'<output aria-live="polite">{html.escape(texts[start])}</output><br>{images}</div>'
+        f'<output aria-live="polite">{html.escape(texts[start])}</output></span>'
+        f"<em>{html.escape(label)}: {html.escape(texts[start])} (run the cell for a slider)</em>"
+        f"<br>{images}</div>"
         f'<script>(()=>{{const box=document.getElementById("{key}");'
         'const images=box.querySelectorAll("img"),texts=JSON.parse(box.dataset.values);'
-        'box.querySelector("input").addEventListener("input",event=>{'
-        "const at=+event.target.value;images.forEach((image,i)=>{image.hidden=i!==at});"
+        'box.querySelector("span").style.display="";box.querySelector("em").style.display="none";'
+        'box.querySelector("input").addEventListener("input",event=>{const at=+event.target.value;'
+        'images.forEach((image,i)=>{image.style.display=i===at?"":"none"});'
         'box.querySelector("output").textContent=texts[at]})})()</script>'
     )
 
 
 def slider_widget(
-    draw: Callable[[Any], Figure | Plot],
-    values: Sequence[Any],
-    texts: Sequence[str],
-    label: str,
-    start: int,
+    frames: Sequence[tuple[str, str]], texts: Sequence[str], label: str, start: int
 ) -> Any:
-    """The same slider as a live ipywidget."""
+    """The same slider as a live ipywidget. It has all its pictures, so it moves at once."""
     import ipywidgets
 
-    def picture(value: Any) -> bytes:
-        drawn = draw(value)
-        return small_png(drawn.figure if isinstance(drawn, Plot) else drawn, dpi=80)
-
-    image = ipywidgets.Image(value=picture(values[start]), format="png")
+    picture = ipywidgets.HTML()
     slider = ipywidgets.SelectionSlider(
-        options=list(zip(texts, values, strict=True)),
+        options=[(text, i) for i, text in enumerate(texts)],
         index=start,
         description=label,
-        continuous_update=False,
         style={"description_width": "initial"},
         layout={"width": "32em"},
     )
 
-    def move(change: Any) -> None:
-        image.value = picture(change["new"])
+    def move(at: int) -> None:
+        png, alt = frames[at]
+        picture.value = (
+            f'<img src="data:image/png;base64,{png}" alt="{html.escape(alt)}" '
+            'style="max-width:100%">'
+        )
 
-    slider.observe(move, names="value")
-    return ipywidgets.VBox([slider, image])
+    move(start)
+    slider.observe(lambda change: move(change["new"]), names="value")
+    return ipywidgets.VBox([slider, picture])
 
 
 # Quizzes

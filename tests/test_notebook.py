@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 from html.parser import HTMLParser
 
@@ -51,12 +52,25 @@ def test_head_takes_time_and_memory_from_the_record(records):
     assert "torch" in text and "trl" in text
 
 
-def test_begin_shows_the_head_and_checks_the_tier(records, shown):
+def test_begin_shows_the_head_and_checks_the_tier(records, shown, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     begin("07_trl")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE", "the user's choice stays"
     [((markdown,), _)] = shown
     assert "Versions here" in markdown.data
     with pytest.raises(UserError, match="'HUGE'"):
         begin("07_trl", "HUGE")
+
+
+def test_begin_says_when_the_full_model_is_missing(records, shown, monkeypatch):
+    monkeypatch.delenv("CPUGRPO_FULL_MODEL", raising=False)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a: None)
+    begin("07_trl", "FULL")
+    assert "is not at hand" in shown[1][0][0].data
+    monkeypatch.setenv("CPUGRPO_FULL_MODEL", "/mine")
+    shown.clear()
+    begin("07_trl", "FULL")
+    assert len(shown) == 1
 
 
 def test_the_full_model_is_looked_for_and_never_downloaded(monkeypatch):
@@ -110,25 +124,21 @@ def test_a_slider_is_a_widget_and_a_page_without_a_kernel(shown):
     parser.feed(data["text/html"])
     images = [a for tag, a in parser.found if tag == "img"]
     assert [a["alt"] for a in images] == [f"a line of slope {v}" for v in (0.5, 1.0, 2.0)]
-    assert ["hidden" in a for a in images] == [True, False, True]
+    assert ["display:none" in a["style"] for a in images] == [True, False, True]
+    assert "run the cell for a slider" in data["text/html"]  # until the script shows it
     [slider] = [a for tag, a in parser.found if tag == "input"]
     assert (slider["max"], slider["value"]) == ("2", "1")
     assert "slope of &lt;line&gt;" in data["text/html"]
     assert not re.search(r"https?://", data["text/html"])
 
 
-def test_moving_the_live_slider_draws_again():
-    drawn = []
-
-    def draw(value):
-        drawn.append(value)
-        return line(value)
-
-    box = notebook.slider_widget(draw, [1, 2, 3], ["1", "2", "3"], "slope", 0)
-    slider, image = box.children
-    before = image.value
-    slider.value = 3
-    assert drawn == [1, 3] and image.value != before
+def test_moving_the_live_slider_changes_picture_and_words():
+    frames = [("UE5H", "flat"), ("SlBH", "steep & high"), ("R0lG", "steeper")]
+    box = notebook.slider_widget(frames, ["1", "2", "3"], "slope", 0)
+    slider, picture = box.children
+    assert "UE5H" in picture.value and 'alt="flat"' in picture.value
+    slider.index = 1
+    assert "SlBH" in picture.value and 'alt="steep &amp; high"' in picture.value
 
 
 def test_a_slider_needs_positions_and_words():

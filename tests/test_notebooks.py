@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import re
@@ -13,6 +14,9 @@ ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RECORDS = ROOT / "records" / "notebooks"
 
+WIDTH = 76  # columns of code
+LONGEST = 40  # lines of printed output
+NOISE = re.compile(r"\w+Warning\b|deprecat|Traceback|\r", re.I)
 SECTIONS = ["Check yourself", "Take-aways", "What this does not show", "Further reading"]
 LARGEST = 800_000  # bytes
 
@@ -76,6 +80,7 @@ def test_chapter_has_its_parts(path):
     assert f'begin("{path.stem}", TIER)' in code[0] and 'TIER = "SMOKE"' in code[0]
     assert any("explore(" in c for c in code), "a slider where moving something teaches"
     assert any("quiz(" in c for c in code)
+    assert text.count("**Predict") >= 3, "the reader bets before looking"
     assert "{cite}" in text.split("## Further reading")[1]
 
 
@@ -86,6 +91,10 @@ def test_exercises_have_solutions(path):
     solutions = re.findall(r"^`{3,}\{solution-start\} (\S+)\n:class: dropdown", text, re.M)
     assert 3 <= len(exercises) <= 6
     assert exercises == solutions
+    for label in exercises:
+        asked = text.index(f":label: {label}\n")
+        solved = text.index("{solution-start} " + label)
+        assert "{admonition} Hint" in text[asked:solved], f"{label} has no hint"
     assert len(re.findall(r"^`{3,}\{solution-end\}", text, re.M)) == len(solutions)
 
 
@@ -103,6 +112,53 @@ def test_pictures_have_words(path):
                 assert metadata.get("image/png", {}).get("alt"), f"use show(): {source(cell)}"
             images = re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", "")))
             assert all(re.search(r'\balt="[^"]+"', image) for image in images), source(cell)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_every_cell_is_executed_and_short(path):
+    counts = []
+    for cell in cells(path, "code"):
+        counts.append(cell["execution_count"])
+        wide = [line for line in source(cell).splitlines() if len(line) > WIDTH]
+        assert not wide, f"over {WIDTH} columns: {wide[0]}"
+        if "NBVAL_CHECK_OUTPUT" in source(cell):
+            assert cell["outputs"], f"nothing stored to compare with: {source(cell)}"
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error", source(cell)
+            text = "".join(output.get("text", ""))
+            assert output.get("name") != "stderr", text
+            assert not NOISE.search(text), text
+            assert text.count("\n") <= LONGEST, f"a wall of text: {source(cell)}"
+    assert counts == list(range(1, len(counts) + 1)), "execute it again, from top to bottom"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_quiz_hides_its_source_and_explains_itself(path):
+    [asked] = [cell for cell in cells(path, "code") if "quiz(\n" in source(cell)]
+    assert asked["metadata"]["jupyter"]["source_hidden"], "the answers stand in the source"
+    tree = ast.parse(source(asked))
+    [call] = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Expr) and getattr(node.value.func, "id", "") == "quiz"
+    ]
+    assert len(call.args) >= 4
+    for question in call.args:
+        parts = {keyword.arg: ast.literal_eval(keyword.value) for keyword in question.keywords}
+        answers = [parts["right"], *parts["wrong"]]
+        assert len(answers) >= 3 and len({text for text, _ in answers}) == len(answers)
+        assert all(len(why) >= 10 for _, why in answers), answers
+
+
+def test_the_clinic_has_broken_runs_enough():
+    [code] = [
+        source(c)
+        for c in cells(ROOT / "notebooks" / "07_trl.ipynb", "code")
+        if "CASES = [" in source(c)
+    ]
+    assert code.count("    Case(\n") >= 8
+    for fault in ("template", "truncated", "top_p", "drowns", "right", "end-of-text", "rate", "KL"):
+        assert fault in code
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)

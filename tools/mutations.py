@@ -4,13 +4,15 @@
     python tools/mutations.py kl-sign     # some
 
 Each break changes one line of a copy of the package and executes one notebook against that
-copy. A notebook that runs through would teach the broken thing without noticing.
+copy, up to the first cell that fails. It must fail by an assertion. A notebook that runs
+through would teach the broken thing without noticing.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +69,20 @@ MUTATIONS = [
         "01_policy",
     ),
     Mutation(
+        "clip-minimum",
+        "policy.py",
+        "return torch.min(ratio * advantages,",
+        "return torch.max(ratio * advantages,",
+        "03_grpo_from_zero",
+    ),
+    Mutation(
+        "ewc-half",
+        "ewc.py",
+        "return strength / 2 * torch.stack(energies).sum()",
+        "return strength * torch.stack(energies).sum()",
+        "14_ewc",
+    ),
+    Mutation(
         "fisher-batch-mean",
         "fisher.py",
         "fisher[name] += torch.tensordot(weights, score.float().square(), dims=1)",
@@ -81,6 +97,7 @@ def caught(mutation: Mutation) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as folder:
         broken = Path(folder) / "cpugrpo_edu"
         shutil.copytree(ROOT / "cpugrpo_edu", broken, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "records", Path(folder) / "records")
         module = broken / mutation.module
         module.write_text(mutation.mutate(module.read_text()))
         notebook = ROOT / "notebooks" / f"{mutation.notebook}.ipynb"
@@ -93,8 +110,10 @@ def caught(mutation: Mutation) -> tuple[bool, str]:
             capture_output=True,
             text=True,
         )
-    lines = [line for line in done.stderr.splitlines() if "Error" in line]
-    return "CellExecutionError" in done.stderr, lines[-1][:120] if lines else ""
+    said = re.sub(r"\x1b\[[\d;]*m", "", done.stderr)
+    lines = [line for line in said.splitlines() if "Error" in line]
+    asserted = "CellExecutionError" in said and "AssertionError" in lines[-1]
+    return asserted, lines[-1][:120] if lines else "no error"
 
 
 def main() -> int:
@@ -108,7 +127,7 @@ def main() -> int:
         start = time.perf_counter()
         failed, how = caught(mutation)
         missed += not failed
-        verdict = f"caught: {how}" if failed else "NOT CAUGHT"
+        verdict = f"caught: {how}" if failed else f"NOT CAUGHT: {how}"
         seconds = time.perf_counter() - start
         print(f"{mutation.name:18} {mutation.notebook:20} {seconds:4.0f} s  {verdict}", flush=True)
     return int(missed > 0)

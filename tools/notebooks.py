@@ -147,6 +147,8 @@ def clean(path: Path) -> None:
             cell.metadata["jupyter"] = {"source_hidden": True}  # JupyterLab folds it
         if cell.cell_type != "code":
             continue
+        if "hide-input" in tags:  # a quiz: its source gives the answers away
+            cell.metadata["jupyter"] = {"source_hidden": True}
         if solving:
             cell.metadata["jupyter"]["outputs_hidden"] = True
         number += 1
@@ -156,6 +158,8 @@ def clean(path: Path) -> None:
                 output.execution_count = number
             data = output.get("data", {})
             data.pop(WIDGET, None)  # a page without a kernel shows the HTML beside it
+            if "application/javascript" in data:  # JupyterLab does not run it unasked
+                data["text/plain"] = "Run this cell to take the quiz."
             alt = output.get("metadata", {}).get("image/png", {}).get("alt")
             if alt:
                 cell.metadata["mystnb"] = {"image": {"alt": alt}}
@@ -168,7 +172,10 @@ def clean(path: Path) -> None:
 
 
 def merge_streams(outputs: list[Any]) -> list[Any]:
-    """Join neighbouring pieces of the same stream, which a kernel cuts at random."""
+    """Join neighbouring pieces of the same stream, which a kernel cuts at random.
+
+    Of a progress bar, which writes its line again and again, only the last state stays.
+    """
     merged: list[Any] = []
     for output in outputs:
         last = merged[-1] if merged else None
@@ -176,6 +183,9 @@ def merge_streams(outputs: list[Any]) -> list[Any]:
             last.text += output.text
         else:
             merged.append(output)
+    for output in merged:
+        if output.output_type == "stream":
+            output.text = re.sub(r"[^\n\r]*\r(?=[^\n])", "", output.text).replace("\r", "")
     return merged
 
 
