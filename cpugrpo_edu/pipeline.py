@@ -552,7 +552,7 @@ class Run:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seed=config.seed,
             commit=git_commit(),
-            code_hash=code_hash(),
+            code_hash=code_hash(entry="cpugrpo_edu.pipeline"),
             machine=describe_machine().to_json(),
             versions=versions(),
             config=plain(config),
