@@ -9,6 +9,7 @@ directly or not, and the bundled model they load. What is left out is named in `
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -137,17 +138,15 @@ def entry_hash(entry: str, package: Path = PACKAGE) -> str:
 
 
 def notebook_hash(path: str | Path) -> str:
-    """SHA-256 over what a notebook's code cells do, in their order; outputs and prose do not count."""
+    """SHA-256 over what a notebook's code cells do, in order; not over outputs and prose."""
     digest = hashlib.sha256()
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     for cell in cells:
         if cell["cell_type"] != "code":
             continue
         source = "".join(cell["source"])
-        try:
+        with contextlib.suppress(SyntaxError):  # a line for IPython, not for Python
             source = meaning(source)
-        except SyntaxError:  # a line for IPython, not for Python
-            pass
         digest.update(f"{source}\0".encode())
     return digest.hexdigest()
 
@@ -170,7 +169,7 @@ def hash_now(record: RunRecord, root: Path = PACKAGE.parent) -> str:
 
 
 def staleness(path: str | Path) -> str:
-    """Why the record in a file is older than the code it measures, and the mend; "" if it is not."""
+    """Why the record in a file is older than the code it measures, with the mend; else ""."""
     path = Path(path)
     record = RunRecord.load(path)
     if record.code_hash == hash_now(record):
