@@ -11,6 +11,8 @@ and the book is built with warnings as errors.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -87,7 +89,7 @@ def table_working() -> str:
             if all(row[key] is not None for row in found)
         ]
         rows.append([f"{side} training", *cells])
-    header = ["", "Completions with working", "Accuracy with working", "Accuracy without"]
+    header = ["When", "Completions with working", "Accuracy with working", "Accuracy without"]
     return markdown_table(header, rows)
 
 
@@ -198,6 +200,22 @@ def table_origin() -> str:
     )
 
 
+def table_outcomes() -> str:
+    """Objectives and exercises of every chapter, as its notebook states them."""
+    parts = []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        prose = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        objectives = re.search(r"\*\*Objectives\.\*\*[^\n]*\n\n(.*?)\n\n\*\*Before", prose, re.S)
+        exercises = re.findall(r"^`{3,}\{exercise\} ?(.*)\n:label: (\S+)", prose, re.M)
+        links = ", ".join(f"{{ref}}`{title} <{label}>`" for title, label in exercises)
+        name = f"{{doc}}`Chapter {int(path.stem[:2])} <../notebooks/{path.stem}>`"
+        listed_objectives = objectives.group(1) if objectives else ""
+        parts.append(f"**{name}.** After it, a learner can\n\n{listed_objectives}")
+        parts.append(f"Exercises: {links}.")
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "runs": table_runs,
     "working": table_working,
@@ -206,6 +224,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "class": table_class,
     "benchmarks": table_benchmarks,
     "origin": table_origin,
+    "outcomes": table_outcomes,
 }
 
 
