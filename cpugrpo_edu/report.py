@@ -757,7 +757,13 @@ def records_folder() -> Path:
     return next((place for place in places if place.is_dir()), places[0])
 
 
-OVER = {"mean": fmean, "min": min, "max": max, "sum": sum, "count": len}
+OVER: dict[str, Callable[[list[Any]], Any]] = {
+    "mean": fmean,
+    "min": min,
+    "max": max,
+    "sum": sum,
+    "count": len,
+}
 
 
 def number(
