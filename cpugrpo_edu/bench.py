@@ -530,7 +530,7 @@ def new_record(kind: str, config: dict[str, Any], results: dict[str, Any]) -> Ru
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=0,
         commit=git_commit(),
-        code_hash=code_hash(),
+        code_hash=code_hash(entry="cpugrpo_edu.bench"),
         machine=describe_machine().to_json(),
         versions=versions(),
         config=config,

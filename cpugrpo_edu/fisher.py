@@ -210,7 +210,7 @@ def _label_probabilities(
 def per_sequence_scores(
     model: Any, rows: Sequence[Row], temperature: float = 1.0
 ) -> dict[str, Tensor]:
-    """Gradient of the log-probability of each row's labels: name to (B, *parameter shape).
+    """Gradient of the log-probability of each row's labels: name to (B, parameter shape).
 
     ``backward()`` only gives the sum over the batch, and the square of a sum is not the sum
     of the squares. Here ``vmap`` carries the batch dimension through ``grad``. Memory is
@@ -267,7 +267,7 @@ _LIGHTNING_MULTIPLIERS = (  # first match on the lower-case name wins
 
 @torch.no_grad()
 def lightning_fisher(model: Any) -> dict[str, Tensor]:
-    """ "Lightning Fisher": max(0.1 m Var(theta), 1e-8) + 0.01 |theta_i|. **Not a Fisher.**
+    """ "Lightning Fisher": ``max(0.1 m Var(theta), 1e-8) + 0.01 |theta_i|``. **Not a Fisher.**
 
     A heuristic of the RL-GRPO project (``src/training/lightning_fisher.py``), kept to be
     compared with the truth: m depends on the parameter's name and Var (ddof = 1) on its

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import psutil
 
+from .provenance import entry_hash
 from .types import UserError
 
 PACKAGE = Path(__file__).parent
@@ -288,12 +289,17 @@ def git_commit(folder: str | Path = PACKAGE) -> str:
         return "unknown"
 
 
-def code_hash(paths: Iterable[str | Path] = (PACKAGE,)) -> str:
+def code_hash(paths: Iterable[str | Path] = (PACKAGE,), *, entry: str | None = None) -> str:
     """SHA-256 over names and contents of Python sources; folders are searched for ``*.py``.
 
     Line endings do not count, nor does where the folder lies, so that the same
     code hashes the same on every machine. A missing path raises UserError.
+
+    ``entry`` names a module of the package, "cpugrpo_edu.pipeline", instead: then only
+    what the modules it imports do counts, see :mod:`cpugrpo_edu.provenance`.
     """
+    if entry is not None:
+        return entry_hash(entry)
     digest = hashlib.sha256()
     for path in map(Path, paths):
         if not path.exists():

@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -70,7 +70,7 @@ from cpugrpo_edu.models import (
     save_policy,
     snapshot,
 )
-from cpugrpo_edu.monitor import MetricsLog, ProgressDisplay
+from cpugrpo_edu.monitor import MetricsLog, ProgressDisplay, read_metrics
 from cpugrpo_edu.quantization import quantization_report, quantize_for_rollout
 from cpugrpo_edu.report import write_report
 from cpugrpo_edu.rewards import combine
@@ -98,6 +98,10 @@ STEP_METRICS = {
     "ewc_penalty": "ewc_penalty",
     "learning_rate": "learning_rate",
 }
+
+
+CURVE = ("stage", "step", "reward", "reward_std", "accuracy", "completion_length", "entropy")
+"""What a record keeps of every step; ``metrics.jsonl`` has all of it."""
 
 
 class Interrupted(Exception):
@@ -534,6 +538,7 @@ class Run:
         save_policy(self.policy, self.output / "model")
         results: dict[str, Any] = {
             "stages": state["stages"],
+            "steps": curve(read_metrics(self.output / "metrics.jsonl")),
             "seconds": dict(state["seconds"]),
             "weights_changed": {
                 "changed": state["fingerprint"] != state["fingerprint_first"],
@@ -549,7 +554,7 @@ class Run:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seed=config.seed,
             commit=git_commit(),
-            code_hash=code_hash(),
+            code_hash=code_hash(entry="cpugrpo_edu.pipeline"),
             machine=describe_machine().to_json(),
             versions=versions(),
             config=plain(config),
@@ -731,6 +736,18 @@ def divide(problems: list[Problem], per_cell: int) -> tuple[list[Problem], list[
             "give at least a dozen"
         )
     return training, held_out[: 3 * per_cell]
+
+
+def curve(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The learning curve for the record: a few numbers a step, to five digits."""
+    return [
+        {
+            key: float(f"{row[key]:.5g}") if isinstance(row[key], float) else row[key]
+            for key in CURVE
+            if key in row
+        }
+        for row in steps
+    ]
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

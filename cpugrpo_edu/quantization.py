@@ -295,8 +295,8 @@ def quantization_report(
 
     * ``bytes_before``, ``bytes_after``: weights of either model by itself;
       ``bytes_extra``: what the copy takes beside the live model, sharing with it;
-    * ``layer_error``: ||W - W_int8|| / ||W|| (Frobenius) by layer name;
-    * ``max_logit_error``: max |difference|; ``kl``: KL(float || int8), nats, mean
+    * ``layer_error``: ``||W - W_int8|| / ||W||`` (Frobenius) by layer name;
+    * ``max_logit_error``: largest absolute difference; ``kl``: ``KL(float || int8)``, nats, mean
       over tokens; ``top1_agreement``: share of tokens with the same argmax.
 
     Masked positions (``attention_mask`` 0) do not count.

@@ -10,6 +10,7 @@ run, a run without evaluation)::
     forgetting    forgetting_matrix output
     stages        [{"name", "steps", "seconds", "learning_rate", "reward_first",
                   "reward_last", "tokens_generated", "fisher_seconds", "ewc_penalty_last"}]
+    steps         [{"stage", "step", "reward", "accuracy", ...}]: the learning curve
     components    {"int8_rollouts": {"on": bool, "detail": {...}}, ...}; COMPONENTS lists them
     seconds       {"load", "train", "evaluate", "report", "total"}
     peak_rss_bytes, cpu_percent (100 is one busy core), tokens_per_second {"rollout"}
@@ -29,6 +30,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeAlias
 
 from cpugrpo_edu.monitor import (
@@ -755,28 +757,44 @@ def records_folder() -> Path:
     return next((place for place in places if place.is_dir()), places[0])
 
 
+OVER: dict[str, Callable[[list[Any]], Any]] = {
+    "mean": fmean,
+    "min": min,
+    "max": max,
+    "sum": sum,
+    "count": len,
+}
+
+
 def number(
     record_name: str,
     key: str,
     fmt: str = "{:.1f}",
     scale: float = 1.0,
     folder: str | Path | None = None,
+    over: str = "mean",
 ) -> str:
     """A number of ``records/<record_name>.json`` as text for prose, times ``scale``.
 
-    ``number("smoke", "results.peak_rss_bytes", "{:.2f} GiB", scale=2**-30)``.
+    ``number("smoke", "results.peak_rss_bytes", "{:.2f} GiB", scale=2**-30)``. A name with
+    wildcards, ``run-seed?-ewc``, takes the number from every record that fits, and ``over``
+    says what of them: their mean, min, max, sum or count.
     """
     folder = records_folder() if folder is None else Path(folder)
-    path = folder / f"{record_name}.json"
-    if not path.exists():
+    paths = sorted(folder.glob(f"{record_name}.json"))
+    if not paths:
         names = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"
         raise UserError(f"no record {record_name!r} in {folder}; there are: {names}")
-    found = value(path, key)
+    if over not in OVER:
+        raise UserError(f"cannot take {over!r} of records; allowed are {', '.join(OVER)}")
+    values = [value(path, key) for path in paths]
     try:
+        several = len(values) > 1 or re.search(r"[*?\[]", record_name)
+        found = OVER[over](values) if several else values[0]
         return fmt.format(found if scale == 1.0 else found * scale)
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise UserError(
-            f"{key!r} of record {record_name!r} is {found!r}, which {fmt!r} cannot show; "
+            f"{key!r} of record {record_name!r} is {values[0]!r}, which {fmt!r} cannot show; "
             "name a number, or give another fmt"
         ) from error
 

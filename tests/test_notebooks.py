@@ -1,4 +1,4 @@
-"""What every chapter must have: parts, solved exercises, words for pictures, no typed results."""
+"""What every chapter must have: parts, solved exercises, words for pictures."""
 
 from __future__ import annotations
 
@@ -20,15 +20,6 @@ NOISE = re.compile(r"\w+Warning\b|deprecat|Traceback|\r", re.I)
 SECTIONS = ["Check yourself", "Take-aways", "What this does not show", "Further reading"]
 LARGEST = 800_000  # bytes
 
-RESULT = re.compile(
-    r"""(?<![\w.$-])[+\u2212-]?\d[\d.,]*\s?
-    (?:%|percent\b|points?\b|seconds?\b|s\b|ms\b|minutes?\b|[KMG]i?B\b|tokens?\ (?:a|per)\ second
-    |tokens/s|GFLOPS|GB/s|times\ (?:faster|slower|larger|smaller))""",
-    re.X,
-)
-ALLOWED = re.compile(r"(?<!\d)(?:95|99|90|100|50|0|5|1|10|20|80)\s?(?:%|percent)")
-"""Levels of intervals and tests, and shares that are meant, not measured."""
-
 
 def cells(path, kind):
     notebook = json.loads(path.read_text())
@@ -37,31 +28,6 @@ def cells(path, kind):
 
 def source(cell):
     return "".join(cell["source"])
-
-
-def prose(path):
-    """The Markdown of a chapter without code, formulas, links and citations."""
-    text = "\n\n".join(source(cell) for cell in cells(path, "markdown"))
-    text = re.sub(r"^\s*(`{3,})(?:python|text|bash|json)?\n.*?^\s*\1", "", text, flags=re.S | re.M)
-    text = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$|`[^`\n]*`|\]\([^)]*\)", "", text, flags=re.S)
-    return text
-
-
-def typed_results(text):
-    """Figures with a unit that look measured: they belong in a record or a cell."""
-    return [m.group() for m in RESULT.finditer(text) if not ALLOWED.fullmatch(m.group().strip())]
-
-
-def test_typed_results_are_recognised():
-    assert typed_results("It took 12 s and 1.5 GiB, gained +3.1 points (41 %).") == [
-        "12 s",
-        "1.5 GiB",
-        "+3.1 points",
-        "41 %",
-    ]
-    assert not typed_results(
-        "A 95 % interval of 100 % of the cells, arXiv:2402.03300, 8 completions."
-    )
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
@@ -96,11 +62,6 @@ def test_exercises_have_solutions(path):
         solved = text.index("{solution-start} " + label)
         assert "{admonition} Hint" in text[asked:solved], f"{label} has no hint"
     assert len(re.findall(r"^`{3,}\{solution-end\}", text, re.M)) == len(solutions)
-
-
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
-def test_no_result_is_typed_by_hand(path):
-    assert typed_results(prose(path)) == []
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)

@@ -27,8 +27,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cpugrpo_edu.hardware import code_hash, describe_machine, git_commit, versions
+from cpugrpo_edu.hardware import describe_machine, git_commit, versions
 from cpugrpo_edu.notebook import head
+from cpugrpo_edu.provenance import notebook_hash
 from cpugrpo_edu.types import RunRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +117,7 @@ def record(result: Result) -> None:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=0,
         commit=git_commit(),
-        code_hash=code_hash(),
+        code_hash=notebook_hash(result.path),
         machine=describe_machine().to_json(),
         versions=versions(),
         config={"notebook": result.path.stem, "tier": "SMOKE"},
