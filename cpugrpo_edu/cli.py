@@ -18,7 +18,9 @@ from typing import Annotated, Any
 
 import psutil
 import typer
+from typer.exceptions import TyperException
 
+from cpugrpo_edu.files import write_failure
 from cpugrpo_edu.types import DIFFICULTIES, Problem, UserError
 
 # Heavy imports (torch, transformers, trl) stand inside the commands: --help answers at
@@ -39,10 +41,13 @@ Model = Annotated[
 ]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Entry point: turns known mistakes into one sentence on stderr."""
     with failing_clearly():
-        app()
+        code = app(arguments, prog_name="cpugrpo", standalone_mode=False)
+        if code == 130:  # how typer reports Ctrl-C
+            raise KeyboardInterrupt
+    raise SystemExit(code or 0)
 
 
 @contextmanager
@@ -50,7 +55,24 @@ def failing_clearly() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"cpugrpo: {error}", file=sys.stderr)
+        print(f"cpugrpo: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except TyperException as error:  # an unknown command or option, or a value it cannot read
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "cpugrpo"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        if message:
+            print(f"cpugrpo: {message}; see {command} --help", file=sys.stderr)
+        raise SystemExit(2) from error
+    except OSError as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        print(
+            f"cpugrpo: cannot write {error.filename or 'the output'}: {reason}; make room or make "
+            "it writable, or give another --output",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print("cpugrpo: interrupted; what was complete is saved", file=sys.stderr)
@@ -164,6 +186,9 @@ def run(
         int | None, typer.Option(help="Held-out problems a domain and difficulty; 0: none.")
     ] = None,
     patience: Annotated[int | None, typer.Option(help="Steps without signal allowed.")] = None,
+    save_minutes: Annotated[
+        float | None, typer.Option(help="Between two checkpoints within a stage; 0: every step.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -208,6 +233,7 @@ def run(
         "ewc_strength": ewc,
         "per_cell": per_cell,
         "patience": patience,
+        "save_minutes": save_minutes,
     }
     config = RunConfig(
         model=model,
