@@ -75,6 +75,7 @@ from cpugrpo_edu.memory import (
 )
 from cpugrpo_edu.models import (
     FROZEN,
+    check_policy,
     fingerprint,
     load_policy,
     relative_change,
@@ -336,6 +337,7 @@ class Run:
             system=config.system,
             seed=config.seed,
         )
+        check_policy(self.policy)
         self.first = self.starting_point(done)
         if done and config.lora_rank:
             load_trainable(self.policy.model, self.stage_folder(done - 1) / "adapter")
@@ -713,8 +715,18 @@ def check_settings(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and not least <= value < float("inf"):
             raise UserError(f"{name} is {value}; give at least {least}")
-    if config.memory_budget_gib is not None and not config.memory_budget_gib > 0:
-        raise UserError(f"the memory budget is {config.memory_budget_gib} GiB; give more than 0")
+    if config.memory_budget_gib is not None and not 0 < config.memory_budget_gib < float("inf"):
+        raise UserError(
+            f"the memory budget is {config.memory_budget_gib} GiB; give a finite one above 0"
+        )
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"seed is {config.seed}; give a whole number from 0 to {2**31 - 1}")
+    if max(config.steps) > 1_000_000:
+        raise UserError(f"steps are {config.steps}; a stage can have at most 1000000")
+    if config.per_cell > 10_000:
+        raise UserError(f"per_cell is {config.per_cell}; give at most 10000")
+    if len(set(config.domains)) < len(config.domains):
+        raise UserError(f"a domain in {', '.join(config.domains)} is named twice; name each once")
     if config.dtype == FROZEN and not config.lora_rank:
         raise UserError("an int8 base is frozen, so only LoRA can train on it; add --lora 16")
     if not 0 <= config.ewc_decay <= 1:
