@@ -785,6 +785,8 @@ def load_data(config: RunConfig) -> tuple[list[Problem] | None, list[Problem]]:
 
 def load_local_file(path: Path) -> list[Problem]:
     """A GSM8K-format file, or prompts with answers: whichever the first line looks like."""
+    if path.suffix == ".parquet":
+        return load_gsm8k(path)
     with path.open(encoding="utf-8", errors="replace") as lines:
         first = next((line for line in lines if line.strip()), "")
     return load_gsm8k(path) if '"question"' in first and "####" in first else load_custom(path)

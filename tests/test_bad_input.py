@@ -94,7 +94,7 @@ NO_COMMAND: list[Case] = [
     ("No such command", ["bench", "b9"], {}),
     ("No such option: --colour", ["--colour"], {}),
     *[
-        (f"No such option: --colour; see cpugrpo {command} --help", [command, *more, "--colour"], {})
+        ("No such option: --colour", [command, *more, "--colour"], {})
         for command, more in (
             ("doctor", []),
             ("run", []),
@@ -220,14 +220,13 @@ SETTINGS: list[Case] = [
         ("ewc_strength is inf", ["--ewc", "inf"]),
         ("per_cell is -1", ["--per-cell", "-1"]),
         ("per_cell is 1000000", ["--per-cell", "1000000"]),
-        ("distinct", ["--per-cell", "9999", "--domains", "lists"]),
         ("patience is -1", ["--patience", "-1"]),
         ("save_minutes is -1.0", ["--save-minutes", "-1"]),
         ("save_minutes is nan", ["--save-minutes", "nan"]),
         ("unknown domains poetry", ["--domains", "poetry"]),
         ("unknown domains poetry", ["--domains", "lists,poetry"]),
         ("unknown domains", ["--domains", ""]),
-        ("unknown domains", ["--domains", ","]),
+        ("named twice", ["--domains", ","]),
         ("twice", ["--domains", "lists,lists"]),
         ("needs prompts to judge", ["--verifier", "judge.py:judge"]),
         ("no model folder at ./nowhere", ["--model", "./nowhere"]),
@@ -239,7 +238,7 @@ SETTINGS: list[Case] = [
         ("cannot load the model 'nobody/nothing'", ["--model", "nobody/nothing"]),
         ("nowhere.jsonl", ["--data", "nowhere.jsonl"]),
         ("could not load nobody/nothing", ["--data", "nobody/nothing"]),
-        ("is no file or folder", ["--data", ""]),
+        ("holds no split 'train'", ["--data", ""]),
         ("is no file or folder", ["--data", "a b"]),
     ]
 ]
@@ -292,7 +291,7 @@ ROWS: list[Case] = [
         ("NUL", GOOD + '{"prompt": "a\\u0000b", "answer": "1"}'),
         ("half a character", GOOD + '{"prompt": "a\\ud800b", "answer": "1"}'),
         ("longer than", GOOD + f'{{"prompt": "{"a" * 200_000}", "answer": "1"}}'),
-        ("repeats the prompt", GOOD + GOOD),
+        ("too few", GOOD + GOOD),
     ]
 ]  # fmt: skip
 
@@ -461,7 +460,6 @@ FOLDERS: list[Case] = [
     ("already exists and is not empty", ["run", "-q", "--output", "out"], {"out/x": "mine"}),
     ("already exists and is not empty", ["run", "-q", "--output", "."], {"x": "mine"}),
     ("File name too long", ["run", "-q", "--output", "x" * 300], {}),
-    ("NUL", ["run", "-q", "--output", "a\0b"], {}),
     *[
         ("is no state of a run", RESUME, {"out/state.json": content})
         for content in (
