@@ -224,9 +224,7 @@ def run(
     given = {
         "steps": None if steps is None else comma_numbers(steps, int, "--steps"),
         "learning_rates": None if lr is None else comma_numbers(lr, float, "--lr"),
-        "domains": None
-        if domains is None
-        else tuple(part.strip() for part in domains.split(",")),
+        "domains": None if domains is None else tuple(part.strip() for part in domains.split(",")),
         "replay": replay,
         "prompts_per_step": prompts_per_step,
         "num_generations": num_generations,

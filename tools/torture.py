@@ -111,7 +111,10 @@ def main() -> int:
             found = [wrong] if wrong else losses(folder, reference)
             bad += bool(found)
             when = f"{after:.1f} s" if killed else "not (done before)"
-            print(f"| {point} | {when} | {rows} | {'; '.join(found) or 'as never killed'} |", flush=True)
+            print(
+                f"| {point} | {when} | {rows} | {'; '.join(found) or 'as never killed'} |",
+                flush=True,
+            )
     return int(bad > 0)
 
 
