@@ -7,7 +7,6 @@ into an empty folder first; afterwards that folder must hold just these, unchang
 from __future__ import annotations
 
 import contextlib
-import gzip
 import io
 import json
 import shutil
@@ -20,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from cpugrpo_edu import cli, hardware
 from cpugrpo_edu.pipeline import RunConfig, plain
-from cpugrpo_edu.rewards import REWARDS
 from cpugrpo_edu.tasks import custom
 from cpugrpo_edu.types import RunRecord
 
@@ -268,7 +266,10 @@ ROWS: list[Case] = [
         ("line 2 of data.jsonl has None for 'question'", GOOD + "{}"),
         ("line 2 of data.jsonl has None for 'question'", GOOD + '{"answer": "1"}'),
         ("line 2 of data.jsonl has None for 'question'", GOOD + '{"prompt": null, "answer": "1"}'),
-        ("line 2 of data.jsonl has ['a'] for 'question'", GOOD + '{"prompt": ["a"], "answer": "1"}'),
+        (
+            "line 2 of data.jsonl has ['a'] for 'question'",
+            GOOD + '{"prompt": ["a"], "answer": "1"}',
+        ),
         ("line 2 of data.jsonl has an empty prompt", GOOD + '{"prompt": "", "answer": "1"}'),
         ("line 2 of data.jsonl has an empty prompt", GOOD + '{"prompt": " ", "answer": "1"}'),
         ("line 2 of data.jsonl has no answer", GOOD + '{"prompt": "a"}'),
@@ -278,11 +279,20 @@ ROWS: list[Case] = [
         ("for 'answer'", GOOD + '{"prompt": "a", "answer": {"x": 1}}'),
         ("for 'answer'", GOOD + '{"prompt": "a", "answer": true}'),
         ("for 'answer'", GOOD + '{"prompt": "a", "answer": ["1"]}'),
-        ("line 2 of data.jsonl has no answer", GOOD + f'{{"prompt": "a", "answer": "{"9" * 9999}"}}'),
-        ("has the difficulty 'hard'", GOOD + '{"prompt": "a", "answer": "1", "difficulty": "hard"}'),
+        (
+            "line 2 of data.jsonl has no answer",
+            GOOD + f'{{"prompt": "a", "answer": "{"9" * 9999}"}}',
+        ),
+        (
+            "has the difficulty 'hard'",
+            GOOD + '{"prompt": "a", "answer": "1", "difficulty": "hard"}',
+        ),
         ("for 'difficulty'", GOOD + '{"prompt": "a", "answer": "1", "difficulty": null}'),
         ("for 'id'", GOOD + '{"prompt": "a", "answer": "1", "id": []}'),
-        ("line 3 of data.jsonl repeats the id 'x'", GOOD + 2 * '{"prompt":"a","answer":"1","id":"x"}\n'),
+        (
+            "line 3 of data.jsonl repeats the id 'x'",
+            GOOD + 2 * '{"prompt":"a","answer":"1","id":"x"}\n',
+        ),
         ("too few", GOOD),
         ("too few", "\ufeff" + GOOD),
         ("cannot read data.jsonl", b"\xff\xfe\x00\x01"),
@@ -293,7 +303,7 @@ ROWS: list[Case] = [
         ("longer than", GOOD + f'{{"prompt": "{"a" * 200_000}", "answer": "1"}}'),
         ("too few", GOOD + GOOD),
     ]
-]  # fmt: skip
+]
 
 GSM8K_GOOD = '{"question": "1 + 1?", "answer": "1+1=2\\n#### 2"}\n'
 GSM8K_ROWS: list[Case] = [
@@ -311,14 +321,28 @@ GSM8K_ROWS: list[Case] = [
         ("too few", GSM8K_GOOD),
     ]
 ] + [
-    ("holds no split 'train'", ["run", "-q", "--output", "out", "--data", "d"], {"d/test.jsonl": ""}),
+    (
+        "holds no split 'train'",
+        ["run", "-q", "--output", "out", "--data", "d"],
+        {"d/test.jsonl": ""},
+    ),
     ("no problems in d", ["run", "-q", "--output", "out", "--data", "d"], {"d/train.jsonl": ""}),
-    ("holds no split 'test'", ["run", "-q", "--output", "out", "--data", "d"],
-     {"d/train.jsonl": GSM8K_GOOD}),
-    ("cannot read", ["run", "-q", "--output", "out", "--data", "d"], {"d/train.parquet": "PAR1 no"}),
-    ("cannot read data.parquet", ["run", "-q", "--output", "out", "--data", "data.parquet"],
-     {"data.parquet": b"\x00\x01"}),
-]  # fmt: skip
+    (
+        "holds no split 'test'",
+        ["run", "-q", "--output", "out", "--data", "d"],
+        {"d/train.jsonl": GSM8K_GOOD},
+    ),
+    (
+        "cannot read",
+        ["run", "-q", "--output", "out", "--data", "d"],
+        {"d/train.parquet": "PAR1 no"},
+    ),
+    (
+        "cannot read data.parquet",
+        ["run", "-q", "--output", "out", "--data", "data.parquet"],
+        {"data.parquet": b"\x00\x01"},
+    ),
+]
 
 # Verifiers
 
@@ -347,9 +371,21 @@ VERIFIER_FILES: list[Case] = [
 ]
 
 EVALUATE_VERIFIER = [
-    "evaluate", "-q", "--per-cell", "1", "--max-completion", "4", "--output", "items.json.gz",
-    "--model", "TINY", "--data", "data.jsonl", "--verifier", "judge.py:judge",
-]  # fmt: skip
+    "evaluate",
+    "-q",
+    "--per-cell",
+    "1",
+    "--max-completion",
+    "4",
+    "--output",
+    "items.json.gz",
+    "--model",
+    "TINY",
+    "--data",
+    "data.jsonl",
+    "--verifier",
+    "judge.py:judge",
+]
 VERDICTS: list[Case] = [
     (
         words,
@@ -373,9 +409,12 @@ VERDICTS: list[Case] = [
         ("took longer than", "\n        ".join(["while True:", "pass"])),
         ("took longer than", "import time; time.sleep(60)"),
         ("took longer than", "import re; return bool(re.match('(a+)+$', 'a' * 40 + 'b'))"),
-        ("took longer than", "\n        ".join(["while True:", "try: x = 1", "except Exception: pass"])),
+        (
+            "took longer than",
+            "\n        ".join(["while True:", "try: x = 1", "except Exception: pass"]),
+        ),
     ]
-]  # fmt: skip
+]
 
 # Commands other than run
 
@@ -392,10 +431,16 @@ OTHERS: list[Case] = [
     ("already exists", ["evaluate", "--output", "kept.json.gz"], {"kept.json.gz": "mine"}),
     ("already exists", ["evaluate", "--output", "kept/x.json.gz"], {"kept": "a file"}),
     ("nowhere.jsonl", ["evaluate", "--data", "nowhere.jsonl"], {}),
-    ("temperature is -1.0",
-     ["evaluate", "-q", "--model", "TINY", "--per-cell", "1", "--temperature", "-1"], {}),
-    ("max_new_tokens is 0",
-     ["evaluate", "-q", "--model", "TINY", "--per-cell", "1", "--max-completion", "0"], {}),
+    (
+        "temperature is -1.0",
+        ["evaluate", "-q", "--model", "TINY", "--per-cell", "1", "--temperature", "-1"],
+        {},
+    ),
+    (
+        "max_new_tokens is 0",
+        ["evaluate", "-q", "--model", "TINY", "--per-cell", "1", "--max-completion", "0"],
+        {},
+    ),
     ("--memory-gib is 0.0", ["models", "--memory-gib", "0"], {}),
     ("--memory-gib is -1.0", ["models", "--memory-gib", "-1"], {}),
     ("--memory-gib is nan", ["models", "--memory-gib", "nan"], {}),
@@ -412,7 +457,7 @@ OTHERS: list[Case] = [
     ("--steps is 0", ["bench", "b1", "--steps", "0"], {}),
     ("--peer-steps is 0", ["bench", "b1", "--peer-steps", "0"], {}),
     ("unknown peer", ["bench", "b1", "--peers", "trl"], {}),
-]  # fmt: skip
+]
 
 # Records and folders
 
@@ -439,9 +484,12 @@ RECORDS: list[Case] = [
 ] + [
     ("cannot read a run record", ["report", "nowhere"], {}),
     ("cannot read a run record", ["report", "file"], {"file": "x"}),
-    ("line 1 of", ["report", "run"],
-     {"run/record.json": json.dumps(RECORD), "run/metrics.jsonl": "no\n{}\n"}),
-]  # fmt: skip
+    (
+        "line 1 of",
+        ["report", "run"],
+        {"run/record.json": json.dumps(RECORD), "run/metrics.jsonl": "no\n{}\n"},
+    ),
+]
 
 STATE = {
     "config": plain(RunConfig()),
@@ -477,16 +525,31 @@ FOLDERS: list[Case] = [
     ],
     ("other settings (seed)", [*RESUME, "--seed", "1"], {"out/state.json": json.dumps(STATE)}),
     ("other settings (steps)", [*RESUME, "--steps", "9"], {"out/state.json": json.dumps(STATE)}),
-    ("is missing", RESUME,
-     {"out/state.json": json.dumps({**STATE, "stages": [{"name": "basic"}]})}),
-    ("is complete; there is nothing to resume", RESUME,
-     {"out/state.json": json.dumps(STATE), "out/record.json": "{}"}),
-]  # fmt: skip
+    (
+        "is missing",
+        RESUME,
+        {"out/state.json": json.dumps({**STATE, "stages": [{"name": "basic"}]})},
+    ),
+    (
+        "is complete; there is nothing to resume",
+        RESUME,
+        {"out/state.json": json.dumps(STATE), "out/record.json": "{}"},
+    ),
+]
 
 TABLE = [
-    *NO_COMMAND, *NO_NUMBER, *NO_VALUE, *SETTINGS, *ROWS, *GSM8K_ROWS, *VERIFIER_FILES,
-    *VERDICTS, *OTHERS, *RECORDS, *FOLDERS,
-]  # fmt: skip
+    *NO_COMMAND,
+    *NO_NUMBER,
+    *NO_VALUE,
+    *SETTINGS,
+    *ROWS,
+    *GSM8K_ROWS,
+    *VERIFIER_FILES,
+    *VERDICTS,
+    *OTHERS,
+    *RECORDS,
+    *FOLDERS,
+]
 
 
 @pytest.mark.parametrize(("words", "arguments", "files"), named(TABLE))

@@ -14,6 +14,7 @@ import argparse
 import gzip
 import json
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,10 +24,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-SMALL = (
+SMALL = shlex.split(
     "--steps 2,1,1 --prompts-per-step 2 --num-generations 4 --max-completion 24 --patience 0 "
     "--fisher-examples 2 --per-cell 1 --threads 1 --save-minutes 0"
-).split()
+)
 
 
 def command(folder: Path, options: list[str]) -> list[str]:

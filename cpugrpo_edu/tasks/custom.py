@@ -197,10 +197,8 @@ def _problem(row: dict[str, Any], number: int, where: str) -> Problem:
     if len(values["question"]) > MAX_PROMPT_CHARS:
         raise UserError(f"{where} has a prompt longer than {MAX_PROMPT_CHARS} characters; cut it")
     for key, value in values.items():
-        if (
-            "\0" in value
-            or not value.isprintable()
-            and any("\ud800" <= c <= "\udfff" for c in value)
+        if "\0" in value or (
+            not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value)
         ):
             raise UserError(f"{where} has a NUL or half a character under {key!r}; delete it")
     if values["difficulty"] not in DIFFICULTIES:
