@@ -636,7 +636,7 @@ MODELS = {
     "HTML instead": ("cannot load the model", put("model.safetensors", b"<html>404</html>")),
     "a pickle": ("safetensors", only_a_pickle),
     "other shapes": ("cannot load the model", other_shapes),
-    "missing tensors": ("lacks", missing_tensors),
+    "missing tensors": ("the weights lack", missing_tensors),
     "NaN weights": ("not finite", not_a_number),
     "code of its own": ("cannot load the model", own_code),
     "tokenizer code": ("cannot load the model", own_tokenizer_code),
