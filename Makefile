@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test venv lint format types unit notebooks mutations book records results lock clean
+.PHONY: help run test venv lint format types unit notebooks mutations book records results lock audit torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,13 @@ results: venv ## write the table of the readme from records/run-*.json
 lock: venv ## solve pyproject.toml again into requirements.lock (ARGS=--upgrade renews all pins)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/python tools/lock.py $(ARGS)
+
+audit: venv ## ask a vulnerability service about the pinned packages (needs the network)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --no-deps --disable-pip -r requirements.lock
+
+torture: venv ## kill runs at random points, resume each, compare (ARGS="--points 50 --default" for the whole)
+	$(BIN)/python tools/torture.py $(ARGS)
 
 clean: ## delete what the targets built, and the environment
 	rm -rf $(VENV) _build build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

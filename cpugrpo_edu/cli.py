@@ -18,7 +18,9 @@ from typing import Annotated, Any
 
 import psutil
 import typer
+from typer.exceptions import TyperException
 
+from cpugrpo_edu.files import check_output_folder, write_failure
 from cpugrpo_edu.types import DIFFICULTIES, Problem, UserError
 
 # Heavy imports (torch, transformers, trl) stand inside the commands: --help answers at
@@ -39,10 +41,13 @@ Model = Annotated[
 ]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Entry point: turns known mistakes into one sentence on stderr."""
     with failing_clearly():
-        app()
+        code = app(arguments, prog_name="cpugrpo", standalone_mode=False)
+        if code == 130:  # how typer reports Ctrl-C
+            raise KeyboardInterrupt
+    raise SystemExit(code or 0)
 
 
 @contextmanager
@@ -50,7 +55,24 @@ def failing_clearly() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"cpugrpo: {error}", file=sys.stderr)
+        print(f"cpugrpo: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except TyperException as error:  # an unknown command or option, or a value it cannot read
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "cpugrpo"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        if message:
+            print(f"cpugrpo: {message}; see {command} --help", file=sys.stderr)
+        raise SystemExit(2) from error
+    except OSError as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        print(
+            f"cpugrpo: cannot write {error.filename or 'the output'}: {reason}; make room or make "
+            "it writable, or give another --output",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print("cpugrpo: interrupted; what was complete is saved", file=sys.stderr)
@@ -66,6 +88,18 @@ def failing_clearly() -> Iterator[None]:
 
 def say(data: Any, as_json: bool, text: str) -> None:
     print(json.dumps(data) if as_json else text)
+
+
+def check_temperature(value: float) -> float:
+    if not 0 <= value < float("inf"):
+        raise UserError(f"temperature is {value}; give 0 (greedy) or more, and a finite number")
+    return value
+
+
+def check_seed(value: int) -> int:
+    if not 0 <= value < 2**31:
+        raise UserError(f"seed is {value}; give a whole number from 0 to {2**31 - 1}")
+    return value
 
 
 def comma_numbers(text: str, kind: type, what: str) -> tuple[Any, Any, Any]:
@@ -164,6 +198,9 @@ def run(
         int | None, typer.Option(help="Held-out problems a domain and difficulty; 0: none.")
     ] = None,
     patience: Annotated[int | None, typer.Option(help="Steps without signal allowed.")] = None,
+    save_minutes: Annotated[
+        float | None, typer.Option(help="Between two checkpoints within a stage; 0: every step.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -187,7 +224,7 @@ def run(
     given = {
         "steps": None if steps is None else comma_numbers(steps, int, "--steps"),
         "learning_rates": None if lr is None else comma_numbers(lr, float, "--lr"),
-        "domains": domains and tuple(part.strip() for part in domains.split(",")),
+        "domains": None if domains is None else tuple(part.strip() for part in domains.split(",")),
         "replay": replay,
         "prompts_per_step": prompts_per_step,
         "num_generations": num_generations,
@@ -208,6 +245,7 @@ def run(
         "ewc_strength": ewc,
         "per_cell": per_cell,
         "patience": patience,
+        "save_minutes": save_minutes,
     }
     config = RunConfig(
         model=model,
@@ -278,18 +316,23 @@ def evaluate(
 
     from cpugrpo_edu.evaluate import evaluate as evaluate_policy
     from cpugrpo_edu.evaluate import save_evaluation
-    from cpugrpo_edu.models import load_policy
+    from cpugrpo_edu.models import check_policy, load_policy
     from cpugrpo_edu.monitor import ProgressDisplay
     from cpugrpo_edu.pipeline import RunConfig, load_data
     from cpugrpo_edu.quantization import quantize_for_rollout
+    from cpugrpo_edu.rollout import Sampling
     from cpugrpo_edu.statistics import accuracy_table
 
     if per_cell < 1:
         raise UserError(f"--per-cell is {per_cell}; give at least 1")
+    sampling = Sampling(max_completion, check_temperature(temperature), seed=check_seed(seed))
+    if output is not None:
+        check_output_folder(output.parent)
     if output is not None and output.exists():
         raise UserError(f"{output} already exists; give another --output")
     _, problems = load_data(RunConfig(data=data, verifier=verifier, per_cell=per_cell))
     policy = load_policy(model)
+    check_policy(policy)
     served = quantize_for_rollout(policy.model) if int8 else None
     with ProgressDisplay(quiet=quiet) as display:
         bar = display.counter("evaluate", len(problems))
@@ -298,9 +341,9 @@ def evaluate(
             problems,
             f"{model}, INT8" if int8 else model,
             model=served,
-            temperature=temperature,
-            max_new_tokens=max_completion,
-            seed=seed,
+            temperature=sampling.temperature,
+            max_new_tokens=sampling.max_new_tokens,
+            seed=sampling.seed,
             on_done=bar,
         )
     table = accuracy_table(result)
@@ -344,15 +387,16 @@ def generate(
     from cpugrpo_edu.hardware import configure_threads
 
     configure_threads()
-    from cpugrpo_edu.models import load_policy
+    from cpugrpo_edu.models import check_policy, load_policy
     from cpugrpo_edu.rollout import Sampling, rollout
 
     if n < 1:
         raise UserError(f"--n is {n}; give at least 1")
     if not prompt.strip():
         raise UserError("the prompt is empty; give a question in quotes")
-    sampling = Sampling(max_completion, temperature, seed=seed)
+    sampling = Sampling(max_completion, check_temperature(temperature), seed=check_seed(seed))
     policy = load_policy(model)
+    check_policy(policy)
     [group] = rollout(
         policy.model,
         [policy.encode_problem(Problem("prompt", "", "", prompt, answer=""))],
@@ -440,8 +484,8 @@ def models(
 
     from cpugrpo_edu.memory import available_memory, models_that_fit
 
-    if memory_gib is not None and memory_gib <= 0:
-        raise UserError(f"--memory-gib is {memory_gib}; give more than 0")
+    if memory_gib is not None and not 0 < memory_gib < 2**20:
+        raise UserError(f"--memory-gib is {memory_gib}; give more than 0, and a finite number")
     available = available_memory() if memory_gib is None else int(memory_gib * 2**30)
     rows = models_that_fit(available)
     if as_json:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpugrpo_edu.files import replacing
 from cpugrpo_edu.models import Policy
 from cpugrpo_edu.rollout import Sampling, rollout
 from cpugrpo_edu.tasks import DOMAINS, get_task, make_problems
@@ -90,11 +91,9 @@ def evaluate(
 
 def save_evaluation(evaluation: Evaluation, path: str | Path) -> Path:
     """Write every item as compressed JSON, so that others can re-analyse it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(path, "wt", encoding="utf-8") as file:
+    with replacing(path) as temporary, gzip.open(temporary, "wt", encoding="utf-8") as file:
         json.dump(evaluation.to_json(), file)
-    return path
+    return Path(path)
 
 
 def load_evaluation(path: str | Path) -> Evaluation:

@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cpugrpo_edu.files import replacing
 from cpugrpo_edu.types import UserError
 
 
@@ -172,12 +173,11 @@ def _check_strength(strength: float) -> None:
 
 def save_anchor(anchor: Anchor, path: str | Path) -> Path:
     """Write as safetensors, tensors named ``params/<name>`` and ``fisher/<name>``."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"params/{n}": p.contiguous() for n, p in anchor.params.items()}
     tensors |= {f"fisher/{n}": f.contiguous() for n, f in anchor.fisher.items()}
-    save_file(tensors, path)
-    return path
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
+    return Path(path)
 
 
 def load_anchor(path: str | Path) -> Anchor:

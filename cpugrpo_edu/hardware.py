@@ -225,9 +225,9 @@ def configure_threads(threads: int | None = None) -> dict[str, Any]:
     """
     if threads is None:
         threads = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
         raise UserError(
-            f"threads is {threads!r}; it must be a whole number of at least 1; "
+            f"threads is {threads!r}; it must be a whole number from 1 to 1024; "
             "leave it out to use every usable core"
         )
     early = "torch" not in sys.modules

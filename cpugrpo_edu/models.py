@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -75,6 +74,8 @@ class Policy:
 
 def resolve_source(name: str | Path) -> str:
     """The folder or hub id that a model name means. "bundled" is the model that we ship."""
+    if not str(name).strip():
+        raise UserError("the model name is empty; give a folder, a hub id, or bundled")
     if str(name) == "bundled":
         if not (BUNDLED / "model.safetensors").exists():
             raise UserError(
@@ -122,15 +123,26 @@ def load_policy(
         raise UserError(f"lora_rank is {lora_rank}; give 0 (full fine-tuning) or more")
     source = resolve_source(name)
     try:
-        config = AutoConfig.from_pretrained(source)
+        # Never code from a model folder, never a pickle: safetensors and our transformers only.
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if check_memory:
             ensure_fits(f"loading {name}", estimate_model_bytes(config, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if dtype == FROZEN:
             model = load_frozen(source, config)
         else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
-    except (OSError, ValueError, ConnectionError, SafetensorError) as error:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            if found["missing_keys"]:
+                raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys']))}")
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # the loaders raise a dozen unrelated kinds
         raise UserError(
             f"cannot load the model {str(name)!r} ({first_sentence(error)}); give an existing "
             "local folder, or check the name and the network and run the same command again: "
@@ -142,6 +154,30 @@ def load_policy(
     if system is None and not getattr(config, "cpugrpo_format", False):  # not a model of ours
         system = SYSTEM_PROMPT
     return Policy(model, tokenizer, source, system)
+
+
+def check_policy(policy: Policy) -> None:
+    """One prompt through tokenizer and model: UserError if either cannot answer."""
+    try:
+        ids = policy.encode_chat([{"role": "user", "content": "1"}])
+    except Exception as error:  # whatever a template does
+        raise UserError(
+            f"the chat template of {policy.source!r} fails ({first_sentence(error)}); mend "
+            "chat_template.jinja in the model's folder, or delete it for a plain one"
+        ) from error
+    known = getattr(policy.model.config, "vocab_size", None)
+    if not ids or (known is not None and max(ids) >= known):
+        raise UserError(
+            f"the tokenizer of {policy.source!r} does not fit its model of {known} tokens "
+            f"(it gives {ids[:8]}); take both from the same folder"
+        )
+    with torch.inference_mode():
+        logits = policy.model(torch.tensor([ids])).logits
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            f"the model {policy.source!r} gives logits that are not finite numbers, so its weights "
+            "are damaged; download or save it again"
+        )
 
 
 def first_sentence(error: BaseException) -> str:

@@ -24,6 +24,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from cpugrpo_edu.files import write_text
 from cpugrpo_edu.types import UserError
 
 if TYPE_CHECKING:
@@ -73,6 +74,16 @@ class MetricsLog:
         row = {"time": time.time(), **row}
         plain = json.loads(json.dumps(row, default=float), parse_constant=lambda _: None)
         self._file.write(json.dumps(plain) + "\n")
+
+    def forget_after(self, global_step: int) -> None:
+        """Keep one row for each step up to ``global_step``; the later ones are done again."""
+        rows = read_metrics(self.path)
+        kept = [row for row in rows if row.get("global_step", 0) <= global_step]
+        if len(kept) == sum(1 for _ in self.path.open("rb")):
+            return
+        self.close()
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()

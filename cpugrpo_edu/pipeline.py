@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from safetensors import SafetensorError
+from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from cpugrpo_edu.curriculum import (
@@ -45,6 +47,14 @@ from cpugrpo_edu.ewc import (
     save_anchor,
     take_anchor,
 )
+from cpugrpo_edu.files import (
+    check_output_folder,
+    flush,
+    is_temporary,
+    replacing,
+    write_failure,
+    write_text,
+)
 from cpugrpo_edu.fisher import Example, Variant, examples_from_groups, fisher_diagonal
 from cpugrpo_edu.hardware import (
     GIB,
@@ -64,6 +74,7 @@ from cpugrpo_edu.memory import (
 )
 from cpugrpo_edu.models import (
     FROZEN,
+    check_policy,
     fingerprint,
     load_policy,
     relative_change,
@@ -79,7 +90,7 @@ from cpugrpo_edu.statistics import accuracy_table, compare, forgetting_matrix
 from cpugrpo_edu.tasks import DOMAINS, split_of
 from cpugrpo_edu.tasks.custom import load_custom
 from cpugrpo_edu.tasks.gsm8k import load_gsm8k
-from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, Guard, RolloutTally, cpu_config
 from cpugrpo_edu.types import Evaluation, Problem, RunRecord, UserError
 
 STEP_METRICS = {
@@ -156,6 +167,8 @@ class RunConfig:
     ewc_decay: float = 1.0
     # Evaluation
     per_cell: int = 300
+    # Safety: minutes between two checkpoints within a stage; after each stage there is one anyway
+    save_minutes: float = 1.0
 
     @property
     def stages(self) -> list[Stage]:
@@ -179,25 +192,42 @@ def run(
     the same configuration goes on.
     """
     started = started or time.time()
-    with PeakMemory() as peak, display or ProgressDisplay(quiet=True) as shown:
-        work = Run(config, Path(output), shown, started)
-        work.prepare(resume)
-        work.load()
-        work.measure("before")
-        for index in range(len(config.stages)):
-            work.do_stage(index)
-        record = work.finish()
-    record.results["peak_rss_bytes"] = peak.peak_rss_bytes
-    record.results["cpu_percent"] = peak.cpu_percent
-    seconds = record.results["seconds"]
-    seconds["total"] = work.seconds()  # as the report shows it: without its own writing
-    start = time.perf_counter()
-    write_report(record, work.output)
-    seconds["report"] = time.perf_counter() - start
-    seconds["total"] = work.seconds()
-    record.save(work.output / "record.json")
+    with writing_to(output):
+        with PeakMemory() as peak, display or ProgressDisplay(quiet=True) as shown:
+            work = Run(config, Path(output), shown, started)
+            work.prepare(resume)
+            work.load()
+            work.measure("before")
+            for index in range(len(config.stages)):
+                work.do_stage(index)
+            record = work.finish()
+        record.results["peak_rss_bytes"] = peak.peak_rss_bytes
+        record.results["cpu_percent"] = peak.cpu_percent
+        seconds = record.results["seconds"]
+        seconds["total"] = work.seconds()  # as the report shows it: without its own writing
+        start = time.perf_counter()
+        write_report(record, work.output)
+        seconds["report"] = time.perf_counter() - start
+        seconds["total"] = work.seconds()
+        record.save(work.output / "record.json")
+        work.metrics.close()
     shutil.rmtree(work.output / "checkpoints", ignore_errors=True)
     return record
+
+
+@contextmanager
+def writing_to(output: str | Path) -> Iterator[None]:
+    """A full or read-only disk ends with one sentence; the last good state stays as it was."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"cannot write in {output}: {reason}; what was saved before is intact: make room or "
+            "make it writable, then go on with the same command and --resume"
+        ) from error
 
 
 class Run:
@@ -230,15 +260,14 @@ class Run:
         self.reward_functions, self.reward_weights = combine(self.config.rewards)
         stages = self.config.stages
         self.train_problems, self.eval_problems = load_data(self.config)
+        check_output_folder(self.output)
         if resume:
             self.restore()
-        elif self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+        elif self.output.is_dir() and not all(map(is_temporary, self.output.iterdir())):
             raise UserError(
                 f"{self.output} already exists and is not empty; give another --output, "
                 "or --resume to go on with the run in it"
             )
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsLog(self.output / "metrics.jsonl")
         self.threads = configure_threads(self.config.threads)
         self.display.message(
             f"{len(stages)} stages of {', '.join(str(s.steps) for s in stages)} GRPO steps "
@@ -252,9 +281,18 @@ class Run:
                 f"{self.output} holds no run to resume (no state.json); "
                 "give the output folder of an interrupted run"
             )
-        state = json.loads(path.read_text())
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            begun, done = dict(state["config"]), [str(stage["name"]) for stage in state["stages"]]
+            if not self.state.keys() <= state.keys() or done != self.names()[: len(done)]:
+                raise ValueError("parts are missing")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path} is no state of a run ({type(error).__name__}: {error}); "
+                "begin again with another --output"
+            ) from error
         wanted = plain(self.config)
-        different = sorted(k for k in wanted if state["config"].get(k) != wanted[k])
+        different = sorted(k for k in wanted if begun.get(k) != wanted[k])
         if different:
             raise UserError(
                 f"{self.output} was begun with other settings ({', '.join(different)}); "
@@ -262,10 +300,18 @@ class Run:
             )
         if (self.output / "record.json").exists():
             raise UserError(f"the run in {self.output} is complete; there is nothing to resume")
+        if done and not self.stage_folder(len(done) - 1).is_dir():
+            raise UserError(
+                f"{self.stage_folder(len(done) - 1)}, with the model after stage {done[-1]!r}, is "
+                "missing; begin again with another --output"
+            )
         self.state = state
-        anchor = self.output / "anchor.safetensors"
-        if anchor.exists():
+        anchor = self.stage_folder(len(done) - 1) / "anchor.safetensors"
+        if done and anchor.exists():
             self.anchor = load_anchor(anchor)
+
+    def names(self) -> list[str]:
+        return [stage.name for stage in self.config.stages]
 
     def seconds(self) -> float:
         """Since the run began, without the pauses between an interruption and its resumption."""
@@ -274,9 +320,7 @@ class Run:
     def save_state(self) -> None:
         self.state["seconds_before"] = self.seconds()
         self.started = time.time()
-        temporary = self.output / "state.json.tmp"
-        temporary.write_text(json.dumps(self.state, indent=1))
-        temporary.replace(self.output / "state.json")
+        write_text(self.output / "state.json", json.dumps(self.state, indent=1))
 
     def load(self) -> None:
         transformers_logging.set_verbosity_error()
@@ -294,6 +338,7 @@ class Run:
             system=config.system,
             seed=config.seed,
         )
+        check_policy(self.policy)
         self.first = self.starting_point(done)
         if done and config.lora_rank:
             load_trainable(self.policy.model, self.stage_folder(done - 1) / "adapter")
@@ -303,7 +348,8 @@ class Run:
                 self.policy.model
             )
         self.state["seconds"]["load"] += time.time() - self.started
-        self.save_state()
+        self.save_state()  # the first thing written: nothing is left behind by what was refused
+        self.metrics = MetricsLog(self.output / "metrics.jsonl")
 
     def starting_point(self, done: int) -> dict[str, torch.Tensor]:
         """The trainable weights before any stage, to measure how far training moved them."""
@@ -376,7 +422,10 @@ class Run:
                 "fisher": detail,
             }
         )
-        save_policy(self.policy, self.stage_folder(index))
+        with replacing(self.stage_folder(index)) as folder:
+            save_policy(self.policy, folder)
+            if self.anchor is not None:
+                save_anchor(self.anchor, folder / "anchor.safetensors")
         stopped = trainer.stop_request.asked  # in the stage's last step
         del trainer
         if self.config.cleanup:
@@ -401,6 +450,7 @@ class Run:
 
     def train(self, stage: Stage, index: int, problems: Sequence[Problem]) -> CPUGRPOTrainer:
         config = self.config
+        begun = time.perf_counter()
         args = grpo_arguments(
             config,
             self.checkpoints(index),
@@ -438,13 +488,17 @@ class Run:
             self.anchor,
             on_step,
         )
-        last = latest_checkpoint(self.checkpoints(index))
+        saver = Checkpoints(trainer, self.checkpoints(index), config.save_minutes)
+        last = saver.restore()
         done = int(last.name.split("-")[1]) if last else 0
+        # Steps after the checkpoint are done again: their rows go.
+        self.metrics.forget_after(sum(s.steps for s in config.stages[:index]) + done)
         self.display.start_stage(stage.name, stage.steps, done)
         if stage.steps:
             with stop_on_interrupt(trainer):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
             if trainer.stop_request.asked and trainer.state.global_step < stage.steps:
+                self.state["seconds"]["train"] += time.perf_counter() - begun
                 self.save_state()
                 raise Interrupted(
                     f"stopped after step {trainer.state.global_step} of stage {stage.name!r}"
@@ -484,7 +538,6 @@ class Run:
         if mean > 0:
             latest = take_anchor(self.policy.model, normalize_fisher(fisher))
             self.anchor = merge_anchors(self.anchor, latest, config.ewc_decay)
-            save_anchor(self.anchor, self.output / "anchor.safetensors")
         return {
             "variant": config.fisher,
             "examples": len(examples),
@@ -535,7 +588,8 @@ class Run:
             quantization.pop("layer_error")
             int8 = self.measure("after, INT8", model=served)
             del served
-        save_policy(self.policy, self.output / "model")
+        with replacing(self.output / "model") as folder:
+            save_policy(self.policy, folder)
         results: dict[str, Any] = {
             "stages": state["stages"],
             "steps": curve(read_metrics(self.output / "metrics.jsonl")),
@@ -658,12 +712,23 @@ def check_settings(config: RunConfig) -> None:
         ("lora_rank", 0),
         ("beta", 0),
         ("ewc_strength", 0),
+        ("save_minutes", 0),
     ):
         value = getattr(config, name)
         if value is not None and not least <= value < float("inf"):
             raise UserError(f"{name} is {value}; give at least {least}")
-    if config.memory_budget_gib is not None and not config.memory_budget_gib > 0:
-        raise UserError(f"the memory budget is {config.memory_budget_gib} GiB; give more than 0")
+    if config.memory_budget_gib is not None and not 0 < config.memory_budget_gib < float("inf"):
+        raise UserError(
+            f"the memory budget is {config.memory_budget_gib} GiB; give a finite one above 0"
+        )
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"seed is {config.seed}; give a whole number from 0 to {2**31 - 1}")
+    if max(config.steps) > 1_000_000:
+        raise UserError(f"steps are {config.steps}; a stage can have at most 1000000")
+    if config.per_cell > 10_000:
+        raise UserError(f"per_cell is {config.per_cell}; give at most 10000")
+    if len(set(config.domains)) < len(config.domains):
+        raise UserError(f"a domain in {', '.join(config.domains)} is named twice; name each once")
     if config.dtype == FROZEN and not config.lora_rank:
         raise UserError("an int8 base is frozen, so only LoRA can train on it; add --lora 16")
     if not 0 <= config.ewc_decay <= 1:
@@ -722,6 +787,8 @@ def load_data(config: RunConfig) -> tuple[list[Problem] | None, list[Problem]]:
 
 def load_local_file(path: Path) -> list[Problem]:
     """A GSM8K-format file, or prompts with answers: whichever the first line looks like."""
+    if path.suffix == ".parquet":
+        return load_gsm8k(path)
     with path.open(encoding="utf-8", errors="replace") as lines:
         first = next((line for line in lines if line.strip()), "")
     return load_gsm8k(path) if '"question"' in first and "####" in first else load_custom(path)
@@ -764,9 +831,50 @@ def load_trainable(model: Any, adapter: Path) -> None:
     set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    found = [p for p in folder.glob("checkpoint-*") if p.is_dir()]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+class Checkpoints(TrainerCallback):
+    """Checkpoints within a stage: one every few minutes, and only complete ones count.
+
+    Optimizer, scheduler and random states are TRL's; ``complete.json``, written last,
+    says that all of it is on disk, and keeps what TRL does not. Then older ones go.
+    """
+
+    MARK = "complete.json"
+
+    def __init__(self, trainer: CPUGRPOTrainer, folder: Path, minutes: float):
+        self.trainer, self.folder, self.minutes = trainer, folder, minutes
+        self.saved = time.monotonic()
+        trainer.add_callback(self)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self.saved >= 60 * self.minutes:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        # TRL's settings, pickled: resuming reads ours, and nothing here shall need a pickle
+        (checkpoint / "training_args.bin").unlink(missing_ok=True)
+        flush(checkpoint)
+        kept = {"tally": asdict(self.trainer.tally), "guard": asdict(self.trainer.guard)}
+        write_text(checkpoint / self.MARK, json.dumps(kept))
+        for other in self.folder.glob("checkpoint-*"):
+            if other != checkpoint:
+                shutil.rmtree(other, ignore_errors=True)
+        self.saved = time.monotonic()
+
+    def restore(self) -> Path | None:
+        """The last complete checkpoint, its tallies back in the trainer; half ones are deleted."""
+        complete = []
+        for checkpoint in self.folder.glob("checkpoint-*"):
+            if (checkpoint / self.MARK).exists():
+                complete.append(checkpoint)
+            else:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        last = max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
+        if last is not None:
+            kept = json.loads((last / self.MARK).read_text(encoding="utf-8"))
+            self.trainer.tally = RolloutTally(**kept["tally"])
+            self.trainer.guard = Guard(**kept["guard"])
+        return last
 
 
 @contextmanager

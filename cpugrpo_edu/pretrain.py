@@ -23,6 +23,7 @@ import torch
 from tokenizers import pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from cpugrpo_edu.files import check_output_folder
 from cpugrpo_edu.tasks import DOMAINS, TASKS, split_of
 from cpugrpo_edu.types import ANSWER_MARK, DIFFICULTIES, Problem, UserError
 
@@ -60,6 +61,20 @@ class PretrainConfig:
     kv_heads: int = 5
     ffn: int = 448
     initializer_range: float = 0.08
+
+
+def check_settings(config: PretrainConfig) -> None:
+    """What would otherwise fail after the tokenizer has been trained, or later."""
+    for name in ("steps", "hidden", "layers"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}; give at least 1")
+    if config.hidden % (2 * config.heads):
+        raise UserError(
+            f"hidden is {config.hidden}; give a multiple of {2 * config.heads}, "
+            f"for {config.heads} heads of an even size"
+        )
+    if config.seed < 0:
+        raise UserError(f"seed is {config.seed}; give 0 or more")
 
 
 def problem_stream(seed: int, weights: tuple[float, ...]) -> Iterator[Problem]:
@@ -191,8 +206,8 @@ def pretrain(
     Returns a summary for the model card: examples seen, final loss (nats per
     target token), seconds. Raises UserError if the folder already holds a model.
     """
-    folder = Path(folder)
-    if (folder / "model.safetensors").exists():
+    folder = check_output_folder(folder)
+    if (folder / "config.json").exists() or (folder / "model.safetensors").exists():
         raise UserError(
             f"{folder} already holds a model; give another --output or remove that folder first"
         )
@@ -238,6 +253,9 @@ def make_model(
     from cpugrpo_edu.hardware import describe_machine, versions
     from cpugrpo_edu.models import load_policy
 
+    check_settings(config)
+    if per_cell < 1:
+        raise UserError(f"per_cell is {per_cell}; give at least 1")
     summary = pretrain(config, folder, on_step)
     summary["machine"] = describe_machine().to_json()
     summary["versions"] = versions()

@@ -165,8 +165,15 @@ class RunRecord:
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:
         try:
-            return cls(**json.loads(Path(path).read_text()))
-        except (OSError, json.JSONDecodeError, TypeError) as error:
+            record = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            for name in ("kind", "created", "commit", "code_hash"):
+                if not isinstance(getattr(record, name), str):
+                    raise TypeError(f"{name!r} is not a text")
+            for name in ("machine", "versions", "config", "results"):
+                if not isinstance(getattr(record, name), dict):
+                    raise TypeError(f"{name!r} is not an object")
+            return record
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"cannot read a run record from {path}: {error}; "
                 "give the record.json that a cpugrpo command wrote"

@@ -63,14 +63,17 @@ def make_problems(
     task = get_task(domain)
     rng = random.Random(f"{domain}/{difficulty}/{split}/{seed}")
     problems: dict[str, Problem] = {}
+    in_vain = 0  # draws since the last new problem
     for _ in range(200 * count + 1000):
-        if len(problems) == count:
+        if len(problems) == count or in_vain > 10_000 + 50 * len(problems):
             break
+        in_vain += 1
         problem = task.generate(difficulty, rng)
         if problem.question not in problems and split_of(problem.question) == split:
             identity = f"{domain}/{difficulty}/{question_hash(problem.question)[:10]}"
             problems[problem.question] = replace(problem, id=identity)
-    else:
+            in_vain = 0
+    if len(problems) < count:
         raise UserError(
             f"only {len(problems)} distinct {difficulty} {domain} problems found in the {split} "
             f"split, {count} were asked; ask for fewer"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import cpugrpo_edu.tasks as tasks
 from cpugrpo_edu.answers import exact_match, normalize_answer
@@ -17,6 +21,54 @@ from cpugrpo_edu.types import DIFFICULTIES, Difficulty, Problem, StepReport, Use
 
 Verifier = Callable[[Problem, str], Any]
 """``verify(problem, completion)`` returns a bool, or a grade from 0 to 1."""
+
+T = TypeVar("T")
+
+TIME_LIMIT = 10.0
+"""Seconds that one call of a verifier may take; importing its file may take six times that."""
+
+MAX_PROMPT_CHARS = 100_000
+
+
+class TookTooLong(BaseException):
+    """Not an Exception, so that a verifier's own ``except Exception`` does not swallow it."""
+
+
+def limited(function: Callable[..., T], *arguments: Any, seconds: float) -> T:
+    """Call ``function``; TookTooLong when it has not returned within ``seconds``.
+
+    In the main thread a signal breaks into the call. Elsewhere, and on Windows, the call
+    runs in a thread that is given up, and which goes on until the program ends.
+    """
+    if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            raise TookTooLong
+
+        previous = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)  # again, should it be swallowed
+        try:
+            return function(*arguments)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function(*arguments))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TookTooLong
+    return results[0]
 
 
 @dataclass
@@ -33,8 +85,13 @@ class Custom:
         """The verifier's verdict in [0, 1]; the reward `correct_answer` is this number."""
         name = getattr(self.verifier, "__name__", type(self.verifier).__name__)
         try:
-            verdict = self.verifier(problem, completion)
-        except Exception as error:
+            verdict = limited(self.verifier, problem, completion, seconds=TIME_LIMIT)
+        except TookTooLong:
+            raise UserError(
+                f"verifier {name} took longer than {TIME_LIMIT:g} s for problem {problem.id!r}; "
+                "mend the verifier"
+            ) from None
+        except (Exception, SystemExit) as error:
             raise UserError(
                 f"verifier {name} failed on problem {problem.id!r} with "
                 f"{type(error).__name__}: {error}; mend the verifier"
@@ -102,14 +159,26 @@ def load_verifier(spec: str) -> Verifier:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses in the file look themselves up there
     try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
+        limited(module_spec.loader.exec_module, module, seconds=6 * TIME_LIMIT)
+    except TookTooLong:
+        raise UserError(
+            f"importing {path} did not finish within {6 * TIME_LIMIT:g} s; mend the file"
+        ) from None
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{path} cannot be imported: {type(error).__name__}: {error}; mend the file"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{path} has no function {name!r}; define it there or correct the name")
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        raise UserError(
+            f"{name} in {path} takes two arguments, problem and completion ({error}); mend it"
+        ) from error
+    except ValueError:  # a builtin that does not say what it takes
+        pass
     return function
 
 
@@ -125,6 +194,13 @@ def _problem(row: dict[str, Any], number: int, where: str) -> Problem:
             raise UserError(f"{where} has {value!r} for {key!r}; give text or a number")
     if not values["question"].strip():
         raise UserError(f'{where} has an empty prompt; write it under "prompt" or "question"')
+    if len(values["question"]) > MAX_PROMPT_CHARS:
+        raise UserError(f"{where} has a prompt longer than {MAX_PROMPT_CHARS} characters; cut it")
+    for key, value in values.items():
+        if "\0" in value or (
+            not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value)
+        ):
+            raise UserError(f"{where} has a NUL or half a character under {key!r}; delete it")
     if values["difficulty"] not in DIFFICULTIES:
         raise UserError(
             f"{where} has the difficulty {values['difficulty']!r}; "

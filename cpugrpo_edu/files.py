@@ -1,0 +1,125 @@
+"""Writing so that a crash leaves the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cpugrpo_edu.types import UserError
+
+WRITE_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than allowed here",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EIO: "the disk reports an error",
+}
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` for a file or folder, which takes its place at the end.
+
+    If the block raises, ``path`` is as it was. What was written reaches the disk
+    first, so that a power cut leaves no empty file under the final name. A file is
+    exchanged in one step; of a folder, the old one is deleted before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove(temporary)
+    try:
+        yield temporary
+        flush(temporary)
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Replace a whole text file, UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def flush(path: Path) -> None:
+    """Have the operating system write a file, or every file of a folder, to the disk."""
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a crash inside ``replacing`` left this behind."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def check_output_folder(folder: str | Path) -> Path:
+    """Refuse a folder that cannot be made or written, before any work is done for it."""
+    folder = Path(folder)
+    if "\0" in str(folder):
+        raise UserError(f"the output folder {str(folder)!r} holds a NUL; give a plain path")
+    try:
+        existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    except OSError as error:
+        raise UserError(
+            f"cannot use the output folder {str(folder)[:80]} ({error.strerror}); "
+            "give another --output"
+        ) from error
+    if not existing.is_dir():
+        raise UserError(f"{existing} already exists and is no folder; give another --output")
+    read_only = hasattr(os, "statvfs") and os.statvfs(existing).f_flag & os.ST_RDONLY
+    if read_only or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"cannot write in {existing}: it is read-only; make it writable, "
+            "or give another --output"
+        )
+    return folder
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """``folder / name``; UserError if that would lie outside of the folder."""
+    folder = Path(folder).resolve()
+    path = (folder / name).resolve()
+    if path == folder or not path.is_relative_to(folder):
+        raise UserError(f"{name!r} lies outside of {folder}; give a name within it")
+    return path
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Why a write failed, if that is what ``error`` (or its cause) is about, else None.
+
+    safetensors and torch hide the system's error in texts of their own.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        number = seen.errno if isinstance(seen, OSError) else None
+        if number is None and (hidden := re.search(r"\(os error (\d+)\)", str(seen))):
+            number = int(hidden[1])
+        if number in WRITE_ERRORS:
+            return WRITE_ERRORS[number]
+        if isinstance(seen, RuntimeError) and re.search(
+            r"PytorchStreamWriter failed|unexpected pos|file write failed", str(seen)
+        ):
+            return "the disk is full, or the file larger than allowed here"
+        seen = seen.__cause__ or seen.__context__
+    return None
