@@ -71,13 +71,13 @@ WIDTH_JS = """() => {
   const wide = document.documentElement.scrollWidth, page = document.documentElement.clientWidth;
   if (wide <= page + 1) return [];
   const guilty = [...document.querySelectorAll("article *")]
-    .filter(e => e.getBoundingClientRect().right > page + 1 && getComputedStyle(e).display !== "none")
+    .filter(e => e.getBoundingClientRect().right > page + 1)
     .slice(0, 3).map(e => e.tagName.toLowerCase() + "." + e.className);
   return [`${wide} px wide on a screen of ${page}: ` + guilty.join(", ")];
 }"""
 
 AXE_JS = """async only => {
-  const options = {resultTypes: ["violations"]};
+  const options = {resultTypes: ["violations"], preload: false};
   if (only) options.runOnly = {type: "rule", values: only};
   return (await axe.run(document, options)).violations.map(v => (
     {id: v.id, impact: v.impact, count: v.nodes.length,
@@ -255,7 +255,10 @@ def moves_every_slider(page, base: str) -> None:
                 control.press(key)
                 images = slider.locator("img:visible")
                 assert images.count() == 1, f"{name}: {images.count()} pictures at once"
-                src, words = images.first.get_attribute("src"), slider.locator("output").inner_text()
+                src, words = (
+                    images.first.get_attribute("src"),
+                    slider.locator("output").inner_text(),
+                )
                 shown.append((src, words))
             assert shown[0][0] != shown[1][0], f"{name}: the picture stays the same"
             assert shown[0][1] != shown[1][1], f"{name}: the value stays the same"

@@ -30,6 +30,19 @@ def configure(app, config):
         config.html_baseurl = url
 
 
+def leave_thebe_out(app, pagename, templatename, context, doctree):
+    """No page uses Thebe, yet its scripts come, twice, which is an error in the console."""
+    context["script_files"] = [
+        script for script in context.get("script_files", []) if "thebe" not in words(script)
+    ]
+
+
+def words(script):
+    name = getattr(script, "filename", None) or str(script)
+    return f"{name} {getattr(script, 'attributes', {}).get('body', '')}".lower()
+
+
 def setup(app):
     app.connect("config-inited", configure, priority=100)
+    app.connect("html-page-context", leave_thebe_out, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
