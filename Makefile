@@ -12,15 +12,15 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test venv lint format types unit notebooks mutations book records results lock audit torture clean
+.PHONY: help run test venv lint format types unit notebooks mutations book book-check serve records results lock audit torture clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 run: venv ## install what is missing, then train the bundled model and show the result
 	$(BIN)/cpugrpo run
 
-test: lint types unit notebooks mutations book ## every check: style, types, unit tests, notebooks, broken packages, book
+test: lint types unit notebooks mutations book book-check ## every check: style, types, unit tests, notebooks, broken packages, book, its pages
 
 venv: ## create the environment from requirements.lock (at once when it is up to date)
 	@python='$(PYTHON)'; if [ -z "$$python" ]; then \
@@ -52,6 +52,12 @@ mutations: venv ## break the package on purpose: a notebook must fail each time
 
 book: venv ## build the book from the stored outputs into _build/html
 	$(BIN)/jupyter-book build -W -n --keep-going .
+
+book-check: book ## read every page of the book in Chromium, as a reader would
+	$(BIN)/python tools/book_check.py $(ARGS)
+
+serve: book ## show the book at http://127.0.0.1:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
 
 records: venv ## do the runs of the readme's table again (about half an hour) and keep their records
 	$(BIN)/python tools/records.py $(ARGS)

@@ -1,0 +1,48 @@
+"""Where this copy of the book is published, from the environment.
+
+A course that publishes its own copy sets these instead of editing `_config.yml`:
+
+- BOOK_REPOSITORY: the repository that Binder, Colab and JupyterHub open
+- BOOK_JUPYTERHUB: a hub with nbgitpuller; without it there is no JupyterHub button
+- BOOK_URL: where the pages will be, for the cards that other sites show
+"""
+
+import os
+import re
+
+WEB_ADDRESS = re.compile(r"https://[\w.-]+(:\d+)?(/[\w./~-]*)?")
+
+
+def address(name):
+    value = os.environ.get(name, "").strip()
+    if value and not WEB_ADDRESS.fullmatch(value):
+        raise SystemExit(f"{name} is {value!r}; give a web address that begins with https://")
+    return value
+
+
+def configure(app, config):
+    if repository := address("BOOK_REPOSITORY"):
+        config.html_theme_options["repository_url"] = repository
+    if hub := address("BOOK_JUPYTERHUB"):
+        config.html_theme_options["launch_buttons"]["jupyterhub_url"] = hub
+    if url := address("BOOK_URL"):
+        config.ogp_site_url = url
+        config.html_baseurl = url
+
+
+def leave_thebe_out(app, pagename, templatename, context, doctree):
+    """No page uses Thebe, yet its scripts come, twice, which is an error in the console."""
+    context["script_files"] = [
+        script for script in context.get("script_files", []) if "thebe" not in words(script)
+    ]
+
+
+def words(script):
+    name = getattr(script, "filename", None) or str(script)
+    return f"{name} {getattr(script, 'attributes', {}).get('body', '')}".lower()
+
+
+def setup(app):
+    app.connect("config-inited", configure, priority=100)
+    app.connect("html-page-context", leave_thebe_out, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
