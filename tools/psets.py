@@ -238,7 +238,9 @@ def nbgrader(course: Path, *arguments: str) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CPUGRPO_COURSE_SECRET": "zoo"}
-        | {"CPUGRPO_STUDENT_ID": "ada", "PYTHONPATH": str(ROOT)},
+        | {"CPUGRPO_STUDENT_ID": "ada", "PYTHONPATH": str(ROOT)}
+        # nbgrader calls alembic by name
+        | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
     )
     if done.returncode:
         raise RuntimeError(f"nbgrader {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
