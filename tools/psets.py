@@ -101,9 +101,7 @@ def grade(nb: Any, replace: dict[str, str] | None = None) -> dict[str, str | Non
             error = None
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
-        if about.get("grade"):
-            results[name] = error
-        elif error and not replace:
+        if about.get("grade") or (error and not replace):
             results[name] = error
     return results
 
