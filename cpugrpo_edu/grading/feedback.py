@@ -18,6 +18,7 @@ import re
 from typing import Any
 
 from nbconvert.preprocessors import Preprocessor
+from traitlets import Bool
 
 REGIONS = ("HIDDEN TESTS", "MARK SCHEME")
 NOTICE = "A hidden test failed. Read the task again, and test edge cases of your own."
@@ -49,6 +50,8 @@ def regions(source: str, names: tuple[str, ...] = REGIONS) -> tuple[list[str], l
 
 class HideAnswers(Preprocessor):
     """nbconvert preprocessor: takes out hidden tests and mark schemes, source and output."""
+
+    enabled = Bool(True)  # nbconvert's own default is off
 
     def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
         secrets: set[str] = set()
