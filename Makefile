@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test venv lint format types unit notebooks mutations book book-check serve records results lock audit torture clean
+.PHONY: help run test venv lint format types unit notebooks mutations psets book book-check serve \
+	records results lock audit torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +50,9 @@ notebooks: venv ## execute every notebook with nbval and print what each took
 
 mutations: venv ## break the package on purpose: a notebook must fail each time
 	$(BIN)/python tools/mutations.py
+
+psets: venv ## problem sets: student versions, zoo of wrong answers, leak test
+	$(BIN)/python tools/psets.py $(ARGS)
 
 book: venv ## build the book from the stored outputs into _build/html
 	$(BIN)/jupyter-book build -W -n --keep-going .

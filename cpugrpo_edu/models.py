@@ -131,13 +131,14 @@ def load_policy(
         if dtype == FROZEN:
             model = load_frozen(source, config)
         else:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=DTYPES[dtype],
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
             )
+            model, found = loaded
             if found["missing_keys"]:
                 raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys']))}")
     except (UserError, MemoryError):

@@ -71,7 +71,7 @@ def packed_log_probs(
     the inside of each MLP is computed again in the backward pass.
     """
     lm = causal_lm(model)
-    lean = is_supported(model) and not lm.model.is_gradient_checkpointing
+    lean = is_supported(model) and not lm.model.is_activation_checkpointing
     width = completion_ids.shape[1]
     log_probs: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
     entropies: list[Tensor] = [torch.empty(0)] * len(prompt_ids)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -324,6 +325,8 @@ class Run:
 
     def load(self) -> None:
         transformers_logging.set_verbosity_error()
+        # TRL 1.16 uses names that transformers renames in version 6: nothing a user can mend.
+        warnings.filterwarnings("ignore", "`.*gradient_checkpointing.*deprecated", FutureWarning)
         transformers_logging.disable_progress_bar()
         config = self.config
         done = len(self.state["stages"])

@@ -1,0 +1,1 @@
+"""Assigning and grading: what instructors run on top of nbgrader."""

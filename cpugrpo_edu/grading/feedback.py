@@ -1,0 +1,97 @@
+"""Feedback pages without hidden tests, mark schemes and what they printed.
+
+nbgrader's own feedback shows the student the whole graded notebook. In ``nbgrader_config.py``:
+
+    c.GenerateFeedback.preprocessors = [
+        "cpugrpo_edu.grading.feedback.HideAnswers",
+        "nbgrader.preprocessors.GetGrades",
+        "nbconvert.preprocessors.CSSHTMLHeaderPreprocessor",
+    ]
+
+A hidden test that failed is reported as failed, and no more. What a student's code printed about
+a hidden test (it can read the source of its caller) is taken out by content.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from nbconvert.preprocessors import Preprocessor
+from traitlets import Bool
+
+REGIONS = ("HIDDEN TESTS", "MARK SCHEME")
+NOTICE = "A hidden test failed. Read the task again, and test edge cases of your own."
+SHORTEST = 12
+"""Characters of a normalised line below which it says nothing about where it came from."""
+
+
+def normalise(line: str) -> str:
+    """A line without spaces, escapes, quotes and line numbers, to be compared by content."""
+    line = re.sub(r"\x1b\[[0-9;]*m", "", line)
+    line = re.sub(r"^\W*\d*\s", "", line.strip() + " ")
+    return re.sub(r"[\s\"'\\]+", "", line)
+
+
+def regions(source: str, names: tuple[str, ...] = REGIONS) -> tuple[list[str], list[str]]:
+    """The lines outside, and those inside, the ``### BEGIN name`` ... ``### END name`` regions."""
+    outside: list[str] = []
+    inside: list[str] = []
+    hidden = False
+    for line in source.split("\n"):
+        if any(f"BEGIN {name}" in line for name in names):
+            hidden = True
+        elif any(f"END {name}" in line for name in names):
+            hidden = False
+        else:
+            (inside if hidden else outside).append(line)
+    return outside, inside
+
+
+class HideAnswers(Preprocessor):
+    """nbconvert preprocessor: takes out hidden tests and mark schemes, source and output."""
+
+    enabled = Bool(True)  # nbconvert's own default is off
+
+    def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
+        secrets: set[str] = set()
+        public: set[str] = set()
+        with_hidden = []
+        for cell in nb.cells:
+            outside, inside = regions(cell.source)
+            public.update(normalise(line) for line in outside)
+            if inside:
+                cell.source = "\n".join(outside)
+                secrets.update(normalise(line) for line in inside)
+                with_hidden.append(cell)
+        secrets = {line for line in secrets - public if len(line) >= SHORTEST}
+        for cell in nb.cells:
+            if cell.cell_type == "code":
+                hide = any(cell is other for other in with_hidden)
+                cell.outputs = [_cleaned(o, cell, hide, secrets) for o in cell.get("outputs", [])]
+        return nb, resources
+
+
+def _cleaned(output: Any, cell: Any, hide: bool, secrets: set[str]) -> Any:
+    """The output, or a short one in its place if it would show what is hidden."""
+    text = _text(output)
+    flat = re.sub(r"[\s\"'\\]+", "", re.sub(r"\x1b\[[0-9;]*m", "", text))
+    shows = any(secret in flat for secret in secrets)
+    if not hide and not shows:
+        return output
+    if output.get("output_type") == "error":
+        # The message of a visible assert is a hint for the student: keep it.
+        message = str(output.get("evalue", "")).strip()
+        first = message.split("\n")[0]
+        notice = f"{output.get('ename', 'Error')}: {first}" if first else NOTICE
+        if not first or first not in cell.source or any(s in normalise(first) for s in secrets):
+            notice = NOTICE
+        output.update(ename="TestFailed", evalue=notice, traceback=[notice])
+        return output
+    return type(output)(output_type="stream", name="stdout", text="(output not shown)\n")
+
+
+def _text(output: Any) -> str:
+    parts = [output.get("text", ""), *output.get("traceback", []), output.get("evalue", "")]
+    parts += [str(value) for value in output.get("data", {}).values()]
+    return "\n".join(part if isinstance(part, str) else "".join(part) for part in parts)
