@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cpugrpo_edu.frozen import is_frozen, token_log_probs
+from cpugrpo_edu.frozen import is_frozen
 from cpugrpo_edu.memory import drop_input_grad_hooks
+from cpugrpo_edu.packing import packed_log_probs
 from cpugrpo_edu.policy import completion_logits, gather_log_probs
-from cpugrpo_edu.rollout import causal_lm
 from cpugrpo_edu.types import Group, UserError
 
 Variant = Literal["exact", "sample", "empirical", "batched", "rollout_score", "lightning"]
@@ -245,10 +245,17 @@ def per_sequence_scores(
 def frozen_scores(model: Any, row: Row, temperature: float) -> dict[str, Tensor]:
     """Gradient of the log-probability of one row's labels on a frozen INT8 base."""
     parameters = trainable_parameters(model)
-    lm = causal_lm(model)
-    hidden = lm.model(input_ids=torch.tensor([row.input_ids]), use_cache=False).last_hidden_state
-    scored, labels = hidden[0, -len(row.labels) :], torch.tensor(row.labels)
-    log_probs, _ = token_log_probs(scored, labels, lm.lm_head, temperature)
+    start = len(row.input_ids) - len(row.labels) + 1  # the inputs end before the last label
+    prompt, labels = torch.tensor([row.input_ids[:start]]), torch.tensor([row.labels])
+    log_probs, _ = packed_log_probs(
+        model,
+        prompt,
+        torch.ones_like(prompt),
+        labels,
+        torch.ones_like(labels),
+        temperature,
+        compact=True,
+    )
     gradients = torch.autograd.grad(log_probs.sum(), list(parameters.values()))
     return dict(zip(parameters, gradients, strict=True))
 

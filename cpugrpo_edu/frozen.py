@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from cpugrpo_edu.memory import trim_heap
 from cpugrpo_edu.quantization import _linear_dynamic, _pack, quantize_tensor, quantized_engine
 from cpugrpo_edu.types import UserError
 
@@ -313,6 +314,7 @@ def load_frozen(source: str, config: Any, exact: bool = False) -> Any:
             continue
         setattr(model.get_submodule(parent), child, new)
     model.generation_config = generation_config(source, model)
+    trim_heap()  # of the float weights
     return model.eval()
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "release_memory",
     "saved_activation_bytes",
     "swap_pressure",
+    "trim_heap",
 ]
 
 Mode = Literal["full", "lora"]
@@ -174,9 +175,14 @@ def release_memory() -> int:
     process = psutil.Process()
     before = process.memory_info().rss
     gc.collect()
+    trim_heap()
+    return max(0, before - process.memory_info().rss)
+
+
+def trim_heap() -> None:
+    """Give freed pages back to the system, also those between blocks in use (glibc only)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
-    return max(0, before - process.memory_info().rss)
 
 
 class Slabs:

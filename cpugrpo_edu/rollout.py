@@ -25,12 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cpugrpo_edu.memory import trim_heap
 from cpugrpo_edu.types import Episode, Group, UserError
 
 ENGINES = ("fast", "generate")
 
 RETIRE_SHARE = 0.75
 """Compact the batch when fewer than this share of its rows is still running."""
+
+
+TRIM_LAYERS = 6
+"""Where memory counts, holes that short-lived tensors left are given back this often."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +258,9 @@ def hidden_states(
     hidden = lm.model.embed_tokens(ids)
     cos, sin = lm.model.rotary_emb(hidden, positions)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    for layer in lm.model.layers:
+    for index, layer in enumerate(lm.model.layers):
+        if recompute and index % TRIM_LAYERS == 0:
+            trim_heap()
         block = Block.of(layer)
         query, key, value = block.heads(block.before_attention(hidden), cos, sin)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
