@@ -63,7 +63,7 @@ book-check: book ## read every page of the book in Chromium, as a reader would
 serve: book ## show the book at http://127.0.0.1:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
 
-records: venv ## do the runs of the readme's table again (about half an hour) and keep their records
+records: venv ## do the runs of the readme's table again (about a quarter of an hour) and keep their records
 	$(BIN)/python tools/records.py $(ARGS)
 
 results: venv ## write the table of the readme from records/run-*.json

@@ -348,7 +348,6 @@ def main() -> int:
     for lines in findings.wrong.values():
         print(*lines, sep="\n", end="\n" if lines else "")
     print(f"\n{'pages':32}{findings.pages:5}")
-    print(f"{'warnings of the build':32}{0:5}  (the build stops at any)")
     for kind, lines in findings.wrong.items():
         print(f"{kind:32}{len(lines):5}")
     return int(any(findings.wrong.values()) or not findings.pages)

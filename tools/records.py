@@ -1,8 +1,8 @@
 """Do the headline runs again and keep their records: ``make records``.
 
-Five seeds, each with and without EWC, all else the default. Takes about half an hour on
-two cores; nothing else should run meanwhile, since the records hold times. Records of the
-code at hand are kept, so the command can be interrupted and given again.
+Five seeds, each with and without EWC, all else the default. Takes about a quarter of an hour
+on two cores; nothing else should run meanwhile, since the records hold times. Records of
+the code at hand are kept, so the command can be interrupted and given again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where this copy of the book is published, from the environment.
+"""Where this copy of the book is published, from the environment; mends of the theme.
 
 A course that publishes its own copy sets these instead of editing `_config.yml`:
 
@@ -37,6 +37,12 @@ def leave_thebe_out(app, pagename, templatename, context, doctree):
     ]
 
 
+def plain_citations(app, pagename, templatename, context, doctree):
+    """docutils calls a block of citations a list, whose entries are not what a list may hold."""
+    if body := context.get("body"):
+        context["body"] = body.replace(' role="list"', "")
+
+
 def words(script):
     name = getattr(script, "filename", None) or str(script)
     return f"{name} {getattr(script, 'attributes', {}).get('body', '')}".lower()
@@ -45,4 +51,5 @@ def words(script):
 def setup(app):
     app.connect("config-inited", configure, priority=100)
     app.connect("html-page-context", leave_thebe_out, priority=900)
+    app.connect("html-page-context", plain_citations)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
