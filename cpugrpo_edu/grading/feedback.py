@@ -1,6 +1,6 @@
 """Feedback pages without hidden tests, mark schemes and what they printed.
 
-nbgrader's own feedback shows the student the whole graded notebook. In ``nbgrader_config.py``:
+nbgrader's own feedback shows the student the whole graded notebook. In ``nbgrader_config.py``::
 
     c.GenerateFeedback.preprocessors = [
         "cpugrpo_edu.grading.feedback.HideAnswers",
