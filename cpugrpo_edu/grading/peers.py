@@ -1,0 +1,45 @@
+"""Who reviews whose capstone, without names: everybody gives one review and gets one."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cpugrpo_edu.types import UserError
+from cpugrpo_edu.variants import student_key
+
+
+@dataclass(frozen=True)
+class Review:
+    """``reviewer`` gets the folder of ``author`` under the name ``code``, and nothing else."""
+
+    reviewer: str
+    author: str
+    code: str
+
+
+def peer_reviews(students: Sequence[str], secret: str, label: str = "ps6") -> list[Review]:
+    """One review a student: a ring in an order that only the course secret tells.
+
+    The same arguments give the same reviews, in whatever order the students are listed;
+    another ``label`` deals anew. Raises ``UserError`` on a student listed twice, or on fewer
+    than 3: with 2 both know who wrote what.
+    """
+    if len(set(students)) < len(students) or len(students) < 3:
+        raise UserError(
+            f"{len(students)} students, {len(set(students))} of them different; peer review "
+            "needs at least 3, each listed once: mend the roster"
+        )
+
+    def digest(student: str) -> str:
+        key = bytes.fromhex(student_key(secret, student))
+        return hmac.new(key, label.encode(), hashlib.sha256).hexdigest()
+
+    ring = sorted(students, key=digest)
+    # The code is the author's: it tells nothing without the secret.
+    return [
+        Review(reviewer, author, digest(author)[:8])
+        for reviewer, author in zip(ring, ring[1:] + ring[:1], strict=True)
+    ]
