@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 
+from cpugrpo_edu.assign import app as assign_app
 from cpugrpo_edu.types import DIFFICULTIES, Problem, UserError
 
 # Heavy imports (torch, transformers, trl) stand inside the commands: --help answers at
@@ -464,6 +465,7 @@ bench = typer.Typer(
     help="Time and memory on a 494M-parameter model, beside peers and the machine's floors.",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(assign_app, name="assign")
 
 Record = Annotated[Path | None, typer.Option("--output", help="Where to write the record.")]
 Cache = Annotated[
