@@ -670,6 +670,8 @@ def run_job(order: Path, seconds: float) -> dict[str, Any]:
             cwd=order.parent,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
         )
+        if os.environ.get("CG_DEBUG"):
+            print(done.stderr[-3000:])
         return {**json.loads(done.stdout.splitlines()[-1]), "ran": True}
     except subprocess.TimeoutExpired:
         reason = "time limit of the notebook"

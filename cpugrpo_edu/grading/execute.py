@@ -157,10 +157,7 @@ def shut_in(spec: dict[str, Any]) -> type[AsyncKernelManager]:
     class Manager(AsyncKernelManager):
         def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
             kernel = [sys.executable, "-m", "ipykernel_launcher", "-f", self.connection_file]
-            kernel += [
-                "--HistoryManager.hist_file=:memory:",
-                *(extra_arguments or []),
-            ]
+            kernel += extra_arguments or []
             if spec["level"] == "none":
                 return kernel
             return [sys.executable, sandbox.__file__, json.dumps(spec), *kernel]
@@ -188,7 +185,7 @@ class Watch(threading.Thread):
             with suppress(psutil.Error):
                 root = psutil.Process(self.pid)
                 found += [root, *root.children(recursive=True)]
-        return found
+        return list({process.pid: process for process in found}.values())
 
     def kill(self) -> None:
         for _ in range(20):  # a fork bomb makes new ones while the old ones end
@@ -215,6 +212,7 @@ class Watch(threading.Thread):
                 self.reason = "time limit of the notebook"
             elif memory > self.spec["memory_bytes"]:
                 self.reason = "memory limit"
+                print([(p.pid, p.cmdline()[-1:], p.memory_info()) for p in self.processes()], file=sys.stderr)
             elif disk > self.spec["disk_bytes"]:
                 self.reason = "disk limit"
             if self.reason:
@@ -278,7 +276,7 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
             watch.done.set()
             watch.kill()
     except Exception as problem:
-        flags.append(watch.reason or f"the kernel did not run: {type(problem).__name__}")
+        flags.append(watch.reason or f"the kernel did not run: {type(problem).__name__}: {problem}"[:300])
         fail_rest(notebook, flags[-1])
     finally:
         watch.done.set()

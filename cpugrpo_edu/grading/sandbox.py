@@ -58,6 +58,8 @@ def hide(spec: dict[str, Any]) -> None:
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     box = os.open(spec["box"], os.O_RDONLY)
     kept = [os.path.realpath(path) for path in spec["keep"]]
+    if spec["level"] == "namespaces+user":
+        open_way(kept)
     for folder in (*SCRATCH, *spec["hide"]):
         folder = os.path.realpath(folder)
         inside = any(Path(path).is_relative_to(folder) for path in kept)
@@ -69,6 +71,25 @@ def hide(spec: dict[str, Any]) -> None:
         mount(f"/proc/self/fd/{box}", spec["box"], None, MS_BIND)
     os.close(box)
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV)
+
+
+def open_way(kept: list[str]) -> None:
+    """Make kept folders reachable for another user where they lie in a closed one (/root)."""
+    handles = {path: os.open(path, os.O_RDONLY) for path in kept}
+    covered: set[str] = set()
+    for path, handle in handles.items():
+        above = [str(parent) for parent in [*Path(path).parents][::-1]]
+        shut = next((each for each in above if not os.stat(each).st_mode & 1), None)
+        shut = shut or next((each for each in above if each in covered), None)
+        if shut is None:
+            continue
+        if shut not in covered:
+            mount("tmpfs", shut, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
+            covered.add(shut)
+        os.makedirs(path, exist_ok=True)
+        mount(f"/proc/self/fd/{handle}", path, None, MS_BIND | MS_REC)
+    for handle in handles.values():
+        os.close(handle)
 
 
 def limit(spec: dict[str, Any]) -> None:
