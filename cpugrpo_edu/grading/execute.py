@@ -212,7 +212,6 @@ class Watch(threading.Thread):
                 self.reason = "time limit of the notebook"
             elif memory > self.spec["memory_bytes"]:
                 self.reason = "memory limit"
-                print([(p.pid, p.cmdline()[-1:], p.memory_info()) for p in self.processes()], file=sys.stderr)
             elif disk > self.spec["disk_bytes"]:
                 self.reason = "disk limit"
             if self.reason:
@@ -324,6 +323,9 @@ def fingerprint(client: Client, modules: list[str], more: str, load: bool) -> di
         client.execute_cell(cell, 0, store_history=False)
     finally:
         client.allowed, client.kept = allowed, before
+    for output in cell.outputs:
+        if output.output_type == "error":
+            print(output.ename, output.evalue, file=sys.stderr)
     text = "".join(o.text for o in cell.outputs if o.output_type == "stream")
     match = re.search(word + r"(\{.*\})", text)
     try:
@@ -355,7 +357,7 @@ def run_cells(client: Client, notebook: NotebookNode, flags: list[str], watch: W
     clean = fingerprint(client, modules, "", load=True)
     client.timeout = limit
     if clean is None:
-        raise RuntimeError("no clean fingerprint")
+        raise RuntimeError(f"no clean fingerprint {watch.reason}")
     tampered = ""
     for cell in cells:
         if cell.cell_type != "code" or not cell.source.strip():
