@@ -40,7 +40,7 @@ SUSPICIOUS = re.compile(
 )
 """Words that a problem set does not ask for: a reason to look, not a verdict."""
 
-WATCHED = ("builtins", "math", "random", "unittest.mock")
+WATCHED = ("builtins", "math", "random")
 WITH = {
     "numpy": ("numpy.linalg", "numpy.testing", "numpy.random"),
     "torch": ("torch.nn.functional", "torch.testing"),

@@ -12,11 +12,6 @@ def cpugrpo_fingerprint(names):
     import types
 
     def mark(thing):
-        while hasattr(thing, "__wrapped__") and not isinstance(thing, type):
-            inner = thing.__wrapped__
-            if inner is thing:
-                break
-            thing = inner
         code = getattr(thing, "__code__", None)
         parts = [
             type(thing).__name__,
