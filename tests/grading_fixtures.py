@@ -53,12 +53,13 @@ def master():
                 metadata=meta("test-double", grade=True, locked=True, points=2),
             ),
             new_markdown_cell(
-                "Why subtract a baseline?\n"
-                f"### BEGIN MARK SCHEME\n{SCHEME}\n### END MARK SCHEME",
+                f"Why subtract a baseline?\n### BEGIN MARK SCHEME\n{SCHEME}\n### END MARK SCHEME",
                 metadata=meta("why", grade=True, solution=True, points=1),
             ),
         ],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+        },
     )
 
 

@@ -52,7 +52,7 @@ from cpugrpo_edu.grading import execute, sandbox
 from cpugrpo_edu.grading.outcome import Limits, Outcome
 from cpugrpo_edu.types import UserError
 
-CONFIG = '''# Settings of this course; every option of nbgrader can be added.
+CONFIG = """# Settings of this course; every option of nbgrader can be added.
 from pathlib import Path
 
 c = get_config()  # noqa: F821
@@ -66,7 +66,7 @@ c.ClearSolutions.code_stub = {{"python": "# your code here\\nraise NotImplemente
 
 # Of a plain `nbgrader autograde`, which is not contained; `cpugrpo assign autograde` is.
 c.ExecutePreprocessor.timeout = 60
-'''
+"""
 
 # nbgrader calls alembic by name, which is found only where the environment is activated
 BESIDE = str(Path(sys.executable).parent)
@@ -285,10 +285,14 @@ class Course:
             raise UserError(f"--jobs is {jobs}; give at least 1")
         students = self.submissions(assignment)
         if not students:
-            raise UserError(f"there is no submission of {assignment}; first: cpugrpo assign collect")
+            raise UserError(
+                f"there is no submission of {assignment}; first: cpugrpo assign collect"
+            )
         missing = sorted(set(only or []) - set(students))
         if missing:
-            raise UserError(f"no submission of {', '.join(missing)}; there are: {', '.join(students)}")
+            raise UserError(
+                f"no submission of {', '.join(missing)}; there are: {', '.join(students)}"
+            )
         secret, limits = self.secret, self.limits()
         todo = []
         for student in only or students:
@@ -417,7 +421,9 @@ class Course:
             target = self.path(self.coursedir.feedback_directory, student, assignment)
             made += sorted(target.glob("*.html"))
         if not made:
-            raise UserError(f"no graded submission of {assignment}; first: cpugrpo assign autograde")
+            raise UserError(
+                f"no graded submission of {assignment}; first: cpugrpo assign autograde"
+            )
         return made
 
     def scores(self, assignment: str) -> dict[str, tuple[float, float]]:
@@ -574,10 +580,11 @@ def downloaded_notebooks(
             continue
         found.append((student, notebook, file))
     if strange or not found:
-        what = f"cannot tell whose these are: {', '.join(strange[:5])}" if strange else "it is empty"
+        what = (
+            f"cannot tell whose these are: {', '.join(strange[:5])}" if strange else "it is empty"
+        )
         raise UserError(
-            f"{folder.name}: {what}; name them STUDENT/{names[0]}.ipynb "
-            f"or STUDENT_{names[0]}.ipynb"
+            f"{folder.name}: {what}; name them STUDENT/{names[0]}.ipynb or STUDENT_{names[0]}.ipynb"
         )
     return found
 
@@ -704,4 +711,3 @@ class ContainedAutograde(Autograde):
         AssignLatePenalties,
         CheckCellMetadata,
     ]
-

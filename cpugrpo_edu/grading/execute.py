@@ -100,9 +100,7 @@ def imported_modules(cells: list[NotebookNode]) -> list[str]:
 
 def shadowed_builtins(test: str, own: set[str]) -> list[str]:
     """Builtins that a test uses by name, less those the exercise itself asks to define."""
-    used = {
-        node.id for top in parsed(test) for node in ast.walk(top) if isinstance(node, ast.Name)
-    }
+    used = {node.id for top in parsed(test) for node in ast.walk(top) if isinstance(node, ast.Name)}
     return sorted((used & set(dir(builtins))) - own)
 
 
@@ -275,7 +273,9 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
             watch.done.set()
             watch.kill()
     except Exception as problem:
-        flags.append(watch.reason or f"the kernel did not run: {type(problem).__name__}: {problem}"[:300])
+        flags.append(
+            watch.reason or f"the kernel did not run: {type(problem).__name__}: {problem}"[:300]
+        )
         fail_rest(notebook, flags[-1])
     finally:
         watch.done.set()

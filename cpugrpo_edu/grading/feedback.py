@@ -81,9 +81,7 @@ class StripSecrets(NbGraderPreprocessor):
                     seen = output.evalue and str(output.evalue) in cell.source
                     own = output.ename in ("Timeout", "Tampering", "NotGraded", "NotProven")
                     text = f"{output.ename}: {output.evalue}" if seen or own else "A test failed."
-                    output = new_output(
-                        "error", ename="Test", evalue=text, traceback=[text]
-                    )
+                    output = new_output("error", ename="Test", evalue=text, traceback=[text])
                 outputs.append(NotebookNode(redact(output, secrets)))
             cell.outputs = outputs
         return nb, resources

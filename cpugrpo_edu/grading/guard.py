@@ -29,7 +29,9 @@ def cpugrpo_fingerprint(names):
         if module is None:
             continue
         for key, value in list(vars(module).items()):
-            if callable(value) and not key.startswith("__getattr"):
+            if key == "input" or key.startswith("__getattr"):
+                continue  # ipykernel sets input anew for each cell
+            if callable(value):
                 found[f"{name}.{key}"] = mark(value)
                 if isinstance(value, type) and (
                     name.startswith("cpugrpo_edu") or value.__name__ in ("Tensor", "Generator")
@@ -49,15 +51,24 @@ def cpugrpo_fingerprint(names):
         (
             shell.ast_transformers,
             [str(t) for t in shell.input_transformers_post],
-            [getattr(t, "__qualname__", str(type(t))) for t in shell.input_transformer_manager.cleanup_transforms],
+            [
+                getattr(t, "__qualname__", str(type(t)))
+                for t in shell.input_transformer_manager.cleanup_transforms
+            ],
             len(shell.input_transformer_manager.token_transformers),
             shell.custom_exceptions,
         )
     )
     hooks = [f.__module__ for kind in shell.events.callbacks.values() for f in kind]
     found["shell.events"] = str(
-        sorted({str(m) for m in hooks if str(m).split(".")[0] not in
-                ("IPython", "ipykernel", "matplotlib_inline", "ipywidgets", "comm")})
+        sorted(
+            {
+                str(m)
+                for m in hooks
+                if str(m).split(".")[0]
+                not in ("IPython", "ipykernel", "matplotlib_inline", "ipywidgets", "comm")
+            }
+        )
     )
     found["sys.trace"] = str((sys.gettrace() is None, sys.getprofile() is None))
     return found
