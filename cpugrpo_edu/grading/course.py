@@ -30,7 +30,7 @@ from nbformat import NotebookNode
 from nbgrader.api import Gradebook
 from nbgrader.apps.api import NbGraderAPI
 from nbgrader.converters import Autograde
-from nbgrader.converters.base import NbGraderException
+from nbgrader.converters.base import BaseConverter, NbGraderException
 from nbgrader.coursedir import CourseDirectory
 from nbgrader.nbgraderformat import MetadataValidator
 from nbgrader.preprocessors import (
@@ -294,6 +294,12 @@ class Course:
                 f"no submission of {', '.join(missing)}; there are: {', '.join(students)}"
             )
         secret, limits = self.secret, self.limits()
+        for path in map(Path, self.sandbox_spec(limits, 0)["keep"]):
+            if path.resolve().is_relative_to(self.root):
+                raise UserError(
+                    f"{path} lies in the course folder, which submissions must not see; "
+                    "keep Python and the package outside it"
+                )
         todo = []
         for student in only or students:
             before = self.outcome(assignment, student)
@@ -388,6 +394,8 @@ class Course:
         return outcome
 
     def score_zero(self, assignment: str, student: str) -> None:
+        graded = self.path(self.coursedir.autograded_directory, student, assignment)
+        shutil.rmtree(graded, ignore_errors=True)
         with self.gradebook() as book:
             book.update_or_create_student(student)
             submission = book.update_or_create_submission(assignment, student)
@@ -436,7 +444,7 @@ class Course:
     def export(self, kind: str, to: Path, assignments: list[str] | None = None) -> int:
         """Write scores as CSV for ``canvas`` or ``moodle``, or ``plain``; returns the rows."""
         if kind not in ("canvas", "moodle", "plain"):
-            raise UserError(f"--to is {kind!r}; allowed are canvas, moodle and plain")
+            raise UserError(f"--for is {kind!r}; allowed are canvas, moodle and plain")
         with self.gradebook() as book:
             known = [each.name for each in book.assignments]
         chosen = assignments or known
@@ -542,7 +550,8 @@ def unreadable(submitted: Path, largest: int = 20_000_000) -> str:
     return ""
 
 
-def unzip(path: Path, folder: Path, largest: int = 2**30) -> None:
+def unzip(path: Path, folder: Path, largest: int = 2**30, deep: int = 2) -> None:
+    """Unpack, and the zips inside as well, as far down as Canvas and Moodle nest them."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -550,7 +559,9 @@ def unzip(path: Path, folder: Path, largest: int = 2**30) -> None:
                 raise UserError(f"{path} unpacks to more than {largest} bytes; split it")
             archive.extractall(folder)  # it keeps members inside the folder
             for inner in sorted(folder.rglob("*.zip")):
-                unzip(inner, inner.with_suffix(""), largest)
+                if not deep:
+                    raise UserError(f"{inner.name} is a zip in a zip in a zip; unpack it by hand")
+                unzip(inner, inner.with_suffix(""), largest, deep - 1)
     except zipfile.BadZipFile as error:
         raise UserError(f"{path} is no zip file; give a folder or a .zip") from error
 
@@ -561,8 +572,7 @@ def downloaded_notebooks(
     """Student, notebook and file of each download.
 
     Understood are ``STUDENT/NOTEBOOK.ipynb`` (the folder may go on after ``_``, as Moodle's do)
-    and ``STUDENT_..._NOTEBOOK.ipynb`` (as Canvas and nbgrader's zip collector name them). With a
-    roster, the longest id in it that begins the name is the student.
+    and ``STUDENT_..._NOTEBOOK.ipynb`` (as Canvas and nbgrader's zip collector name them).
     """
     found = []
     strange = []
@@ -573,8 +583,7 @@ def downloaded_notebooks(
         stem = re.sub(r"-\d+$", "", file.stem)  # Canvas adds -1 to a second hand-in
         notebook = next((n for n in sorted(names, key=len)[::-1] if stem.endswith(n)), None)
         label = inside[-2] if len(inside) > 1 else stem
-        known = [s for s in roster if label == s or label.startswith(f"{s}_")]
-        student = max(known, key=len) if known else label.split("_")[0]
+        student = who(label, roster)
         if notebook is None or (len(inside) == 1 and stem == notebook) or not ID.fullmatch(student):
             strange.append(str(file.relative_to(folder)))
             continue
@@ -587,6 +596,32 @@ def downloaded_notebooks(
             f"{folder.name}: {what}; name them STUDENT/{names[0]}.ipynb or STUDENT_{names[0]}.ipynb"
         )
     return found
+
+
+def who(label: str, roster: dict[str, dict[str, str]]) -> str:
+    """The student of a download: by id, else by the LMS's number, else by name, else as it is.
+
+    Canvas begins with the name in one word and has the user's number further on; Moodle begins
+    with first and last name.
+    """
+    ids = [s for s in roster if label == s or label.startswith(f"{s}_")]
+    if ids:
+        return max(ids, key=len)
+    parts = label.split("_")
+    numbers = [s for s, row in roster.items() if (row.get("lms_user_id") or "-") in parts[1:]]
+    if len(numbers) == 1:
+        return numbers[0]
+
+    def plain(*names: str | None) -> str:
+        return re.sub(r"\W", "", "".join(name or "" for name in names)).casefold()
+
+    named = [
+        s
+        for s, row in roster.items()
+        for first, last in [(row.get("first_name"), row.get("last_name"))]
+        if (first or last) and plain(parts[0]) in (plain(first, last), plain(last, first))
+    ]
+    return named[0] if len(named) == 1 else parts[0]
 
 
 # nbgrader's steps with ours in their place
@@ -633,7 +668,7 @@ class RestoreCells(NbGraderPreprocessor):
                     del restored.metadata["nbgrader"]["points"]
                 nb.cells.insert(place, restored)
                 place += 1
-                resources.setdefault("restored", []).append(cell.name)
+                self.parent.parent.outcome.review.append(f"deleted and put back: {cell.name}")
         nb.nbformat_minor = max(nb.nbformat_minor, 5)
         return nb, resources
 
@@ -677,8 +712,6 @@ def run_job(order: Path, seconds: float) -> dict[str, Any]:
             cwd=order.parent,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
         )
-        if os.environ.get("CG_DEBUG"):
-            print(done.stderr[-3000:])
         return {**json.loads(done.stdout.splitlines()[-1]), "ran": True}
     except subprocess.TimeoutExpired:
         reason = "time limit of the notebook"
@@ -693,6 +726,22 @@ class ContainedAutograde(Autograde):
     job: dict[str, Any]
     outcome: Outcome
     lock: Any
+
+    def convert_single_notebook(self, notebook_filename: str) -> None:
+        """Both passes as nbgrader makes them, but without its change of ``os.environ``.
+
+        Threads share that one, and two at a time made nbgrader fail on a submission.
+        """
+        self._sanitizing = True
+        self._init_preprocessors()
+        BaseConverter.convert_single_notebook(self, notebook_filename)
+        self._sanitizing = False
+        self._init_preprocessors()
+        try:
+            copied = Path(self.writer.build_directory) / Path(notebook_filename).name
+            BaseConverter.convert_single_notebook(self, str(copied))
+        finally:
+            self._sanitizing = True
 
     sanitize_preprocessors = [
         ClearOutput,
