@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import nbformat
+
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 HIDDEN = "assert mean([4.25, 9.75]) == 7.0, 'hidden word xylophone'"
@@ -79,3 +81,28 @@ def submission(released, **answers):
     for name, source in {**RIGHT, **answers}.items():
         cell_of(notebook, name).source = source
     return notebook
+
+
+def write_master(folder):
+    folder.mkdir(parents=True)
+    path = folder / "small.ipynb"
+    nbformat.write(master(), path)
+    return path
+
+
+def write_submissions(folder, released, answers):
+    """``STUDENT/small.ipynb`` for each student; the value is answers, or a notebook's text."""
+    for student, given in answers.items():
+        (folder / student).mkdir(parents=True)
+        path = folder / student / "small.ipynb"
+        if isinstance(given, str):
+            path.write_text(given)
+        else:
+            nbformat.write(submission(released, **given), path)
+
+
+def scores_of(course, assignment, student):
+    """Points by the name of the graded cell."""
+    with course.gradebook() as book:
+        found = book.find_submission(assignment, student)
+        return {grade.name: grade.score for nb in found.notebooks for grade in nb.grades}

@@ -73,6 +73,9 @@ BESIDE = str(Path(sys.executable).parent)
 if BESIDE not in os.environ.get("PATH", "").split(os.pathsep):
     os.environ["PATH"] = os.pathsep.join([BESIDE, os.environ.get("PATH", "")])
 
+PRIVATE = ("source", "submitted", "autograded", "feedback", "outcomes")
+"""Closed to other users, which counts where submissions cannot be kept from seeing the folder."""
+
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 ROSTER = ["id", "first_name", "last_name", "email", "lms_user_id"]
 
@@ -82,8 +85,10 @@ def new_course(folder: Path) -> list[str]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; give a new folder for the course")
     name = re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name)
-    for part in ("source", "exchange", "submitted"):
-        (folder / part).mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PRIVATE:
+        (folder / part).mkdir(mode=0o700)
+    (folder / "exchange").mkdir()
     (folder / "exchange").chmod(0o777)
     (folder / "nbgrader_config.py").write_text(CONFIG.format(name=name))
     with (folder / "roster.csv").open("w", newline="") as file:
