@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import nbformat
-
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 HIDDEN = "assert mean([4.25, 9.75]) == 7.0, 'hidden word xylophone'"

@@ -14,14 +14,15 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
-pytest.importorskip("nbgrader", reason="grading needs the extra: pip install 'cpugrpo-edu[grading]'")
+pytest.importorskip(
+    "nbgrader", reason="grading needs the extra: pip install 'cpugrpo-edu[grading]'"
+)
 
 from cpugrpo_edu import assign
 from cpugrpo_edu.grading import course as grading
 from cpugrpo_edu.grading import execute
 from cpugrpo_edu.grading.course import Course
 from cpugrpo_edu.types import UserError
-
 
 ROSTER = [
     ("alice", "Alice", "Ångström", "alice@example.org", "901"),

@@ -17,7 +17,9 @@ import nbformat
 import psutil
 import pytest
 
-pytest.importorskip("nbgrader", reason="grading needs the extra: pip install 'cpugrpo-edu[grading]'")
+pytest.importorskip(
+    "nbgrader", reason="grading needs the extra: pip install 'cpugrpo-edu[grading]'"
+)
 
 from cpugrpo_edu.grading import course as grading
 from cpugrpo_edu.grading import sandbox
@@ -82,7 +84,10 @@ for path in ({str(course)!r}, {str(canary)!r}, os.path.dirname(cpugrpo_edu.__fil
         pass
 """
     return {
-        "honest": (None, {"mean": "import sys\nprint('so far')\nprint('hm', file=sys.stderr)" + mean}),
+        "honest": (
+            None,
+            {"mean": "import sys\nprint('so far')\nprint('hm', file=sys.stderr)" + mean},
+        ),
         "second": (None, {"mean": "import warnings\nwarnings.warn('old')" + mean}),
         "stubborn": (
             LIMITED,
@@ -94,7 +99,9 @@ for path in ({str(course)!r}, {str(canary)!r}, os.path.dirname(cpugrpo_edu.__fil
         "loop": (None, {"mean": "def mean(values):\n    while True:\n        pass"}),
         "memory": (
             LIMITED,
-            {"mean": "def mean(values):\n    kept = [b'x' * 10**8 for _ in range(100)]\n    return 2.0"},
+            {
+                "mean": "def mean(values):\n    kept = [b'x' * 10**8 for _ in range(100)]\n    return 2.0"
+            },
         ),
         "forks": (
             SHUT,
@@ -113,7 +120,7 @@ for path in ({str(course)!r}, {str(canary)!r}, os.path.dirname(cpugrpo_edu.__fil
         "deletes": (SHUT, {"mean": delete + mean}),
         "reads": (SHUT, {"mean": look + mean}),
         "network": (SPACES, {"mean": reach + mean}),
-        "tampers": (None, {"mean": WRONG, "test-mean": "assert True"}),
+        "tampers": (None, {"mean": WRONG}),  # and its tests are rewritten below
         "cuts": (None, {"mean": WRONG}),  # and its tests are taken out below
         "output": (
             None,
@@ -121,13 +128,8 @@ for path in ({str(course)!r}, {str(canary)!r}, os.path.dirname(cpugrpo_edu.__fil
         ),
         "exits": (None, {"mean": "import sys\ndef mean(values):\n    sys.exit(0)"}),
         "dies": (None, {"mean": "import os\ndef mean(values):\n    os._exit(0)"}),
-        "swallows": (
-            None,
-            {
-                "mean": "class Any(float):\n    __array_ufunc__ = None\n"
-                "def mean(values):\n    raise SystemExit"
-            },
-        ),
+        "marks": (None, {"mean": "import os\nos._exit(0)"}),  # its tests carry our mark, see below
+        "retypes": (None, {"mean": WRONG}),  # its tests are text, see below
         "numpy": (None, {"mean": "import numpy\nnumpy.isclose = lambda *a: True\n" + WRONG}),
         "package": (
             None,
@@ -153,11 +155,15 @@ for path in ({str(course)!r}, {str(canary)!r}, os.path.dirname(cpugrpo_edu.__fil
         ),
         "shadows": (
             None,
-            {"double": "float = lambda x: 2.0\nisinstance = lambda *a: True\ndef double(x):\n    return 0"},
+            {
+                "double": "float = lambda x: 2.0\nisinstance = lambda *a: True\ndef double(x):\n    return 0"
+            },
         ),
         "frames": (
             None,
-            {"mean": "import sys\ndef mean(values):\n    return sys._getframe(1).f_locals and -1.0"},
+            {
+                "mean": "import sys\ndef mean(values):\n    return sys._getframe(1).f_locals and -1.0"
+            },
         ),
         "large": (None, {"double": "def double(x):\n    return x + x\n#" + "x" * 21_000_000}),
         "not-json": (None, "{ this is no notebook"),
@@ -207,6 +213,19 @@ def batch(tmp_path_factory):
             if cell.metadata.get("nbgrader", {}).get("grade_id") not in ("test-mean", "imports")
         ]
         nbformat.write(left, cut)
+        for name, change in (
+            ("marks", lambda cell: cell.metadata.update(cg_done=True, tags=["skip-execution"])),
+            ("retypes", lambda cell: cell.update(cell_type="markdown", attachments={})),
+            ("tampers", lambda cell: cell.update(source="assert True")),
+        ):
+            path = top / "in" / name / "small.ipynb"
+            submitted = nbformat.read(path, as_version=4)
+            for cell in submitted.cells:
+                if cell.metadata.get("nbgrader", {}).get("grade"):
+                    change(cell)
+                    if cell.cell_type == "markdown":
+                        cell.pop("outputs", None), cell.pop("execution_count", None)
+            nbformat.write(submitted, path)
         course.collect("small", top / "in")
         package = grading.Path(grading.__file__).parents[1]
         watched = (canary, package, root / "source", root / "release", root / "submitted")
@@ -279,8 +298,9 @@ def test_nothing_outside_changed(batch):
         ("tampers", ""),
         ("cuts", "deleted and put back: imports; deleted and put back: test-mean"),
         ("exits", ""),
-        ("dies", "os._exit"),
-        ("swallows", ""),
+        ("dies", "the kernel ended early"),
+        ("marks", "the kernel ended early"),
+        ("retypes", ""),
         ("memory", ""),
         ("numpy", "numpy.isclose"),
         ("package", "cpugrpo_edu.types.UserError"),

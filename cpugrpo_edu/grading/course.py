@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from nbconvert.preprocessors import ClearMetadataPreprocessor
 from nbformat import NotebookNode
 from nbgrader.api import Gradebook
 from nbgrader.apps.api import NbGraderAPI
@@ -45,7 +46,6 @@ from nbgrader.preprocessors import (
     OverwriteKernelspec,
     SaveAutoGrades,
 )
-from nbconvert.preprocessors import ClearMetadataPreprocessor
 from traitlets.config import PyFileConfigLoader
 
 from cpugrpo_edu.grading import execute, sandbox
@@ -688,6 +688,8 @@ class ContainedExecute(NbGraderPreprocessor):
         files = grader.coursedir.format_path(
             grader.coursedir.autograded_directory, meta["student"], meta["assignment"]
         )
+        for cell in nb.cells:
+            cell.metadata.pop("cg_done", None)  # the mark of a test that was run
         with tempfile.TemporaryDirectory(prefix="cg-") as scratch:
             path = Path(scratch) / "notebook.ipynb"
             nbformat.write(nb, path)

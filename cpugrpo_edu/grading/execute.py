@@ -276,9 +276,9 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
     client.allowed = job["output_bytes"]
     client.comm_open_handlers = {}  # no widget of a submission acts in this process
     client.km = client.create_kernel_manager()
-    client.km.transport = "ipc"
     client.km.connection_file = str(box / "kernel.json")
-    client.km.ip = str(box / "s")
+    if sys.platform != "win32":  # files instead of ports: the network may be closed in there
+        client.km.transport, client.km.ip = "ipc", str(box / "s")
     try:
         with client.setup_kernel(env=env, cwd=str(work)):
             watch.pid = client.km.provisioner.pid  # type: ignore[union-attr]
@@ -286,6 +286,9 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
             run_cells(client, notebook, flags, watch)
             watch.done.set()
             watch.kill()
+    except DeadKernelError:
+        flags.append(watch.reason or "the kernel ended early")
+        fail_rest(notebook, flags[-1])
     except Exception as problem:
         flags.append(
             watch.reason or f"the kernel did not run: {type(problem).__name__}: {problem}"[:300]
@@ -311,7 +314,7 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
 
 def fail_rest(notebook: NotebookNode, reason: str) -> None:
     for cell in notebook.cells:
-        if is_test(cell) and not cell.metadata.get("cg_done"):
+        if is_test(cell) and not cell.metadata.pop("cg_done", None):
             cell.outputs = [error("NotGraded", reason)]
 
 
