@@ -8,15 +8,14 @@ import json
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import grading_fixtures as small
 import nbformat
 import pytest
 from typer.testing import CliRunner
 
-pytest.importorskip(
-    "nbgrader", reason="grading needs the extra: pip install 'cpugrpo-edu[grading]'"
-)
+pytest.importorskip("nbgrader", reason="grading needs the extra cpugrpo-edu[grading]")
 
 from cpugrpo_edu import assign
 from cpugrpo_edu.grading import course as grading
@@ -148,12 +147,9 @@ def test_autograde_goes_on_where_it_was(graded, monkeypatch, tmp_path):
     root = shutil.copytree(graded[0], tmp_path / "course")
     course = Course(root)
     done = []
+    outcomes = {student: course.outcome("small", student) for student in ANSWERS}
     monkeypatch.setattr(
-        Course,
-        "grade",
-        lambda self, assignment, student, *rest: (
-            done.append(student) or self.outcome(assignment, student)
-        ),
+        Course, "grade", lambda self, _, student, *rest: done.append(student) or outcomes[student]
     )
     assert course.autograde("small") == []
     (root / "outcomes/small/bob.json").unlink()  # as if it had been interrupted before bob
@@ -191,7 +187,7 @@ def test_feedback_gives_nothing_away(graded, tmp_path):
     pages = invoke("feedback", "small", "--course", root)["pages"]
     assert len(pages) == 3
     for page in pages:
-        text = open(page, encoding="utf-8").read()
+        text = Path(page).read_text(encoding="utf-8")
         plain = re.sub(r"<[^>]+>", "", text)  # as read: highlighting splits the code
         for hidden in ("hidden word", "9.75", "4.25", small.SCHEME, "HIDDEN TESTS", "MARK SCHEME"):
             assert hidden not in plain, hidden

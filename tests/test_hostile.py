@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import socket
 import time
 from types import SimpleNamespace
@@ -17,9 +18,7 @@ import nbformat
 import psutil
 import pytest
 
-pytest.importorskip(
-    "nbgrader", reason="grading needs the extra: pip install 'cpugrpo-edu[grading]'"
-)
+pytest.importorskip("nbgrader", reason="grading needs the extra cpugrpo-edu[grading]")
 
 from cpugrpo_edu.grading import course as grading
 from cpugrpo_edu.grading import sandbox
@@ -86,7 +85,7 @@ for path in ({str(course)!r}, {str(canary)!r}, os.path.dirname(cpugrpo_edu.__fil
     return {
         "honest": (
             None,
-            {"mean": "import sys\nprint('so far')\nprint('hm', file=sys.stderr)" + mean},
+            {"mean": "import sys\nprint('hm', file=sys.stderr)" + mean},
         ),
         "second": (None, {"mean": "import warnings\nwarnings.warn('old')" + mean}),
         "stubborn": (
@@ -100,7 +99,7 @@ for path in ({str(course)!r}, {str(canary)!r}, os.path.dirname(cpugrpo_edu.__fil
         "memory": (
             LIMITED,
             {
-                "mean": "def mean(values):\n    kept = [b'x' * 10**8 for _ in range(100)]\n    return 2.0"
+                "mean": "def mean(values):\n    [b'x' * 10**8 for _ in range(100)]\n    return 2.0"
             },
         ),
         "forks": (
@@ -156,13 +155,13 @@ for path in ({str(course)!r}, {str(canary)!r}, os.path.dirname(cpugrpo_edu.__fil
         "shadows": (
             None,
             {
-                "double": "float = lambda x: 2.0\nisinstance = lambda *a: True\ndef double(x):\n    return 0"
+                "double": "float = lambda x: 2.0\ndef double(x):\n    return 0"
             },
         ),
         "frames": (
             None,
             {
-                "mean": "import sys\ndef mean(values):\n    return sys._getframe(1).f_locals and -1.0"
+                "mean": "import sys\ndef mean(values):\n    sys._getframe(1)\n    return -1.0"
             },
         ),
         "large": (None, {"double": "def double(x):\n    return x + x\n#" + "x" * 21_000_000}),
@@ -313,8 +312,6 @@ def test_nothing_outside_changed(batch):
     ],
 )
 def test_no_points_for(batch, name, why):
-    import re
-
     found = seen(batch, name)
     assert found.points["test-mean"] == 0, found
     assert re.search(why, found.why), found

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nbformat
 from nbconvert.preprocessors import ClearMetadataPreprocessor
@@ -750,7 +750,7 @@ class ContainedAutograde(Autograde):
         finally:
             self._sanitizing = True
 
-    sanitize_preprocessors = [
+    sanitize_preprocessors: ClassVar[list[Any]] = [
         ClearOutput,
         DeduplicateIds,
         OverwriteKernelspec,
@@ -758,7 +758,7 @@ class ContainedAutograde(Autograde):
         OverwriteCells,
         CheckCellMetadata,
     ]
-    autograde_preprocessors = [
+    autograde_preprocessors: ClassVar[list[Any]] = [
         ContainedExecute,
         IgnorePattern,
         ClearMetadataPreprocessor,

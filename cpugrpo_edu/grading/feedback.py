@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor
 from nbformat import NotebookNode
@@ -90,7 +90,7 @@ class StripSecrets(NbGraderPreprocessor):
 class Feedback(GenerateFeedback):
     """nbgrader's pages from stripped notebooks, without anything from outside."""
 
-    preprocessors = [StripSecrets, GetGrades, CSSHTMLHeaderPreprocessor]
+    preprocessors: ClassVar[list[Any]] = [StripSecrets, GetGrades, CSSHTMLHeaderPreprocessor]
 
     def write_single_notebook(self, output: str, resources: Any) -> None:
         super().write_single_notebook(OUTSIDE.sub("", output), resources)
