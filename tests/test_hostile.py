@@ -98,9 +98,7 @@ for path in ({str(course)!r}, {str(canary)!r}, os.path.dirname(cpugrpo_edu.__fil
         "loop": (None, {"mean": "def mean(values):\n    while True:\n        pass"}),
         "memory": (
             LIMITED,
-            {
-                "mean": "def mean(values):\n    [b'x' * 10**8 for _ in range(100)]\n    return 2.0"
-            },
+            {"mean": "def mean(values):\n    [b'x' * 10**8 for _ in range(100)]\n    return 2.0"},
         ),
         "forks": (
             SHUT,
@@ -154,15 +152,11 @@ for path in ({str(course)!r}, {str(canary)!r}, os.path.dirname(cpugrpo_edu.__fil
         ),
         "shadows": (
             None,
-            {
-                "double": "float = lambda x: 2.0\ndef double(x):\n    return 0"
-            },
+            {"double": "float = lambda x: 2.0\ndef double(x):\n    return 0"},
         ),
         "frames": (
             None,
-            {
-                "mean": "import sys\ndef mean(values):\n    sys._getframe(1)\n    return -1.0"
-            },
+            {"mean": "import sys\ndef mean(values):\n    sys._getframe(1)\n    return -1.0"},
         ),
         "large": (None, {"double": "def double(x):\n    return x + x\n#" + "x" * 21_000_000}),
         "not-json": (None, "{ this is no notebook"),
