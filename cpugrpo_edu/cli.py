@@ -21,6 +21,7 @@ import psutil
 import typer
 from typer.exceptions import TyperException
 
+from cpugrpo_edu.assign import app as assign_app
 from cpugrpo_edu.files import check_output_folder, write_failure
 from cpugrpo_edu.types import DIFFICULTIES, Problem, UserError
 
@@ -511,6 +512,7 @@ bench = typer.Typer(
     help="Time and memory on a 494M-parameter model, beside peers and the machine's floors.",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(assign_app, name="assign")
 
 Record = Annotated[Path | None, typer.Option("--output", help="Where to write the record.")]
 Cache = Annotated[

@@ -1,1 +1,5 @@
-"""Assigning and grading: what instructors run on top of nbgrader."""
+"""Grading with nbgrader: a course folder, contained execution, feedback that gives nothing away.
+
+``course`` holds the steps an instructor takes, ``execute`` runs one notebook cell by cell,
+``sandbox`` shuts its kernel in, ``guard`` is what looks for tampering inside the kernel.
+"""

@@ -1,0 +1,277 @@
+"""``cpugrpo assign``: the course folder, each step of the instructor, and refused mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import grading_fixtures as small
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("nbgrader", reason="grading needs the extra cpugrpo-edu[grading]")
+
+from cpugrpo_edu import assign
+from cpugrpo_edu.grading import course as grading
+from cpugrpo_edu.grading import execute
+from cpugrpo_edu.grading.course import Course
+from cpugrpo_edu.types import UserError
+
+ROSTER = [
+    ("alice", "Alice", "Ångström", "alice@example.org", "901"),
+    ("bob", "Bob", "=cmd()", "bob@example.org", "902"),
+    ("carol", "Carol", "Jones", "carol@example.org", "903"),
+]
+ANSWERS = {
+    "alice": {},
+    "bob": {"mean": "def mean(values):\n    return float('xylophone')"},
+    "carol": {"double": "import numpy as np\ndef double(x):\n    return np.float64(abs(2 * x))"},
+}
+
+
+def invoke(*arguments):
+    """Result as JSON of a command that succeeds."""
+    done = CliRunner().invoke(assign.app, [*map(str, arguments), "--json"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def refused(*arguments):
+    """The sentence of a command that must fail."""
+    done = CliRunner().invoke(assign.app, [*map(str, arguments)])
+    assert isinstance(done.exception, UserError), (done.output, done.exception)
+    return str(done.exception)
+
+
+def write_roster(root):
+    with (root / "roster.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([grading.ROSTER, *ROSTER])
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A course with a released assignment and no submission: course folder, student notebook."""
+    top = tmp_path_factory.mktemp("assign")
+    root = top / "course"
+    made = invoke("new-course", root)["made"]
+    assert {"nbgrader_config.py", "roster.csv", "gradebook.db", "limits.json"} <= set(made)
+    write_roster(root)
+    master = small.write_master(top / "master")
+    done = invoke("release", "small", "--master", master, "--course", root)
+    return root, nbformat.read(f"{done['released']}/small.ipynb", as_version=4)
+
+
+@pytest.fixture(scope="module")
+def graded(released, tmp_path_factory):
+    """The course after a first grading: its folder and the outcomes by student."""
+    before, notebook = released
+    top = tmp_path_factory.mktemp("graded")
+    root = shutil.copytree(before, top / "course")
+    small.write_submissions(top / "in", notebook, ANSWERS)
+    invoke("collect", "small", "--from", top / "in", "--course", root)
+    done = invoke("autograde", "small", "--course", root, "--jobs", 2, "--quiet")
+    return root, {each["student"]: each for each in done}
+
+
+def test_new_course_keeps_what_is_there(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "is not empty" in refused("new-course", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_new_course_keeps_its_secrets(released):
+    root, _ = released
+    assert (root / "course_secret").stat().st_mode & 0o077 == 0
+    assert (root / "gradebook.db").stat().st_mode & 0o077 == 0
+    assert "course_secret" in (root / ".gitignore").read_text()
+
+
+def test_student_version_has_no_answers(released):
+    root, notebook = released
+    text = nbformat.writes(notebook)
+    for hidden in (small.HIDDEN, small.SCHEME, "np.sum(values)", "BEGIN"):
+        assert hidden not in text
+    assert "your code here" in text and "the mean of 1, 2, 3 is 2" in text
+    [exchanged] = (root / "exchange").glob("*/outbound/small/small.ipynb")
+    assert nbformat.read(exchanged, as_version=4) == notebook
+
+
+def test_collect_from_a_folder_and_a_zip(released, tmp_path):
+    before, notebook = released
+    root = shutil.copytree(before, tmp_path / "course")
+    small.write_submissions(tmp_path / "moodle", notebook, {"Carol Jones_77_assignsubmission": {}})
+    assert invoke("collect", "small", "--from", tmp_path / "moodle", "--course", root) == {
+        "submissions": ["carol"]
+    }
+    packed = tmp_path / "canvas.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("angstromalice_901_55_small-1.ipynb", nbformat.writes(notebook))
+        archive.writestr("bob_LATE_small.ipynb", nbformat.writes(notebook))
+        archive.writestr("../../outside_small.ipynb", nbformat.writes(notebook))
+    found = invoke("collect", "small", "--from", packed, "--course", root)
+    assert found == {"submissions": ["alice", "bob", "carol", "outside"]}
+    assert not list(tmp_path.parent.glob("outside*")), "a zip wrote outside its folder"
+    assert (root / "submitted/alice/small/timestamp.txt").read_text().endswith("UTC\n")
+
+
+@pytest.mark.parametrize(
+    ("label", "student"),
+    [
+        ("alice_1_2_small", "alice"),
+        ("jonescarol_903_4_small", "carol"),
+        ("jonescarol_LATE_1_2_small", "carol"),
+        ("Carol Jones_77_assignsubmission_file", "carol"),
+        ("dan_1_2_small", "dan"),
+    ],
+)
+def test_whose_a_download_is(label, student):
+    roster = {row[0]: dict(zip(grading.ROSTER, row, strict=True)) for row in ROSTER}
+    assert grading.who(label, roster) == student
+
+
+def test_scores(graded):
+    root, outcomes = graded
+    assert {s: o["score"] for s, o in outcomes.items()} == {"alice": 5, "bob": 2, "carol": 4}
+    assert {o["status"] for o in outcomes.values()} == {"ok"}
+    # a NumPy number counts as partial credit, which nbgrader alone would turn into full marks
+    assert small.scores_of(Course(root), "small", "carol")["test-double"] == 1
+
+
+def test_autograde_goes_on_where_it_was(graded, monkeypatch, tmp_path):
+    root = shutil.copytree(graded[0], tmp_path / "course")
+    course = Course(root)
+    done = []
+    outcomes = {student: course.outcome("small", student) for student in ANSWERS}
+    monkeypatch.setattr(
+        Course, "grade", lambda self, _, student, *rest: done.append(student) or outcomes[student]
+    )
+    assert course.autograde("small") == []
+    (root / "outcomes/small/bob.json").unlink()  # as if it had been interrupted before bob
+    course.autograde("small")
+    assert done == ["bob"]
+    path = root / "submitted/carol/small/small.ipynb"
+    path.write_text(path.read_text() + "\n")
+    assert course.status()[0]["changed"] == 1
+    done.clear()
+    course.autograde("small", only=["alice"], force=True)
+    assert done == ["alice"]
+    done.clear()
+    course.autograde("small", force=True)
+    assert sorted(done) == ["alice", "bob", "carol"]
+
+
+def test_regrading_gives_the_same(graded, tmp_path):
+    root = shutil.copytree(graded[0], tmp_path / "course")
+    [again] = invoke(
+        "autograde", "small", "--force", "--student", "carol", "--course", root, "--quiet"
+    )
+    assert again["score"] == graded[1]["carol"]["score"]
+
+
+def test_status(graded):
+    [row] = invoke("status", "--course", graded[0])
+    assert (row["submitted"], row["graded"], row["changed"]) == (3, 3, 0)
+    assert row["flagged"] == row["failed"] == []
+    done = CliRunner().invoke(assign.app, ["status", "--course", str(graded[0])])
+    assert "small" in done.stdout
+
+
+def test_feedback_gives_nothing_away(graded, tmp_path):
+    root = shutil.copytree(graded[0], tmp_path / "course")
+    pages = invoke("feedback", "small", "--course", root)["pages"]
+    assert len(pages) == 3
+    for page in pages:
+        text = Path(page).read_text(encoding="utf-8")
+        plain = re.sub(r"<[^>]+>", "", text)  # as read: highlighting splits the code
+        for hidden in ("hidden word", "9.75", "4.25", small.SCHEME, "HIDDEN TESTS", "MARK SCHEME"):
+            assert hidden not in plain, hidden
+        assert "the mean of 1, 2, 3 is 2" in plain or "bob" in page
+        assert not re.search(r"<(script|link)[^>]*(src|href)=[\"']?(https?:)?//", text)
+
+
+def test_export_for_canvas_and_moodle(graded, tmp_path):
+    rows = {}
+    for kind in ("canvas", "moodle", "plain"):
+        to = tmp_path / f"{kind}.csv"
+        assert invoke("export", to, "--for", kind, "--course", graded[0])["rows"] == 3
+        with to.open(newline="", encoding="utf-8") as file:
+            rows[kind] = list(csv.DictReader(file))
+    top, alice, bob, carol = rows["canvas"]
+    assert (top["Student"], top["small"]) == ("Points Possible", "6")
+    assert (alice["ID"], alice["SIS User ID"], alice["small"]) == ("901", "alice", "5")
+    assert bob["Student"].startswith("'="), "a spreadsheet would run this name"
+    assert rows["moodle"][2] == {
+        "ID number": "carol",
+        "Email address": "carol@example.org",
+        "small": carol["small"],
+    }
+    assert [row["small"] for row in rows["plain"]] == ["5", "2", "4"]
+
+
+def test_mistakes_get_one_sentence(released, tmp_path):
+    before, _ = released
+    root = shutil.copytree(before, tmp_path / "course")
+    at = ("--course", root)
+    assert "is no course folder" in refused("status", "--course", tmp_path)
+    assert "released are: small" in refused("autograde", "ps9", *at)
+    assert "there is no submission of small" in refused("autograde", "small", *at)
+    assert "no graded submission" in refused("feedback", "small", *at)
+    assert "does not exist" in refused("collect", "small", "--from", tmp_path / "no", *at)
+    assert "is no notebook" in refused("release", "x", "--master", tmp_path, *at)
+    assert "has no notebook" in refused("release", "x", *at)
+    assert "canvas, moodle and plain" in refused("export", tmp_path / "g", "--for", "x", *at)
+    assert "at least 1" in refused("autograde", "small", "--jobs", 0, *at)
+    (tmp_path / "bad.zip").write_text("no zip")
+    assert "is no zip" in refused("collect", "small", "--from", tmp_path / "bad.zip", *at)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "essay.ipynb").write_text("{}")
+    assert "essay.ipynb" in refused("collect", "small", "--from", tmp_path / "odd", *at)
+    (root / "submitted/dan/small").mkdir(parents=True)
+    assert "there are: dan" in refused("autograde", "small", "--student", "eve", *at)
+    (root / "limits.json").write_text('{"seconds": "long"}')
+    assert "whole numbers for cell_seconds" in refused("autograde", "small", *at)
+    (root / "course_secret").unlink()
+    assert "course_secret" in refused("autograde", "small", *at)
+    (root / "roster.csv").write_text("name\nAnn\n")
+    assert "no column 'id'" in refused("release", "small", *at)
+
+
+def test_a_course_around_its_python_is_refused(released, tmp_path, monkeypatch):
+    root = shutil.copytree(released[0], tmp_path / "course")
+    (root / "submitted/dan/small").mkdir(parents=True)
+    monkeypatch.setattr(grading.sys, "prefix", str(root / ".venv"))
+    assert "lies in the course folder" in refused("autograde", "small", "--course", root)
+
+
+def test_students_keys_differ_and_stay():
+    keys = {grading.student_key("secret", s) for s in ("alice", "bob")}
+    assert len(keys) == 2 and grading.student_key("secret", "alice") in keys
+    assert grading.student_key("other", "alice") not in keys
+
+
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        ("assert True", ""),
+        ("1.5", "1.5"),
+        ("x = 2\nx / 4", "0.5"),
+        ("import numpy\nnumpy.float64(0.5)", "0.5"),
+        ("True", ""),
+        ("assert False", None),
+        ("raise SystemExit", None),
+    ],
+)
+def test_only_a_passed_test_reaches_its_proof(source, value):
+    with contextlib.suppress(SystemExit, AssertionError):
+        try:
+            exec(execute.with_proof(source, "word"), {})
+        except RuntimeError as proof:
+            assert str(proof) == f"word:{value}"
+            return
+    assert value is None
