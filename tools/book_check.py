@@ -61,7 +61,7 @@ PROBLEMS_JS = """() => {
   while (text.nextNode()) {
     const parent = text.currentNode.parentElement;
     if (/\\\\\\(|\\\\\\[/.test(text.currentNode.data)
-        && !parent.closest("pre, code, script, style, mjx-container"))
+        && !parent.closest("pre, code, script, style, mjx-container, .sig"))
       found.push("a formula is not set: " + text.currentNode.data.trim().slice(0, 60));
   }
   return found;
