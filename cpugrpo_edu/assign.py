@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,14 +26,20 @@ Name = Annotated[str, typer.Argument(help="The assignment, such as ps1.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
 
 
-def opened(folder: Path) -> Course:
+def grading() -> ModuleType:
+    """The module over nbgrader, which is an extra."""
     try:
-        from cpugrpo_edu.grading.course import Course
+        from cpugrpo_edu.grading import course
     except ImportError as error:
         raise UserError(
             f"grading needs nbgrader ({error}); install it with: pip install 'cpugrpo-edu[grading]'"
         ) from error
-    return Course(folder)
+    return course
+
+
+def opened(folder: Path) -> Course:
+    course: Course = grading().Course(folder)
+    return course
 
 
 @app.command("new-course")
@@ -43,13 +50,7 @@ def new_course(
 
     Example: `cpugrpo assign new-course grpo-2027`
     """
-    try:
-        from cpugrpo_edu.grading import course
-    except ImportError as error:
-        raise UserError(
-            f"grading needs nbgrader ({error}); install it with: pip install 'cpugrpo-edu[grading]'"
-        ) from error
-    made = course.new_course(folder)
+    made = grading().new_course(folder)
     where = shlex.quote(str(folder))
     print(
         json.dumps({"course": str(folder), "made": made})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import hmac
 import json
 import logging
 import os
@@ -48,9 +47,11 @@ from nbgrader.preprocessors import (
 )
 from traitlets.config import PyFileConfigLoader
 
+from cpugrpo_edu.files import write_text
 from cpugrpo_edu.grading import execute, sandbox
 from cpugrpo_edu.grading.outcome import Limits, Outcome
 from cpugrpo_edu.types import UserError
+from cpugrpo_edu.variants import student_key
 
 CONFIG = """# Settings of this course; every option of nbgrader can be added.
 from pathlib import Path
@@ -102,11 +103,6 @@ def new_course(folder: Path) -> list[str]:
         pass
     (folder / "gradebook.db").chmod(0o600)
     return sorted(path.name for path in folder.iterdir())
-
-
-def student_key(secret: str, student: str) -> str:
-    """HMAC-SHA256(secret, student id) in hex: what a student's hidden test data derive from."""
-    return hmac.new(secret.encode(), student.encode(), hashlib.sha256).hexdigest()
 
 
 def check_id(student: str) -> str:
@@ -392,10 +388,7 @@ class Course:
                 submission = book.find_submission(assignment, student)
                 outcome.score, outcome.max_score = submission.score, submission.max_score
             path = self.outcome_path(assignment, student)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".part")
-            partial.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
-            partial.replace(path)
+            write_text(path, json.dumps(asdict(outcome), indent=2) + "\n")
         return outcome
 
     def score_zero(self, assignment: str, student: str) -> None:
