@@ -166,7 +166,7 @@ class Options:
     frozen_int8: bool = True
     share_prefix: bool = True
     fast_rollouts: bool = True
-    compact: bool = True
+    recompute: bool = True
     exact: bool = False
 
 
@@ -237,7 +237,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
                     ewc_strength=EWC_STRENGTH if anchor else 0.0,
                     engine="fast" if options.fast_rollouts else "generate",
                     share_prefix=options.share_prefix,
-                    compact=options.compact,
+                    recompute=options.recompute,
                     patience=0,
                 ),
                 anchor=anchor,
@@ -624,7 +624,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "float products": {"exact": True},
     "prompt not shared": {"share_prefix": False},
     "generate": {"fast_rollouts": False},
-    "float32 activations": {"compact": False},
+    "MLPs kept": {"recompute": False},
     "float32 base": {"frozen_int8": False},
 }
 

@@ -254,7 +254,7 @@ def frozen_scores(model: Any, row: Row, temperature: float) -> dict[str, Tensor]
         labels,
         torch.ones_like(labels),
         temperature,
-        compact=True,
+        recompute=True,
     )
     gradients = torch.autograd.grad(log_probs.sum(), list(parameters.values()))
     return dict(zip(parameters, gradients, strict=True))

@@ -12,7 +12,7 @@ import gc
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,6 @@ __all__ = [
     "PeakMemory",
     "available_memory",
     "checkpointing_policy",
-    "compact_activations",
     "count_parameters",
     "drop_input_grad_hooks",
     "ensure_fits",
@@ -183,69 +182,6 @@ def trim_heap() -> None:
     """Give freed pages back to the system, also those between blocks in use (glibc only)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
-
-
-class Slabs:
-    """Room for many tensors that live and die together, taken in large pieces.
-
-    Among the short-lived tensors of a forward pass, each kept one would leave a hole that the
-    next does not fit into, and the process would grow by hundreds of megabytes that nothing
-    uses. A slab is larger than anything the C library keeps for itself after it was freed.
-    """
-
-    SIZE = 40 * 2**20  # glibc returns blocks over 32 MiB to the system at once
-
-    def __init__(self) -> None:
-        self.slab: Any = None
-        self.used = 0
-
-    def copy(self, tensor: Any, dtype: Any) -> Any:
-        """A contiguous copy of the tensor in ``dtype``, inside the present slab or a new one."""
-        import torch
-
-        count = tensor.numel()
-        size = self.SIZE // dtype.itemsize
-        if count > size:
-            return tensor.to(dtype)
-        if self.slab is None or self.used + count > size:
-            self.slab, self.used = torch.empty(size, dtype=dtype), 0
-        place = self.slab[self.used : self.used + count].view(tensor.shape)
-        self.used += -(-count // 64) * 64
-        return place.copy_(tensor)
-
-
-@contextlib.contextmanager
-def compact_activations(smallest: int = 2**14) -> Iterator[None]:
-    """Keep what autograd saves for the backward pass in bfloat16: half the bytes.
-
-    For float32 tensors of at least ``smallest`` numbers that are no parameters. A tensor saved
-    by several operations is kept once. The forward pass stays exact; gradients see
-    activations rounded to 8 bits of precision (relative error up to 2**-9).
-    """
-    import torch
-    from torch.multiprocessing.reductions import StorageWeakRef
-
-    kept: dict[Any, tuple[Any, Any]] = {}
-    slabs = Slabs()
-
-    def pack(tensor: Any) -> Any:
-        leaf = tensor.is_leaf and tensor.requires_grad
-        if leaf or tensor.dtype != torch.float32 or tensor.numel() < smallest:
-            return tensor
-        storage = tensor.untyped_storage()
-        place = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
-        key = (*place, tensor._version)
-        if key not in kept or kept[key][0].expired():  # expired: another tensor's old address
-            # The weak reference keeps the address from being used again while it is listed.
-            kept[key] = (StorageWeakRef(storage), slabs.copy(tensor, torch.bfloat16))
-        return kept[key][1]
-
-    def unpack(packed: Any) -> Any:
-        return packed.float() if packed.dtype == torch.bfloat16 else packed
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-    kept.clear()
 
 
 def swap_pressure() -> str | None:

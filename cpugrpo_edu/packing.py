@@ -16,7 +16,6 @@ layers dominate, as in models of some hundred million parameters; not in tiny on
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpugrpo_edu.frozen import token_log_probs
-from cpugrpo_edu.memory import compact_activations
 from cpugrpo_edu.rollout import causal_lm, hidden_states, is_supported
 
 
@@ -61,47 +59,44 @@ def packed_log_probs(
     completion_ids: Tensor,
     completion_mask: Tensor,
     temperature: float = 1.0,
-    compact: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities in nats and entropies, (rows, C) each, 0 on padding.
 
     Prompts (rows, P) are padded on the left, completions (rows, C) on the right. Rows with
     the same prompt share it, wherever they stand. The entropies carry no gradient. With
-    ``compact`` activations take a quarter of the memory, see ``memory.compact_activations``;
-    the inside of each MLP is computed again in the backward pass.
+    ``recompute`` the inside of each MLP is computed again in the backward pass.
     """
     lm = causal_lm(model)
     lean = is_supported(model) and not lm.model.is_activation_checkpointing
     width = completion_ids.shape[1]
     log_probs: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
     entropies: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
-    kept = compact_activations() if compact else contextlib.nullcontext()
-    with kept:
-        for rows in group_rows(prompt_ids, prompt_mask):
-            prompt = prompt_ids[rows[0]][prompt_mask[rows[0]].bool()]
-            completions = [completion_ids[row][completion_mask[row].bool()] for row in rows]
-            ids, positions, bias = pack_group(prompt, completions, lm.model.norm.weight.dtype)
-            if lean:
-                hidden = hidden_states(lm, ids[None], positions[None], bias[None, None], compact)[0]
-            else:
-                hidden = lm.model(
-                    input_ids=ids[None],
-                    attention_mask=bias[None, None],
-                    position_ids=positions[None],
-                    use_cache=False,
-                ).last_hidden_state[0]
-            # A token is predicted by the state before it: of the prompt's end, then its own.
-            before, start = [], len(prompt)
-            for completion in completions:
-                last = torch.tensor([len(prompt) - 1])
-                before.append(torch.cat([last, torch.arange(start, start + len(completion) - 1)]))
-                start += len(completion)
-            log_p, entropy = token_log_probs(
-                hidden[torch.cat(before)], torch.cat(completions), lm.lm_head, temperature
-            )
-            lengths = [len(completion) for completion in completions]
-            pieces = zip(rows, log_p.split(lengths), entropy.split(lengths), strict=True)
-            for row, row_log_p, row_entropy in pieces:
-                log_probs[row] = F.pad(row_log_p, (0, width - len(row_log_p)))
-                entropies[row] = F.pad(row_entropy, (0, width - len(row_entropy)))
+    for rows in group_rows(prompt_ids, prompt_mask):
+        prompt = prompt_ids[rows[0]][prompt_mask[rows[0]].bool()]
+        completions = [completion_ids[row][completion_mask[row].bool()] for row in rows]
+        ids, positions, bias = pack_group(prompt, completions, lm.model.norm.weight.dtype)
+        if lean:
+            hidden = hidden_states(lm, ids[None], positions[None], bias[None, None], recompute)[0]
+        else:
+            hidden = lm.model(
+                input_ids=ids[None],
+                attention_mask=bias[None, None],
+                position_ids=positions[None],
+                use_cache=False,
+            ).last_hidden_state[0]
+        # A token is predicted by the state before it: of the prompt's end, then its own.
+        before, start = [], len(prompt)
+        for completion in completions:
+            last = torch.tensor([len(prompt) - 1])
+            before.append(torch.cat([last, torch.arange(start, start + len(completion) - 1)]))
+            start += len(completion)
+        log_p, entropy = token_log_probs(
+            hidden[torch.cat(before)], torch.cat(completions), lm.lm_head, temperature
+        )
+        lengths = [len(completion) for completion in completions]
+        pieces = zip(rows, log_p.split(lengths), entropy.split(lengths), strict=True)
+        for row, row_log_p, row_entropy in pieces:
+            log_probs[row] = F.pad(row_log_p, (0, width - len(row_log_p)))
+            entropies[row] = F.pad(row_entropy, (0, width - len(row_entropy)))
     return torch.stack(log_probs), torch.stack(entropies)

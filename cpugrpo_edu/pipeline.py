@@ -469,7 +469,7 @@ class Run:
             micro_batch=config.micro_batch,
             memory_limit=int(config.memory_budget_gib * GIB) if config.memory_budget_gib else None,
             share_prefix=self.frozen if config.share_prefix is None else config.share_prefix,
-            compact=self.frozen,
+            recompute=self.frozen,
             ewc_strength=config.ewc_strength,
             patience=config.patience,
         )

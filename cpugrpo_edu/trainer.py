@@ -68,8 +68,8 @@ class CPUOptions:
     skip_zero_advantage: bool = True
     share_prefix: bool = False
     """Score the completions of a prompt behind one copy of it, see :mod:`cpugrpo_edu.packing`."""
-    compact: bool = False
-    """Keep packed activations in bfloat16, see ``memory.compact_activations``."""
+    recompute: bool = False
+    """Compute the inside of each MLP again in the backward pass, see ``rollout.hidden_states``."""
     ewc_strength: float = 0.0
     patience: int = 8
     """Steps without any learning signal before the run is stopped; 0 never stops it."""
@@ -364,7 +364,7 @@ class CPUGRPOTrainer(GRPOTrainer):
             input_ids[:, -logits_to_keep:],
             attention_mask[:, -logits_to_keep:],
             self.temperature,
-            self.options.compact,
+            self.options.recompute,
         )
         return log_probs, entropies, None
 

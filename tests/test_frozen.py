@@ -69,6 +69,10 @@ def test_embedding_rows_and_their_weighted_sums():
     for tile in rows.tiles():
         rows.add_weighted_sum(total, p[:, tile], tile)
     torch.testing.assert_close(total, p @ dense, rtol=1e-4, atol=1e-3)
+    rounded = torch.zeros(3, 16)
+    for tile in rows.tiles():
+        rows.add_weighted_sum(rounded, p[:, tile], tile, bfloat16=True)
+    assert 0 < (rounded - total).norm() / total.norm() < 0.01
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -93,7 +97,7 @@ def test_token_log_probs_without_stored_logits(exact, temperature):
     assert not entropy.requires_grad
     logits = head(hidden)
     (slope,) = torch.autograd.grad(logits, hidden, torch.ones_like(logits))
-    close(slope, torch.ones(70, 300) @ rows(torch.arange(300)), 1e-4)
+    close(slope, torch.ones(70, 300) @ rows(torch.arange(300)), 1e-4 if exact else 0.01)
 
 
 def frozen_and_float(folder, exact, rank=4):
