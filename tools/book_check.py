@@ -63,6 +63,9 @@ PROBLEMS_JS = """() => {
     if (/\\\\\\(|\\\\\\[/.test(text.currentNode.data)
         && !parent.closest("pre, code, script, style, mjx-container, .sig"))
       found.push("a formula is not set: " + text.currentNode.data.trim().slice(0, 60));
+    if (/\\|[ :]*-{2,}[-:]* *\\|/.test(text.currentNode.data.replaceAll("\u2014", "--"))
+        && !parent.closest("pre, code, script, style"))
+      found.push("a table is not set: " + text.currentNode.data.trim().slice(0, 60));
   }
   return found;
 }"""

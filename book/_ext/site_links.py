@@ -43,6 +43,11 @@ def plain_citations(app, pagename, templatename, context, doctree):
         context["body"] = body.replace(' role="list"', "")
 
 
+def leave_tuple_fields_out(app, what, name, obj, skip, options):
+    """A named tuple's fields say only their number."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
 def words(script):
     name = getattr(script, "filename", None) or str(script)
     return f"{name} {getattr(script, 'attributes', {}).get('body', '')}".lower()
@@ -52,4 +57,5 @@ def setup(app):
     app.connect("config-inited", configure, priority=100)
     app.connect("html-page-context", leave_thebe_out, priority=900)
     app.connect("html-page-context", plain_citations)
+    app.connect("autodoc-skip-member", leave_tuple_fields_out)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
