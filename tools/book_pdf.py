@@ -86,7 +86,8 @@ def title_page(config: dict) -> str:
     title, _, subject = config["title"].partition(": ")
     return (
         f'<div style="text-align:center;padding-top:80mm"><h1 style="font-size:32pt">{subject}</h1>'
-        f"<p style='font-size:16pt'>{title}</p><p>{config['author']}, {config['copyright']}</p></div>"
+        f"<p style='font-size:16pt'>{title}</p>"
+        f"<p>{config['author']}, {config['copyright']}</p></div>"
     )
 
 
@@ -142,17 +143,17 @@ def join(page, base: str, config: dict, chapters: list[Chapter]) -> PdfWriter:
     writer.append(table, "Contents")
     part, parent = "", None
     for chapter, start in zip(chapters, first, strict=True):
+        writer.append(chapter.printed, import_outline=False)
         if chapter.part != part:
             part = chapter.part
             parent = writer.add_outline_item(title=part, page_number=start)
-        writer.append(chapter.printed, import_outline=False)
         entry = writer.add_outline_item(title=chapter.title, page_number=start, parent=parent)
         for heading, page_number in headings(chapter.printed):
             writer.add_outline_item(title=heading, page_number=start + page_number, parent=entry)
-    for number, sheet in zip(
-        writer.pages, page_numbers(page, len(writer.pages)).pages, strict=True
-    ):
-        number.merge_page(sheet)
+    sheets = page_numbers(page, len(writer.pages)).pages
+    for leaf, sheet in zip(writer.pages, sheets, strict=True):
+        leaf.merge_page(sheet)
+        leaf.compress_content_streams()  # merging has unpacked them
     inner_links(writer, base, {c.name: n for c, n in zip(chapters, first, strict=True)})
     writer.add_metadata({"/Title": config["title"], "/Author": config["author"]})
     return writer
