@@ -133,6 +133,16 @@ def test_only_drawing_is_folded():
     assert not fold.only_draws("%time this is no Python\n" * 9)
 
 
+def test_first_terms_are_whole_words_of_the_glossary():
+    first_terms = load(ROOT / "book" / "_ext" / "first_terms.py")
+    entries = first_terms.terms((ROOT / "book" / "glossary.md").read_text())
+    assert {"token", "KL divergence", "McNemar's test"} <= set(entries)
+    assert set(entries) >= first_terms.EVERYDAY, "an exception for a word that is no entry"
+    found = first_terms.pattern(entries).findall("Policies, tokens, a micro-batch and broken_token")
+    assert found == [("token", "s"), ("micro-batch", "")]
+    assert first_terms.is_use("Token", "token") and not first_terms.is_use("lora", "LoRA")
+
+
 def test_bibliography_links_lead_to_well_formed_addresses():
     entries = (ROOT / "book" / "references.bib").read_text().split("\n@")
     for entry in entries:
