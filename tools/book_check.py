@@ -222,6 +222,7 @@ def check_page(page, base: str, name: str, axe: str, findings: Findings, picture
 
 def picture(page, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    page.wait_for_timeout(500)  # the side bars slide away
     page.screenshot(path=path, full_page=True)
 
 
