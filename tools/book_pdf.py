@@ -59,7 +59,7 @@ def listed(toc: dict) -> Iterator[tuple[str, str, int]]:
 def print_page(page, address: str) -> PdfReader:
     settle(page, address)
     set_theme(page, "light")
-    options = {"scale": 0.8, "print_background": True, "outline": True, "tagged": True}
+    options = {"scale": 0.75, "print_background": True, "outline": True, "tagged": True}
     return PdfReader(io.BytesIO(page.pdf(**PAPER, **options)))
 
 
