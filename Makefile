@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test venv lint format types unit notebooks mutations psets book book-check serve \
+.PHONY: help run test venv lint format types unit notebooks mutations psets book book-check book-pdf binder serve \
 	records results lock audit torture clean
 
 help: ## list the targets
@@ -54,11 +54,19 @@ mutations: venv ## break the package on purpose: a notebook must fail each time
 psets: venv ## problem sets: student versions, zoo of wrong answers, leak test
 	$(BIN)/python tools/psets.py $(ARGS)
 
+# without a network where the system can take it away, so that every build proves it needs none
+ALONE = $(shell unshare -rn true 2>/dev/null && echo unshare -rn)
 book: venv ## build the book from the stored outputs into _build/html
-	$(BIN)/jupyter-book build -W -n --keep-going .
+	$(ALONE) $(BIN)/jupyter-book build -W -n --keep-going .
 
 book-check: book ## read every page of the book in Chromium, as a reader would
 	$(BIN)/python tools/book_check.py $(ARGS)
+
+book-pdf: book ## print the book into _build/cpugrpo_edu.pdf (needs Chromium)
+	$(BIN)/python tools/book_pdf.py
+
+binder: venv ## build the pip part of environment.yml from scratch, as Binder would (needs the network)
+	$(BIN)/python tools/binder.py
 
 serve: book ## show the book at http://127.0.0.1:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000

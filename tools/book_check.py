@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
@@ -40,6 +40,12 @@ ARGUMENTS = [
 WIDE = {"width": 1280, "height": 900}
 NARROW = {"width": 390, "height": 844}
 SEVERE = ("serious", "critical")
+KEY_SLIDERS = {  # page and label: what the book's argument rests on
+    ("03_grpo_from_zero", "ratio"): "advantage and clip",
+    ("09_memory", "GiB available"): "memory planner",
+    ("11_int8", "bits"): "quantization error",
+    ("14_ewc", "lambda"): "Fisher and EWC",
+}
 NOT_PAGES = {"index.html", "genindex.html", "py-modindex.html", "search.html"}  # and _static
 
 PROBLEMS_JS = """() => {
@@ -63,6 +69,9 @@ PROBLEMS_JS = """() => {
     if (/\\\\\\(|\\\\\\[/.test(text.currentNode.data)
         && !parent.closest("pre, code, script, style, mjx-container, .sig"))
       found.push("a formula is not set: " + text.currentNode.data.trim().slice(0, 60));
+    if (/\\|[ :]*-{2,}[-:]* *\\|/.test(text.currentNode.data.replaceAll("\u2014", "--"))
+        && !parent.closest("pre, code, script, style"))
+      found.push("a table is not set: " + text.currentNode.data.trim().slice(0, 60));
   }
   return found;
 }"""
@@ -213,6 +222,7 @@ def check_page(page, base: str, name: str, axe: str, findings: Findings, picture
 
 def picture(page, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    page.wait_for_timeout(500)  # the side bars slide away
     page.screenshot(path=path, full_page=True)
 
 
@@ -243,11 +253,10 @@ def answers_a_quiz(page, base: str) -> None:
 
 def moves_every_slider(page, base: str) -> None:
     """On every chapter, to both ends: another picture and another value each time."""
-    seen = 0
+    moved = set()
     for name in (name for name in pages(HTML) if name.startswith("notebooks/")):
         settle(page, f"{base}/{name}")
         for slider in page.locator(".explore").all():
-            seen += 1
             control = slider.locator("input[type=range]")
             shown = []
             for key in ("Home", "End"):
@@ -262,7 +271,26 @@ def moves_every_slider(page, base: str) -> None:
                 shown.append((src, words))
             assert shown[0][0] != shown[1][0], f"{name}: the picture stays the same"
             assert shown[0][1] != shown[1][1], f"{name}: the value stays the same"
-    assert seen, "the book has no slider"
+            label = slider.locator("label").inner_text().strip().rstrip(":")
+            moved.add((Path(name).stem, label))
+    for slider, subject in KEY_SLIDERS.items():
+        assert slider in moved, f"no slider {slider} about {subject}"
+
+
+def launches_the_chapter(page, base: str) -> None:
+    """Every chapter offers its own notebook, at a path that the repository has."""
+    for name in (name for name in pages(HTML) if name.startswith("notebooks/")):
+        settle(page, f"{base}/{name}")
+        links = page.eval_on_selector_all(
+            ".dropdown-launch-buttons a", "links => links.map(a => a.href)"
+        )
+        notebook = Path(name).with_suffix(".ipynb").as_posix()
+        assert (ROOT / notebook).exists(), f"{notebook} is not in the repository"
+        assert links, f"{name} has no launch button"
+        for link in links:
+            assert link.startswith("https://") and unquote(link).split("&branch=")[0].endswith(
+                f"/{notebook}"
+            ), f"{name} launches {link}"
 
 
 def finds_fisher(page, base: str) -> None:
@@ -303,6 +331,7 @@ ACTIONS: tuple[Callable, ...] = (
     moves_every_slider,
     finds_fisher,
     downloads_the_notebook,
+    launches_the_chapter,
     turns_the_light_off,
 )
 

@@ -9,25 +9,41 @@ A course that publishes its own copy sets these instead of editing `_config.yml`
 
 import os
 import re
+from urllib.parse import quote, unquote
 
 WEB_ADDRESS = re.compile(r"https://[\w.-]+(:\d+)?(/[\w./~-]*)?")
 
 
 def address(name):
-    value = os.environ.get(name, "").strip()
+    value = os.environ.get(name, "").strip().rstrip("/")
     if value and not WEB_ADDRESS.fullmatch(value):
         raise SystemExit(f"{name} is {value!r}; give a web address that begins with https://")
     return value
 
 
 def configure(app, config):
+    theme = config.html_theme_options
     if repository := address("BOOK_REPOSITORY"):
-        config.html_theme_options["repository_url"] = repository
+        theme["repository_url"] = repository
+        if not repository.startswith("https://github.com/"):
+            theme["repository_provider"] = "gitlab"  # any other host: the address as it is
+            theme["launch_buttons"].pop("colab_url", None)  # Colab opens GitHub alone
     if hub := address("BOOK_JUPYTERHUB"):
-        config.html_theme_options["launch_buttons"]["jupyterhub_url"] = hub
+        theme["launch_buttons"]["jupyterhub_url"] = hub
     if url := address("BOOK_URL"):
         config.ogp_site_url = url
         config.html_baseurl = url
+
+
+def quote_for_binder(app, pagename, templatename, context, doctree):
+    """Binder's form for any Git host wants the repository's slashes quoted too."""
+    for group in context.get("header_buttons", []):
+        for button in group.get("buttons", []):
+            start, form, rest = button.get("url", "").partition("/v2/git/")
+            if form:
+                repository, branch = rest.split("?")[0].rsplit("/", 1)
+                place = rest.partition("?")[2]
+                button["url"] = f"{start}{form}{quote(unquote(repository), '')}/{branch}?{place}"
 
 
 def leave_thebe_out(app, pagename, templatename, context, doctree):
@@ -43,6 +59,11 @@ def plain_citations(app, pagename, templatename, context, doctree):
         context["body"] = body.replace(' role="list"', "")
 
 
+def leave_tuple_fields_out(app, what, name, obj, skip, options):
+    """A named tuple's fields say only their number."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
 def words(script):
     name = getattr(script, "filename", None) or str(script)
     return f"{name} {getattr(script, 'attributes', {}).get('body', '')}".lower()
@@ -50,6 +71,8 @@ def words(script):
 
 def setup(app):
     app.connect("config-inited", configure, priority=100)
+    app.connect("html-page-context", quote_for_binder, priority=900)
     app.connect("html-page-context", leave_thebe_out, priority=900)
     app.connect("html-page-context", plain_citations)
+    app.connect("autodoc-skip-member", leave_tuple_fields_out)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -3,3 +3,12 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const arrow of document.querySelectorAll(".has-children > details > summary"))
     arrow.setAttribute("aria-label", "Show or hide the pages below");
 });
+
+// A table that scrolls inside itself must be within reach of the keyboard.
+function reachWideTables() {
+  for (const table of document.querySelectorAll(".bd-article table"))
+    if (table.scrollWidth > table.clientWidth) table.tabIndex = 0;
+    else table.removeAttribute("tabindex");
+}
+window.addEventListener("load", reachWideTables);
+window.addEventListener("resize", reachWideTables);
