@@ -205,6 +205,9 @@ def run(
     save_minutes: Annotated[
         float | None, typer.Option(help="Between two checkpoints within a stage; 0: every step.")
     ] = None,
+    report_to: Annotated[
+        str, typer.Option(help="none, tensorboard or wandb, besides metrics.jsonl.")
+    ] = "none",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -271,7 +274,12 @@ def run(
     started = psutil.Process().create_time()
     try:
         record = run_pipeline(
-            config, folder, resume=resume, display=ProgressDisplay(quiet=quiet), started=started
+            config,
+            folder,
+            resume=resume,
+            display=ProgressDisplay(quiet=quiet),
+            started=started,
+            report_to=report_to,
         )
     except (Interrupted, KeyboardInterrupt) as error:
         reason = str(error) or "interrupted"

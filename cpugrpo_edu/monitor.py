@@ -8,12 +8,10 @@ what the report plots afterwards.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
 
 from cpugrpo_edu.files import write_text
 from cpugrpo_edu.types import UserError
@@ -174,6 +174,50 @@ class _Phase:
         return text
 
 
+READINGS: list[tuple[str, str, Callable[[Any], str]]] = [
+    ("reward", "reward", "{:.2f}".format),
+    ("accuracy", "accuracy", "{:.0%}".format),
+    ("kl", "KL, nats/token", "{:.4f}".format),
+    ("entropy", "entropy, nats/token", "{:.3f}".format),
+    ("clip_fraction", "clipped tokens", "{:.1%}".format),
+    ("completion_length", "length, tokens", "{:.0f}".format),
+    ("frac_zero_std", "zero-variance groups", "{:.0%}".format),
+    ("tokens_per_second", "rollout tokens/s", "{:.0f}".format),
+    ("rss_bytes", "memory", gib),
+    ("cpu_percent", "CPU (100 % a core)", "{:.0f} %".format),
+]
+"""What is shown of a step, here and in the notebook: the metric, its name, how to write it."""
+
+
+def readings(metrics: Metrics) -> list[tuple[str, str]]:
+    """Name and text of every metric of ``READINGS``; a dash for what was not measured."""
+    return [
+        (name, "–" if metrics.get(key) is None else form(metrics[key]))
+        for key, name, form in READINGS
+    ]
+
+
+class LivePanel(Progress):
+    """Bars, and above them the latest step's metrics and one of its completions."""
+
+    latest: Metrics | None = None
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        if self.latest is not None:
+            grid = Table.grid(padding=(0, 2))
+            pairs = readings(self.latest)
+            for i in range(0, len(pairs), 3):
+                grid.add_row(*(Text(f"{name}: {text}") for name, text in pairs[i : i + 3]))
+            yield grid
+            sample = self.latest.get("sample")
+            if sample:
+                verdict = {True: "right: ", False: "wrong: ", None: ""}[sample["correct"]]
+                lines = f"{sample['prompt']} -> {verdict}{sample['completion']}".split("\n")
+                line = " | ".join(part.strip() for part in lines if part.strip())
+                yield Text(line, no_wrap=True, overflow="ellipsis", style="dim")
+        yield self.make_tasks_table(self.tasks)
+
+
 class ProgressDisplay:
     """Progress of a run: a live bar in a terminal or notebook, plain lines elsewhere.
 
@@ -201,9 +245,9 @@ class ProgressDisplay:
         self._last_line = -math.inf
         self._process = psutil.Process()
         self._stage: _Phase | None = None
-        self._bars: Progress | None = None
+        self._bars: LivePanel | None = None
         if not quiet and (self.console.is_terminal or self.console.is_jupyter):
-            self._bars = Progress(
+            self._bars = LivePanel(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[text]}", markup=False),
@@ -234,11 +278,19 @@ class ProgressDisplay:
             raise UserError("progress was updated before a stage began; call start_stage first")
         self._stage.done = step
         metrics.setdefault("rss_bytes", self.rss_bytes())
+        if self._bars:
+            self._bars.latest = metrics
+            self._show(self._stage)
+            return
         self._show(self._stage, _summary(metrics))
 
     def rss_bytes(self) -> int:
         """Resident memory of this process now."""
         return int(self._process.memory_info().rss)
+
+    def cpu_percent(self) -> float:
+        """Processor time of this process since the last call, % of one core."""
+        return float(self._process.cpu_percent())
 
     def counter(self, description: str, total: int) -> Callable[[int], None]:
         """Begin a phase of ``total`` items; call the result with how many more are done."""
@@ -301,8 +353,8 @@ class Plot:
         self.figure.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()
 
-    def base64(self) -> str:
-        return base64.b64encode(self.png()).decode("ascii")
+    def base64(self, dpi: int = 144) -> str:
+        return base64.b64encode(self.png(dpi)).decode("ascii")
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
         data = {"image/png": self.base64(), "text/plain": self.alt}
@@ -326,17 +378,23 @@ def tidy(axes: Any, title: str = "", x: str = "", y: str = "", grid: str = "y") 
 
 
 _PANELS = [
-    ("reward", "Reward", "mean over completions", "{:.2f}"),
-    ("accuracy", "Accuracy of samples", "share right", "{:.2f}"),
-    ("completion_length", "Completion length", "tokens", "{:.1f}"),
-    ("kl", "KL to the reference", "nats per token", "{:.4f}"),
-    ("entropy", "Entropy", "nats per token", "{:.3f}"),
-    ("loss", "Loss", "loss", "{:.4f}"),
+    # metric, title, unit of the axis, number in words, factor to the unit
+    ("reward", "Reward", "mean over completions", "{:.2f}", 1.0),
+    ("accuracy", "Accuracy of samples", "share right", "{:.2f}", 1.0),
+    ("completion_length", "Completion length", "tokens", "{:.1f}", 1.0),
+    ("kl", "KL to the reference", "nats per token", "{:.4f}", 1.0),
+    ("entropy", "Entropy", "nats per token", "{:.3f}", 1.0),
+    ("loss", "Loss", "loss", "{:.4f}", 1.0),
+    ("clip_fraction", "Clip fraction", "share of tokens", "{:.3f}", 1.0),
+    ("frac_zero_std", "Zero-variance groups", "share of groups", "{:.2f}", 1.0),
+    ("tokens_per_second", "Rollout speed", "tokens per second", "{:.0f}", 1.0),
+    ("rss_bytes", "Memory", "GiB", "{:.2f}", 2.0**-30),
+    ("cpu_percent", "CPU", "% of one core", "{:.0f}", 1.0),
 ]
 
 
-def plot_learning(metrics: Sequence[Metrics]) -> Plot:
-    """Learning curves over all steps: the first four of reward, accuracy, length, KL, ... recorded.
+def plot_learning(metrics: Sequence[Metrics], most: int = 4, columns: int = 2) -> Plot:
+    """Learning curves over all steps: the first ``most`` of reward, accuracy, ... recorded.
 
     Thin lines are single steps, thick ones running means over a twentieth of the
     run; the band is one standard deviation of the reward; dashed lines separate stages.
@@ -347,7 +405,7 @@ def plot_learning(metrics: Sequence[Metrics]) -> Plot:
         values = [row.get(key) for row in metrics]
         return np.array([math.nan if v is None else float(v) for v in values])
 
-    panels = [p for p in _PANELS if not np.isnan(series(p[0])).all()][:4]
+    panels = [p for p in _PANELS if not np.isnan(series(p[0])).all()][:most]
     if not panels:
         figure = new_figure(7, 1.2)
         alt = "No learning curves: no step has been recorded."
@@ -357,13 +415,13 @@ def plot_learning(metrics: Sequence[Metrics]) -> Plot:
     steps = np.arange(1, len(metrics) + 1)
     stages = [str(row.get("stage", "")) for row in metrics]
     borders = [i for i in range(1, len(stages)) if stages[i] != stages[i - 1]]
-    columns = min(2, len(panels))
+    columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(3.7 * columns, 2.4 * rows)
     sentences = []
-    for index, (key, title, unit, form) in enumerate(panels):
+    for index, (key, title, unit, form, factor) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        values = series(key)
+        values = factor * series(key)
         window = max(1, len(values) // 20)
         smooth = np.array(
             [_mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
@@ -404,62 +462,3 @@ def _mean(values: Any) -> float:
     """Mean of what is not NaN (NaN if nothing is, without NumPy's warning)."""
     known = values[values == values]
     return float(known.mean()) if known.size else math.nan
-
-
-# A live plot in a notebook
-
-
-class Dashboard:
-    """A notebook widget with the learning curves of a run that is still going on.
-
-    It follows a ``metrics.jsonl`` from a thread, whoever writes it:
-
-    >>> with Dashboard("runs/first/metrics.jsonl"):             # doctest: +SKIP
-    ...     run(...)
-    """
-
-    def __init__(self, path: str | Path, interval: float = 5.0):
-        try:
-            import ipywidgets
-        except ImportError as error:
-            raise UserError(
-                "the dashboard needs ipywidgets, which is not installed; pip install ipywidgets"
-            ) from error
-        self.path, self.interval = Path(path), interval
-        self.widget = ipywidgets.HTML("Waiting for the first step …")
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._size = 0
-
-    def refresh(self) -> None:
-        """Draw again if the file has grown."""
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size == self._size:
-            return
-        metrics = read_metrics(self.path)
-        if not metrics:
-            return
-        self._size = size
-        plot = plot_learning(metrics)
-        stage, step = metrics[-1].get("stage", "run"), metrics[-1].get("step", len(metrics))
-        text = html.escape(f"{stage}, step {step}  {_summary(metrics[-1])}")
-        self.widget.value = (
-            f'<p>{text}</p><img style="max-width:100%" alt="{html.escape(plot.alt)}" '
-            f'src="data:image/png;base64,{plot.base64()}">'
-        )
-
-    def _follow(self) -> None:
-        while not self._stop.wait(self.interval):
-            self.refresh()
-
-    def __enter__(self) -> Dashboard:
-        from IPython.display import display
-
-        display(self.widget)  # type: ignore[no-untyped-call]
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.refresh()

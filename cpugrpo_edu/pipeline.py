@@ -8,7 +8,9 @@ state after every stage is on disk, so an interrupted run goes on with ``resume`
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
 import signal
 import threading
@@ -26,6 +28,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from cpugrpo_edu.control import Control
 from cpugrpo_edu.curriculum import (
     Stage,
     make_stages,
@@ -102,6 +105,7 @@ STEP_METRICS = {
     "loss": "loss",
     "entropy": "entropy",
     "kl": "kl",
+    "clip_fraction": "clip_ratio/region_mean",
     "grad_norm": "grad_norm",
     "completion_length": "completions/mean_length",
     "clipped_ratio": "completions/clipped_ratio",
@@ -185,17 +189,20 @@ def run(
     resume: bool = False,
     display: ProgressDisplay | None = None,
     started: float | None = None,
+    control: Control | None = None,
+    report_to: str = "none",
 ) -> RunRecord:
     """Do the whole run in the folder ``output`` and return its record.
 
-    ``started`` is when the clock began (Unix time), if imports shall count. Raises
-    UserError for bad input, and Interrupted after Ctrl-C, when ``resume=True`` with
+    ``started`` is when the clock began (Unix time), if imports shall count; ``control``
+    pauses and stops from another thread; ``report_to`` is one of ``TRACKERS``. Raises
+    UserError for bad input, and Interrupted after Ctrl-C or a stop, when ``resume=True`` with
     the same configuration goes on.
     """
     started = started or time.time()
     with writing_to(output):
         with PeakMemory() as peak, display or ProgressDisplay(quiet=True) as shown:
-            work = Run(config, Path(output), shown, started)
+            work = Run(config, Path(output), shown, started, control, report_to)
             work.prepare(resume)
             work.load()
             work.measure("before")
@@ -234,8 +241,18 @@ def writing_to(output: str | Path) -> Iterator[None]:
 class Run:
     """One run's state, step by step. ``state`` is what ``state.json`` holds."""
 
-    def __init__(self, config: RunConfig, output: Path, display: ProgressDisplay, started: float):
+    def __init__(
+        self,
+        config: RunConfig,
+        output: Path,
+        display: ProgressDisplay,
+        started: float,
+        control: Control | None = None,
+        report_to: str = "none",
+    ):
         self.config = config
+        self.control = control or Control()
+        self.report_to = report_to
         self.output = output
         self.display = display
         self.started = started
@@ -258,6 +275,7 @@ class Run:
     def prepare(self, resume: bool) -> None:
         """Check everything that can be checked before the model is loaded."""
         check_settings(self.config)
+        check_tracker(self.report_to)
         self.reward_functions, self.reward_weights = combine(self.config.rewards)
         stages = self.config.stages
         self.train_problems, self.eval_problems = load_data(self.config)
@@ -429,7 +447,7 @@ class Run:
             save_policy(self.policy, folder)
             if self.anchor is not None:
                 save_anchor(self.anchor, folder / "anchor.safetensors")
-        stopped = trainer.stop_request.asked  # in the stage's last step
+        stopped = trainer.stop_request.asked or self.control.stopping  # in the stage's last step
         del trainer
         if self.config.cleanup:
             self.released += release_memory()
@@ -461,6 +479,8 @@ class Run:
             gradient_checkpointing=self.checkpointing,
             reward_weights=self.reward_weights,
             seed=config.seed + 7919 * index,
+            report_to=self.report_to,
+            run_name=f"{self.output.name}-{stage.name}",
         )
         options = CPUOptions(
             int8_rollouts=config.int8_rollouts,
@@ -477,20 +497,26 @@ class Run:
         def on_step(metrics: dict[str, Any]) -> None:
             row = {ours: metrics[trl] for ours, trl in STEP_METRICS.items() if trl in metrics}
             row["rss_bytes"] = self.display.rss_bytes()
+            row["cpu_percent"] = self.display.cpu_percent()
+            row["sample"] = sample_of(trainer)
             step = metrics["step"]
             done = sum(s.steps for s in config.stages[:index]) + step
             self.metrics.write({"stage": stage.name, "step": step, "global_step": done, **row})
             self.display.update(step, **row)
+            if self.control.checkpoint():
+                trainer.stop_request.asked = True
+                trainer.control.should_save = trainer.control.should_training_stop = True
 
-        trainer = CPUGRPOTrainer(
-            self.policy,
-            args,
-            self.reward_functions,
-            to_dataset(problems, self.policy.system),
-            options,
-            self.anchor,
-            on_step,
-        )
+        with tracking_in(self.output / "tensorboard" / stage.name):
+            trainer = CPUGRPOTrainer(
+                self.policy,
+                args,
+                self.reward_functions,
+                to_dataset(problems, self.policy.system),
+                options,
+                self.anchor,
+                on_step,
+            )
         saver = Checkpoints(trainer, self.checkpoints(index), config.save_minutes)
         last = saver.restore()
         done = int(last.name.split("-")[1]) if last else 0
@@ -563,6 +589,12 @@ class Run:
             return load_evaluation(path)
         begun = time.perf_counter()
         bar = self.display.counter(f"evaluate {label}", len(self.eval_problems))
+
+        def on_done(more: int) -> None:
+            bar(more)
+            if self.control.checkpoint():
+                raise Interrupted(f"stopped while evaluating {label!r}")
+
         evaluation = evaluate(
             self.policy,
             self.eval_problems,
@@ -570,7 +602,7 @@ class Run:
             model=model,
             max_new_tokens=self.config.max_completion,
             engine=self.config.engine,
-            on_done=bar,
+            on_done=on_done,
         )
         save_evaluation(evaluation, path)
         self.state["seconds"]["evaluate"] += time.perf_counter() - begun
@@ -694,6 +726,55 @@ class Run:
             },
             "threads": {"on": True, "detail": self.threads},
         }
+
+
+TRACKERS = ("none", "tensorboard", "wandb")
+"""Where ``report_to`` sends TRL's metrics besides ``metrics.jsonl``."""
+
+
+def check_tracker(name: str) -> None:
+    """UserError for an unknown tracker, or one whose package is missing."""
+    if name not in TRACKERS:
+        raise UserError(f"unknown tracker {name!r} in report_to; allowed are {', '.join(TRACKERS)}")
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(
+            f"report_to {name} needs the package {name}, which is not installed; "
+            f"pip install {name}, or leave report_to out"
+        )
+
+
+@contextmanager
+def tracking_in(folder: Path) -> Iterator[None]:
+    """TensorBoard's files in ``folder``: beside the checkpoints they would go with them."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:  # the user's own choice
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+def sample_of(trainer: CPUGRPOTrainer) -> dict[str, Any] | None:
+    """One completion of the step just done, another place in the batch each step."""
+    logs: Any = trainer._logs
+    count = len(logs["completion"])
+    if not count:
+        return None
+    at = trainer.state.global_step * 31 % count
+    right = logs["rewards"].get("correct_answer")
+    return {
+        "prompt": message_text(logs["prompt"][at]),
+        "completion": message_text(logs["completion"][at]),
+        "correct": bool(right[at] == 1) if right else None,
+    }
+
+
+def message_text(message: Any) -> str:
+    """The last turn's text; TRL keeps conversations as lists of messages."""
+    return str(message if isinstance(message, str) else message[-1]["content"])
 
 
 def check_settings(config: RunConfig) -> None:

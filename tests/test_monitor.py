@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import sys
 import time
@@ -13,7 +12,6 @@ import pytest
 from rich.console import Console
 
 from cpugrpo_edu.monitor import (
-    Dashboard,
     MetricsLog,
     ProgressDisplay,
     clock_time,
@@ -190,7 +188,7 @@ def test_a_terminal_gets_a_live_bar_and_messages_above_it():
         assert list(display.track([1, 2], "evaluating")) == [1, 2]
         display.update(2, reward=0.75)
     text = out.getvalue()
-    assert "[basic]" in text and "reward 0.75" in text and "2/2" in text and "evaluating" in text
+    assert "[basic]" in text and "reward: 0.75" in text and "2/2" in text and "evaluating" in text
     assert "a message" in text and "\x1b" in text
 
 
@@ -252,35 +250,32 @@ def test_learning_curves_of_little():
     assert "between 0.50 and 0.70" in gap.alt
 
 
-# Dashboard
-
-
-def test_dashboard_follows_the_file(tmp_path, monkeypatch):
-    pytest.importorskip("ipywidgets")
-    monkeypatch.setattr("IPython.display.display", lambda *_: None)
-    path = tmp_path / "metrics.jsonl"
-    with Dashboard(path, interval=0.01) as dashboard:
-        dashboard.refresh()
-        assert "Waiting" in dashboard.widget.value
-        path.write_text('{"half')
-        dashboard.refresh()
-        assert "Waiting" in dashboard.widget.value
-        path.write_text(json.dumps({"stage": "<b>", "step": 7, "reward": 0.5}) + "\n")
-        deadline = time.monotonic() + 20
-        while "img" not in dashboard.widget.value and time.monotonic() < deadline:
-            time.sleep(0.02)
-        first = dashboard.widget.value
-        assert "&lt;b&gt;, step 7  reward 0.50" in first and 'alt="Line charts' in first
-        with path.open("a") as file:
-            file.write(json.dumps({"stage": "<b>", "step": 8, "reward": 0.6}) + "\n")
-    assert "step 8" in dashboard.widget.value  # drawn once more at the end
-    assert not dashboard._thread.is_alive()
-
-
-def test_dashboard_without_ipywidgets(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with pytest.raises(UserError, match="pip install ipywidgets"):
-        Dashboard("metrics.jsonl")
+def test_the_terminal_shows_every_metric_and_a_completion():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120, color_system=None)
+    with ProgressDisplay(console=console) as display:
+        display.start_stage("basic", steps=4)
+        display.update(
+            2,
+            reward=0.5,
+            accuracy=0.25,
+            entropy=0.125,
+            clip_fraction=0.031,
+            completion_length=17.2,
+            frac_zero_std=0.5,
+            tokens_per_second=310.4,
+            rss_bytes=2**30,
+            cpu_percent=180.0,
+            sample={"prompt": "Compute 1+1.", "completion": "1+1=3\n#### 3", "correct": False},
+        )
+    text = out.getvalue()
+    for part in (
+        *("basic", "2/4", "reward: 0.50", "accuracy: 25%", "KL, nats/token: –"),
+        *("entropy, nats/token: 0.125", "clipped tokens: 3.1%", "length, tokens: 17"),
+        *("zero-variance groups: 50%", "tokens/s: 310", "memory: 1.00 GiB", "180 %"),
+        "Compute 1+1. -> wrong: 1+1=3 | #### 3",
+    ):
+        assert part in text, part
 
 
 def test_import_is_light():

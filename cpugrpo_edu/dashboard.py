@@ -1,0 +1,268 @@
+"""A run watched and steered from a notebook.
+
+    from cpugrpo_edu.dashboard import train
+    train("runs/live", per_cell=30)
+
+The run goes on in a thread, so the notebook stays usable; the buttons pause it, stop it
+and go on with it. ``watch("runs/live")`` only looks at a run that something else does.
+"""
+
+from __future__ import annotations
+
+import html
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpugrpo_edu.control import Control
+from cpugrpo_edu.monitor import (
+    Metrics,
+    ProgressDisplay,
+    plot_learning,
+    read_metrics,
+    readings,
+)
+from cpugrpo_edu.types import UserError
+
+if TYPE_CHECKING:
+    from cpugrpo_edu.monitor import _Phase
+    from cpugrpo_edu.pipeline import RunConfig
+
+SAMPLES = 3
+"""Completions shown, the latest first."""
+
+
+def train(
+    output: str | Path, config: RunConfig | None = None, *, resume: bool = False, **settings: Any
+) -> Dashboard:
+    """Begin a run in a thread and return its dashboard, which a notebook shows.
+
+    ``settings`` are fields of ``RunConfig``, if no ``config`` is given. With
+    ``resume`` the run in ``output`` goes on.
+    """
+    from cpugrpo_edu.pipeline import RunConfig
+
+    if config is not None and settings:
+        raise UserError(f"give a config, or settings ({', '.join(settings)}), not both")
+    try:
+        dashboard = Dashboard(output, config or RunConfig(**settings))
+    except TypeError as error:
+        raise UserError(f"{error}; RunConfig's fields are the settings") from error
+    dashboard.begin(resume)
+    return dashboard
+
+
+def watch(output: str | Path, interval: float = 3.0) -> Dashboard:
+    """The dashboard of a run that another process does, or did, in ``output``."""
+    dashboard = Dashboard(output, interval=interval)
+    dashboard.follow()
+    return dashboard
+
+
+class Dashboard:
+    """Widgets over a run's folder; with a ``config`` its buttons do the run and steer it.
+
+    ``error`` is what ended the run, if anything did, and ``record`` its result.
+    """
+
+    def __init__(self, output: str | Path, config: RunConfig | None = None, interval: float = 3.0):
+        try:
+            import ipywidgets as w
+        except ImportError as error:
+            raise UserError(
+                "the dashboard needs ipywidgets, which is not installed; pip install ipywidgets"
+            ) from error
+        self.output, self.config, self.interval = Path(output), config, interval
+        self.control = Control()
+        self.record: Any = None
+        self.error: BaseException | None = None
+        self.status = w.HTML("Waiting for the first step …")
+        self.numbers, self.plots, self.samples = w.HTML(), w.HTML(), w.HTML()
+        self.pause = w.ToggleButton(description="Pause", tooltip="Wait after this step")
+        self.stop = w.Button(description="Stop", tooltip="Save after this step and end")
+        self.resume = w.Button(description="Resume", tooltip="Go on with the stopped run")
+        self.pause.observe(self._on_pause, names="value")
+        self.stop.on_click(lambda _: self._on_stop())
+        self.resume.on_click(lambda _: self.begin(resume=True))
+        buttons = [w.HBox([self.pause, self.stop, self.resume])] if config is not None else []
+        self.widget = w.VBox([*buttons, self.status, self.numbers, self.plots, self.samples])
+        self._end = threading.Event()
+        self._run: threading.Thread | None = None
+        self._watch: threading.Thread | None = None
+        self._size = -1
+        self._drawing = threading.Lock()
+        self._enable(running=False)
+
+    # Doing the run
+
+    @property
+    def running(self) -> bool:
+        return self._run is not None and self._run.is_alive()
+
+    def begin(self, resume: bool = False) -> None:
+        """Do the run in a thread."""
+        if self.config is None or self.running:
+            return
+        self.control, self.error = Control(), None
+        self.pause.value = False
+        self._enable(running=True)
+        self.say("Loading …")
+        self._run = threading.Thread(target=self._do, args=(resume,), daemon=True)
+        self._run.start()
+        self.follow()
+
+    def _do(self, resume: bool) -> None:
+        from cpugrpo_edu.pipeline import Interrupted, run
+
+        assert self.config is not None
+        try:
+            self.record = run(
+                self.config,
+                self.output,
+                resume=resume,
+                display=StatusDisplay(self.say),
+                control=self.control,
+            )
+            ending = f"Complete. Report: {self.output / 'report.html'}"
+        except Interrupted as error:
+            self.error = error
+            ending = f"{str(error).capitalize()}; saved. Resume goes on."
+        except UserError as error:
+            self.error = error
+            ending = f"Ended: {error}"
+        except BaseException as error:  # a thread's traceback would be seen by nobody
+            self.error = error
+            ending = f"Ended by {type(error).__name__}: {error}"
+        self._end.set()
+        self.refresh()
+        self.say(ending)
+        self._enable(running=False)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until the run has ended, or ``timeout`` seconds are over."""
+        if self._run is not None:
+            self._run.join(timeout)
+
+    def close(self) -> None:
+        """Look no more; a run that is going on is not touched."""
+        self._end.set()
+
+    # The buttons
+
+    def _enable(self, running: bool) -> None:
+        self.pause.disabled = self.stop.disabled = not running
+        resumable = (self.output / "state.json").exists()
+        complete = (self.output / "record.json").exists()
+        self.resume.disabled = running or complete or not resumable
+
+    def _on_pause(self, change: Any) -> None:
+        self.pause.description = "Go on" if change["new"] else "Pause"
+        if change["new"]:
+            self.control.pause()
+            self.say("Pausing after this step …")
+        else:
+            self.control.go_on()
+            self.say("Going on …" if self.running else self.status.value)
+
+    def _on_stop(self) -> None:
+        self.control.stop()
+        self.pause.value = False
+        self.pause.disabled = self.stop.disabled = True
+        self.say("Stopping after this step …")
+
+    # Showing it
+
+    def say(self, text: str) -> None:
+        self.status.value = f'<p role="status"><b>{html.escape(text)}</b></p>'
+
+    def follow(self) -> None:
+        """Draw from a thread whenever the file of metrics has grown."""
+        if self._watch is not None and self._watch.is_alive():
+            self._end.set()
+            self._watch.join()
+        self._end = threading.Event()
+        self._watch = threading.Thread(target=self._follow, args=(self._end,), daemon=True)
+        self._watch.start()
+
+    def _follow(self, end: threading.Event) -> None:
+        self.refresh()
+        while not end.wait(self.interval):
+            if self.control.waiting and self.running:
+                self.say("Paused; memory is kept. Go on continues, Stop saves and ends.")
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Draw again if the file has changed."""
+        path = self.output / "metrics.jsonl"
+        with self._drawing:
+            size = path.stat().st_size if path.exists() else 0
+            if size == self._size:
+                return
+            try:
+                metrics = read_metrics(path)
+            except UserError as error:  # caught between two writes, or no metrics at all
+                self.say(str(error))
+                return
+            if not metrics:
+                return
+            self._size = size
+            if self.config is None:
+                self.say(position(metrics[-1]))
+            self.numbers.value = numbers_html(metrics[-1])
+            plot = plot_learning(metrics, most=12, columns=4)
+            self.plots.value = (
+                f'<img style="max-width:100%" alt="{html.escape(plot.alt)}" '
+                f'src="data:image/png;base64,{plot.base64(dpi=80)}">'
+            )
+            self.samples.value = samples_html(metrics)
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)  # type: ignore[no-untyped-call]
+
+
+def position(metrics: Metrics) -> str:
+    return f"{metrics.get('stage', 'run')}, step {metrics.get('step', '?')}"
+
+
+def numbers_html(metrics: Metrics) -> str:
+    """The latest step as a table of names and numbers."""
+    cells = [
+        f'<td style="padding:2px 16px 2px 0">{html.escape(name)}: <b>{html.escape(text)}</b></td>'
+        for name, text in readings(metrics)
+    ]
+    rows = "".join(f"<tr>{''.join(cells[i : i + 5])}</tr>" for i in range(0, len(cells), 5))
+    note = "" if metrics.get("kl") is not None else "<p>KL is not measured while beta is 0.</p>"
+    return f"<p>{html.escape(position(metrics))}</p><table>{rows}</table>{note}"
+
+
+def samples_html(metrics: Sequence[Metrics]) -> str:
+    """The latest completions, each with its prompt and whether the answer is right."""
+    parts = []
+    for row in [row for row in metrics if row.get("sample")][: -SAMPLES - 1 : -1]:
+        sample = row["sample"]
+        verdict = {True: "✓ right", False: "✗ wrong"}.get(sample["correct"], "not judged")
+        parts.append(
+            f"<p><b>{html.escape(position(row))}, {verdict}</b><br>"
+            f"{html.escape(sample['prompt'])}</p>"
+            f'<pre style="white-space:pre-wrap;margin-left:1em">'
+            f"{html.escape(sample['completion'])}</pre>"
+        )
+    return "<p>Sample completions</p>" + "".join(parts) if parts else ""
+
+
+class StatusDisplay(ProgressDisplay):
+    """Progress as one line of text, handed over at most twice a second."""
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__(quiet=True)
+        self._say, self._said = say, 0.0
+
+    def _show(self, phase: _Phase, text: str = "") -> None:
+        now = time.monotonic()
+        if now - self._said >= 0.5 or phase.done == phase.total:
+            self._said = now
+            self._say(f"{phase.name}: {phase.position(self._clock())}")

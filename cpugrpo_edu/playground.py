@@ -1,0 +1,259 @@
+"""Two models, one prompt, side by side, judged by the verifier.
+
+from cpugrpo_edu.playground import playground
+playground()
+"""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpugrpo_edu.monitor import BLUE, VERMILLION
+from cpugrpo_edu.tasks import DOMAINS, get_task, make_problems
+from cpugrpo_edu.types import DIFFICULTIES, Problem, StepReport, UserError
+
+if TYPE_CHECKING:
+    from cpugrpo_edu.models import Policy
+
+TYPED = "typed"
+"""The domain of a prompt that the user wrote: only its final answer can be judged."""
+
+
+def playground(runs: str | Path = "runs") -> Playground:
+    """The widget; it offers the bundled model and every model saved below ``runs``."""
+    return Playground(runs)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion and what the verifier says; ``correct`` is None where nothing can judge."""
+
+    text: str
+    tokens: int
+    finished: bool
+    correct: bool | None
+    report: StepReport | None
+
+
+def find_models(runs: str | Path) -> list[str]:
+    """``bundled`` and the folders below ``runs`` that hold a model, newest run first."""
+    found = [path.parent for path in Path(runs).glob("**/config.json")]
+    found = [path for path in found if (path / "model.safetensors").exists()]
+    newest = sorted(found, key=lambda path: (path / "config.json").stat().st_mtime, reverse=True)
+    return ["bundled", *map(str, newest)]
+
+
+def model_folder(name: str) -> str:
+    """What was chosen: a run's output folder stands for the model that the run trained."""
+    name = name.strip()
+    inside = Path(name) / "model"
+    if name and not (Path(name) / "config.json").exists() and inside.is_dir():
+        return str(inside)
+    return name
+
+
+@lru_cache(maxsize=2)
+def cached_policy(name: str, changed: float) -> Policy:
+    """The two models used last; ``changed`` (time of the weights) tells an overwritten one."""
+    from cpugrpo_edu.models import check_policy, load_policy
+
+    policy = load_policy(name)
+    check_policy(policy)
+    return policy
+
+
+def policy_of(name: str) -> Policy:
+    folder = model_folder(name)
+    weights = Path(folder) / "model.safetensors"
+    return cached_policy(folder, weights.stat().st_mtime if weights.exists() else 0.0)
+
+
+def answer_of(
+    name: str, problem: Problem, temperature: float, max_tokens: int, seed: int
+) -> Answer:
+    """Let the model answer, and judge it."""
+    from cpugrpo_edu.rollout import Sampling, rollout
+
+    policy = policy_of(name)
+    [group] = rollout(
+        policy.model,
+        [policy.encode_problem(problem)],
+        1,
+        Sampling(max_tokens, temperature, seed=seed),
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+    )
+    [episode] = group.episodes
+    text = policy.tokenizer.decode(episode.completion_ids, skip_special_tokens=True)
+    correct, report = judge(problem, text)
+    return Answer(text, len(episode.completion_ids), episode.finished, correct, report)
+
+
+def judge(problem: Problem, text: str) -> tuple[bool | None, StepReport | None]:
+    """Verdict and step marks; a typed prompt has no steps, and no verdict without an answer."""
+    if problem.domain == TYPED:
+        from cpugrpo_edu.answers import exact_match
+
+        return (exact_match(problem, text) if problem.answer else None), None
+    task = get_task(problem.domain)
+    return task.verify(problem, text), task.check_steps(problem, text)
+
+
+def answer_html(answer: Answer, problem: Problem) -> str:
+    """Verdict, then the completion line by line; marks are signs and words, not colours alone."""
+    if answer.correct is None:
+        verdict = "not judged: give the right answer to compare with"
+    elif answer.correct:
+        verdict = f'<span style="color:{BLUE}">✓ right</span>'
+    else:
+        verdict = (
+            f'<span style="color:{VERMILLION}">✗ wrong</span>, '
+            f"the answer is {html.escape(problem.answer)}"
+        )
+    length = f"{answer.tokens} tokens" + ("" if answer.finished else ", cut at the length limit")
+    lines = []
+    steps = list(answer.report.steps) if answer.report else []
+    for line in answer.text.splitlines() or [""]:
+        mark = ""
+        if steps and steps[0].text.strip() and steps[0].text.strip() in line:
+            valid = steps.pop(0).valid
+            sign, colour = ("✓ step holds", BLUE) if valid else ("✗ step fails", VERMILLION)
+            mark = f'  <span style="color:{colour}">{sign}</span>'
+        lines.append(html.escape(line) + mark)
+    report = ""
+    if answer.report is not None:
+        report = (
+            f"<p>Steps: {sum(step.valid for step in answer.report.steps)} of "
+            f"{len(answer.report.steps)} written hold, {answer.report.required} needed, "
+            f"score {answer.report.score:.2f}</p>"
+        )
+    return (
+        f"<p><b>{verdict}</b> ({length})</p>"
+        f'<pre style="white-space:pre-wrap;border:1px solid #999;padding:6px">'
+        f"{chr(10).join(lines)}</pre>{report}"
+    )
+
+
+class Playground:
+    """The widgets. Every control is an attribute, so that code can move it as a hand does."""
+
+    def __init__(self, runs: str | Path = "runs"):
+        try:
+            import ipywidgets as w
+        except ImportError as error:
+            raise UserError(
+                "the playground needs ipywidgets, which is not installed; pip install ipywidgets"
+            ) from error
+        self.runs = runs
+        self.problem: Problem | None = None
+        wide = w.Layout(width="98%")
+        models = find_models(runs)
+        self.left, self.right = (
+            w.Combobox(
+                value=value,
+                options=models,
+                ensure_option=False,
+                description=f"Model {letter}",
+                placeholder="bundled, a model folder, or a run's folder",
+                layout=wide,
+            )
+            for letter, value in (("A", "bundled"), ("B", models[min(1, len(models) - 1)]))
+        )
+        self.domain = w.Dropdown(options=DOMAINS, description="Domain")
+        self.difficulty = w.Dropdown(options=DIFFICULTIES, description="Difficulty")
+        self.draw = w.Button(description="Draw a problem", tooltip="A held-out one")
+        self.prompt = w.Textarea(description="Prompt", rows=2, layout=wide)
+        self.answer = w.Text(description="Answer", placeholder="to judge with; may stay empty")
+        self.temperature = w.FloatSlider(
+            0.0, min=0.0, max=2.0, step=0.1, description="Temperature", readout_format=".1f"
+        )
+        self.length = w.IntSlider(104, min=1, max=512, description="Length")
+        self.seed = w.BoundedIntText(0, min=0, max=2**31 - 1, description="Seed")
+        self.generate = w.Button(description="Generate", button_style="primary")
+        self.status = w.HTML()
+        self.shown = w.HTML(), w.HTML()
+        half = w.Layout(width="50%", padding="0 8px 0 0")
+        self.widget = w.VBox(
+            [
+                w.HBox([self.domain, self.difficulty, self.draw]),
+                self.prompt,
+                w.HBox([self.answer, self.seed]),
+                w.HBox([self.temperature, self.length, self.generate]),
+                self.status,
+                w.HBox(
+                    [
+                        w.VBox([chosen, shown], layout=half)
+                        for chosen, shown in zip((self.left, self.right), self.shown, strict=True)
+                    ]
+                ),
+            ]
+        )
+        self._draws = 0
+        self.draw.on_click(lambda _: self._on_draw())
+        self.generate.on_click(lambda _: self._on_generate())
+
+    def _on_draw(self) -> None:
+        """Another held-out problem of the chosen domain and difficulty, with its answer."""
+        self._draws += 1
+        [self.problem] = make_problems(
+            self.domain.value, self.difficulty.value, "eval", 1, seed=self._draws
+        )
+        self.prompt.value, self.answer.value = self.problem.question, self.problem.answer
+        for shown in self.shown:
+            shown.value = ""
+        self.status.value = ""
+
+    def asked(self) -> Problem:
+        """What is in the fields: the drawn problem, or, once its text is changed, a typed one."""
+        question, answer = self.prompt.value.strip(), self.answer.value.strip()
+        if not question:
+            raise UserError("the prompt is empty; type one, or draw a problem")
+        if self.problem is not None and question == self.problem.question:
+            return self.problem if answer == self.problem.answer else self._typed(question, answer)
+        return self._typed(question, answer)
+
+    @staticmethod
+    def _typed(question: str, answer: str) -> Problem:
+        return Problem(TYPED, TYPED, "", question, answer)
+
+    def _on_generate(self) -> None:
+        """Ask both models; what one cannot do is said in its place and leaves the other alone."""
+        try:
+            problem = self.asked()
+        except UserError as error:
+            self.status.value = html.escape(str(error))
+            return
+        self.generate.disabled = True
+        self.status.value = "Generating …"
+        try:
+            for chosen, shown in zip((self.left, self.right), self.shown, strict=True):
+                shown.value = "…"
+                try:
+                    answer = answer_of(
+                        chosen.value,
+                        problem,
+                        self.temperature.value,
+                        self.length.value,
+                        self.seed.value,
+                    )
+                    shown.value = answer_html(answer, problem)
+                except UserError as error:
+                    shown.value = f"<p>{html.escape(str(error))}</p>"
+        finally:
+            self.generate.disabled = False
+            self.status.value = ""
+        self._offer()
+
+    def _offer(self) -> None:
+        """Runs that were saved meanwhile can be chosen too."""
+        for chosen in (self.left, self.right):
+            chosen.options = find_models(self.runs)
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)  # type: ignore[no-untyped-call]
