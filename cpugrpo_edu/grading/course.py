@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -68,6 +69,9 @@ c.ClearSolutions.code_stub = {{"python": "# your code here\\nraise NotImplemente
 # Of a plain `nbgrader autograde`, which is not contained; `cpugrpo assign autograde` is.
 c.ExecutePreprocessor.timeout = 60
 """
+
+# of nbgrader's own queries; nothing that a user of it could mend
+warnings.filterwarnings("ignore", message="Object of type <Submitted", category=Warning)
 
 # nbgrader calls alembic by name, which is found only where the environment is activated
 BESIDE = str(Path(sys.executable).parent)
@@ -310,6 +314,12 @@ class Course:
         if not todo:
             return []
         level = sandbox.strongest(self.sandbox_spec(limits, 60001))
+        if level in ("limits", "none") and hasattr(os, "getuid") and os.getuid() == 0:
+            raise UserError(
+                f"submissions would run as root: this machine gives no namespaces, and another "
+                f"user cannot start {sys.executable}; install Python and the package where all "
+                "users can read them (such as /opt), or grade as an ordinary user"
+            )
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(jobs):
             slots.put(60001 + slot)
@@ -336,10 +346,11 @@ class Course:
 
     def sandbox_spec(self, limits: Limits, uid: int) -> dict[str, Any]:
         package = Path(__file__).resolve().parents[2]
+        libraries = [path for path in sys.path if Path(path).name.endswith("-packages")]
         return {
             "uid": uid,
             "hide": [str(self.root)],
-            "keep": [sys.prefix, sys.base_prefix, str(package)],
+            "keep": [sys.prefix, sys.base_prefix, str(package), *libraries],
             "path": str(package),
             "memory_bytes": limits.memory_bytes,
             "processes": limits.processes,
@@ -357,7 +368,6 @@ class Course:
             "student": student,
             "key": student_key(secret, student),
             "sandbox": spec,
-            "keep": [],
             "cell_seconds": limits.cell_seconds,
             "output_bytes": limits.output_bytes,
         }
@@ -628,7 +638,8 @@ def who(label: str, roster: dict[str, dict[str, str]]) -> str:
 class RestoreCells(NbGraderPreprocessor):
     """Put deleted locked cells and tests back, each behind the cell it followed.
 
-    nbgrader's own option stops when a locked description in front of the test is gone as well.
+    A test that was made another type of cell is no test: that counts as deleted. nbgrader's own
+    option stops when a locked description in front of the test is gone as well.
     """
 
     def preprocess(self, nb: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
@@ -646,8 +657,12 @@ class RestoreCells(NbGraderPreprocessor):
                 ]
                 if here:
                     place = here[0] + 1
-                    continue
                 if not cell.locked and cell.name not in graded:
+                    continue
+                retyped = [i for i in here if nb.cells[i].cell_type != cell.cell_type]
+                for index in retyped:
+                    del nb.cells[index].metadata["nbgrader"]
+                if len(here) > len(retyped):
                     continue
                 make = getattr(nbformat.v4, f"new_{cell.cell_type}_cell")
                 restored = make(cell.source)

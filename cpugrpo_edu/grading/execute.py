@@ -236,8 +236,7 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
     path = Path(job["notebook"])
     notebook = nbformat.read(path, as_version=4)
     box = Path(tempfile.mkdtemp(prefix="cg-", dir=job["scratch"]))
-    spec = {**job["sandbox"], "box": str(box), "cwd": str(box / "work"), "keep": [sys.prefix]}
-    spec["keep"] += [sys.base_prefix, str(Path(__file__).parents[2]), *job["keep"]]
+    spec = {**job["sandbox"], "box": str(box), "cwd": str(box / "work")}
     work = box / "work"
     work.mkdir()
     if job["files"]:
@@ -351,7 +350,14 @@ def fingerprint(client: Client, modules: list[str], more: str, load: bool) -> di
 def differences(before: dict[str, str], now: dict[str, str] | None) -> list[str]:
     if now is None:
         return ["the check did not answer"]
-    return sorted(key for key, value in before.items() if now.get(key) != value)
+    changed = {key for key, value in before.items() if now.get(key) != value}
+    # Libraries add names while they load; these new ones only somebody who tampers adds: a
+    # method to a class of ours that had none, a name that hides a builtin inside a module.
+    for key in set(now) - set(before):
+        owner, _, name = key.rpartition(".")
+        if (owner in before and key.startswith("cpugrpo_edu")) or hasattr(builtins, name):
+            changed.add(key)
+    return sorted(changed)
 
 
 def run_cells(client: Client, notebook: NotebookNode, flags: list[str], watch: Watch) -> None:

@@ -19,7 +19,9 @@ from typing import Any
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x00020000, 0x08000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
-MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 32, 4096, 16384, 1 << 18
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_NOATIME = 1, 2, 4, 8, 32, 1024
+MS_NODIRATIME, MS_BIND, MS_REC, MS_PRIVATE, MS_RELATIME = 2048, 4096, 16384, 1 << 18, 1 << 21
+ST_RELATIME = 4096
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 
 LEVELS = ("namespaces+user", "namespaces", "user", "limits")
@@ -53,43 +55,67 @@ def write(path: str, text: str) -> None:
         file.write(text)
 
 
+def read_only(point: str, on: bool = True) -> None:
+    """Remount with the flags a mount has: an ordinary user may add to them, not take away."""
+    has = os.statvfs(point).f_flag
+    kept = has & (MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME)
+    kept |= MS_RELATIME if has & ST_RELATIME else 0
+    mount("none", point, None, MS_REMOUNT | MS_BIND | kept | (MS_RDONLY if on else 0))
+
+
+def mount_points() -> list[str]:
+    with open("/proc/self/mountinfo") as file:
+        found = [line.split()[4].encode().decode("unicode_escape") for line in file]
+    return [point for point in found if point != "/proc" and not point.startswith("/proc/")]
+
+
 def hide(spec: dict[str, Any]) -> None:
-    """Cover the scratch folders and the course by empty ones; keep the box where it is."""
+    """Leave the box alone writable; cover scratch, home and course folders by empty ones."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
+    for point in mount_points():
+        if os.path.exists(point):
+            read_only(point)
+    names = [name(path) for path in spec["keep"] for name in (os.path.abspath, os.path.realpath)]
+    handles = {path: os.open(path, os.O_RDONLY) for path in names if os.path.isdir(path)}
     box = os.open(spec["box"], os.O_RDONLY)
-    kept = [os.path.realpath(path) for path in spec["keep"]]
-    if spec["level"] == "namespaces+user":
-        open_way(kept)
-    for folder in (*SCRATCH, *spec["hide"]):
-        folder = os.path.realpath(folder)
-        inside = any(Path(path).is_relative_to(folder) for path in kept)
-        if os.path.isdir(folder) and not inside and folder != "/":
-            options = f"size={spec['disk_bytes']},mode=1777"
+    covered: list[str] = []
+    for folder, mode in covers(spec, list(handles)):
+        if os.path.isdir(folder):
+            options = f"size={spec['disk_bytes']},mode={mode}"
             mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, options)
-    if not os.path.isdir(spec["box"]):
-        os.makedirs(spec["box"])
-        mount(f"/proc/self/fd/{box}", spec["box"], None, MS_BIND)
+            covered.append(folder)
+    for path, handle in handles.items():
+        if any(Path(path).is_relative_to(folder) for folder in covered):
+            os.makedirs(path, exist_ok=True)
+            mount(f"/proc/self/fd/{handle}", path, None, MS_BIND | MS_REC)
+        os.close(handle)
+    for folder in spec["hide"]:  # after what is kept: a course may lie in there
+        if os.path.isdir(folder):
+            options = f"size={spec['disk_bytes']},mode=755"
+            mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, options)
+    os.makedirs(spec["box"], exist_ok=True)
+    mount(f"/proc/self/fd/{box}", spec["box"], None, MS_BIND)
+    read_only(spec["box"], on=False)
     os.close(box)
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV)
 
 
-def open_way(kept: list[str]) -> None:
-    """Make kept folders reachable for another user where they lie in a closed one (/root)."""
-    handles = {path: os.open(path, os.O_RDONLY) for path in kept}
-    covered: set[str] = set()
-    for path, handle in handles.items():
-        above = [str(parent) for parent in [*Path(path).parents][::-1]]
-        shut = next((each for each in above if not os.stat(each).st_mode & 1), None)
-        shut = shut or next((each for each in above if each in covered), None)
-        if shut is None:
-            continue
-        if shut not in covered:
-            mount("tmpfs", shut, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
-            covered.add(shut)
-        os.makedirs(path, exist_ok=True)
-        mount(f"/proc/self/fd/{handle}", path, None, MS_BIND | MS_REC)
-    for handle in handles.values():
-        os.close(handle)
+def covers(spec: dict[str, Any], kept: list[str]) -> list[tuple[str, str]]:
+    """Folders to cover with the mode of the empty one, outer ones alone.
+
+    Besides the scratch folders and the home folder, those that another user cannot pass on the
+    way to a kept one (such as /root): in an empty folder the kept one can be reached.
+    """
+    found = {os.path.realpath(folder): "1777" for folder in SCRATCH}
+    found.setdefault(os.path.realpath(os.path.expanduser("~")), "755")
+    if spec["level"] == "namespaces+user":
+        for path in kept:
+            above = [str(parent) for parent in [*Path(path).parents][::-1]]
+            shut = [each for each in above if not os.stat(each).st_mode & 1]
+            found |= {each: "755" for each in shut[:1] if each not in found}
+    found.pop("/", None)
+    inner = {a for a in found for b in found if a != b and Path(a).is_relative_to(b)}
+    return [(folder, mode) for folder, mode in found.items() if folder not in inner]
 
 
 def limit(spec: dict[str, Any]) -> None:
