@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test venv lint format types unit notebooks mutations psets book book-check book-pdf binder serve \
+.PHONY: help run test venv lint format types unit slow notebooks mutations psets book book-check book-pdf binder serve \
 	records results lock audit torture clean
 
 help: ## list the targets
@@ -21,7 +21,7 @@ help: ## list the targets
 run: venv ## install what is missing, then train the bundled model and show the result
 	$(BIN)/cpugrpo run
 
-test: lint types unit notebooks mutations book book-check ## every check: style, types, unit tests, notebooks, broken packages, book, its pages
+test: lint types unit slow notebooks mutations book book-check ## every check: style, types, tests, notebooks, broken packages, book, its pages
 
 venv: ## create the environment from requirements.lock (at once when it is up to date)
 	@python='$(PYTHON)'; if [ -z "$$python" ]; then \
@@ -43,7 +43,10 @@ types: venv ## mypy on the package
 	$(BIN)/mypy
 
 unit: venv ## unit tests with coverage
-	$(PYTEST) --cov --cov-report=term
+	$(PYTEST) -m 'not slow' --cov --cov-report=term
+
+slow: venv ## tests that take longer: kills and resumes, the live dashboard
+	$(PYTEST) -m slow --ignore tests/test_hostile.py --ignore tests/test_lab.py
 
 notebooks: venv ## execute every notebook with nbval and print what each took
 	$(BIN)/python tools/notebooks.py $(ARGS)
