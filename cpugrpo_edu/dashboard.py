@@ -231,12 +231,13 @@ def position(metrics: Metrics) -> str:
 def numbers_html(metrics: Metrics) -> str:
     """The latest step as a table of names and numbers."""
     cells = [
-        f'<td style="padding:2px 16px 2px 0">{html.escape(name)}: <b>{html.escape(text)}</b></td>'
+        f'<td style="padding:0 16px 0 0;text-align:left;white-space:nowrap">'
+        f"{html.escape(name)}: <b>{html.escape(text)}</b></td>"
         for name, text in readings(metrics)
     ]
-    rows = "".join(f"<tr>{''.join(cells[i : i + 5])}</tr>" for i in range(0, len(cells), 5))
+    table = "".join(f"<tr>{''.join(cells[i : i + 4])}</tr>" for i in range(0, len(cells), 4))
     note = "" if metrics.get("kl") is not None else "<p>KL is not measured while beta is 0.</p>"
-    return f"<p>{html.escape(position(metrics))}</p><table>{rows}</table>{note}"
+    return f'<table style="line-height:1.4">{table}</table>{note}'
 
 
 def samples_html(metrics: Sequence[Metrics]) -> str:

@@ -244,6 +244,7 @@ class ProgressDisplay:
         self._clock = clock
         self._last_line = -math.inf
         self._process = psutil.Process()
+        self._process.cpu_percent()  # the first call only starts the clock
         self._stage: _Phase | None = None
         self._bars: LivePanel | None = None
         if not quiet and (self.console.is_terminal or self.console.is_jupyter):
@@ -434,6 +435,8 @@ def plot_learning(metrics: Sequence[Metrics], most: int = 4, columns: int = 2) -
         for i, start in enumerate([0, *borders]):
             if start:
                 axes.axvline(start + 0.5, color=GREY, ls="--", lw=0.8)
+            if index and columns > 2:
+                continue  # small panels: the names of the stages once
             axes.annotate(
                 stages[start],
                 (start + 1, 1),
@@ -445,6 +448,7 @@ def plot_learning(metrics: Sequence[Metrics], most: int = 4, columns: int = 2) -
                 va="top",
             )
         tidy(axes, title, "optimizer step", unit)
+        axes.locator_params(axis="x", integer=True)
         seen = values[~np.isnan(values)]
         tenth = max(1, len(seen) // 10)
         first, last = form.format(seen[:tenth].mean()), form.format(seen[-tenth:].mean())

@@ -169,7 +169,13 @@ class Playground:
         self.prompt = w.Textarea(description="Prompt", rows=2, layout=wide)
         self.answer = w.Text(description="Answer", placeholder="to judge with; may stay empty")
         self.temperature = w.FloatSlider(
-            0.0, min=0.0, max=2.0, step=0.1, description="Temperature", readout_format=".1f"
+            0.0,
+            min=0.0,
+            max=2.0,
+            step=0.1,
+            description="Temperature",
+            readout_format=".1f",
+            style={"description_width": "initial"},
         )
         self.length = w.IntSlider(104, min=1, max=512, description="Length")
         self.seed = w.BoundedIntText(0, min=0, max=2**31 - 1, description="Seed")

@@ -1,0 +1,164 @@
+"""Dashboard and playground in JupyterLab, moved by a browser as a learner would."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cpugrpo_edu.monitor import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+DASHBOARD = """\
+from cpugrpo_edu.dashboard import train
+train("runs/live", steps=(4, 2, 2), prompts_per_step=4, num_generations=4, max_completion=48,
+      per_cell=2, fisher_examples=4, patience=0, threads=1)"""
+PLAYGROUND = "from cpugrpo_edu.playground import playground\nplayground()"
+
+
+def notebook(*sources):
+    import nbformat
+
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    kernel = {"kernelspec": {"name": "tested", "display_name": "tested", "language": "python"}}
+    return nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+
+
+@contextmanager
+def jupyter_lab(folder):
+    """A server of its own on a free port; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kernel = folder / "data" / "kernels" / "tested"
+    kernel.mkdir(parents=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (kernel / "kernel.json").write_text(
+        json.dumps({"argv": command, "display_name": "tested", "language": "python"})
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTER_DATA_DIR": str(folder / "data"),
+        "IPYTHONDIR": str(folder / "ipython"),
+    }
+    options = [f"--port={port}", "--no-browser", "--ip=127.0.0.1", "--allow-root"]
+    options += ["--IdentityProvider.token=", "--LabApp.news_url=None"]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options],
+            cwd=folder / "work",
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            until(lambda: answers(f"{address}/api/status"))
+            yield address
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def answers(address):
+    try:
+        return urllib.request.urlopen(address, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_dashboard_and_playground_in_jupyterlab(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    pytest.importorskip("jupyterlab")
+    if not CHROMIUM:
+        pytest.skip("no Chromium found; CHROMIUM names it")
+    import nbformat
+
+    work = tmp_path / "work"
+    work.mkdir()
+    nbformat.write(notebook(DASHBOARD), work / "dashboard.ipynb")
+    nbformat.write(notebook(PLAYGROUND), work / "playground.ipynb")
+    pictures = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    run = work / "runs" / "live"
+
+    def steps():
+        path = run / "metrics.jsonl"
+        return len(read_metrics(path)) if path.exists() else 0
+
+    with jupyter_lab(tmp_path) as address, playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(120_000)
+
+        def open_and_run(name):
+            page.goto(f"{address}/lab/tree/{name}?reset")
+            page.locator(".jp-Notebook .jp-CodeCell").first.click()
+            page.get_by_text("tested | Idle").wait_for()
+            page.keyboard.press("Shift+Enter")
+
+        # The dashboard: its run trains, stands still, goes on, stops, and is resumed.
+        open_and_run("dashboard.ipynb")
+        page.get_by_role("button", name="Pause").click()
+        page.get_by_text("Paused; memory is kept").wait_for()
+        standing = steps()
+        time.sleep(3)
+        assert steps() == standing and not (run / "record.json").exists()
+        page.get_by_role("button", name="Go on").click()
+        until(lambda: steps() > standing)
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("saved. Resume goes on.").wait_for()
+        assert not (run / "record.json").exists()
+        page.screenshot(path=pictures / "dashboard-stopped.png")
+        page.get_by_role("button", name="Resume").click()
+        page.get_by_text("Complete. Report:").wait_for()
+        assert [row["global_step"] for row in read_metrics(run / "metrics.jsonl")] == [*range(1, 9)]
+        chart = page.locator("img[alt^='Line charts over 8 optimizer steps']")
+        chart.wait_for()
+        assert page.get_by_text("Sample completions").is_visible()
+        page.screenshot(path=pictures / "dashboard.png")
+
+        # The playground: the run just made against the bundled model.
+        open_and_run("playground.ipynb")
+        page.get_by_label("Model A").wait_for()
+        assert page.get_by_label("Model A").input_value() == "bundled"
+        page.get_by_label("Model B").fill("runs/live")
+        page.get_by_label("Model B").press("Tab")
+        page.get_by_label("Domain").select_option("lists")
+        page.get_by_label("Difficulty").select_option("intermediate")
+        page.get_by_role("button", name="Draw a problem").click()
+        drawn = page.locator("textarea[placeholder], .widget-textarea textarea").first
+        until(lambda: drawn.input_value() != "")
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_text("needed, score").nth(1).wait_for()
+        assert page.locator(".jp-OutputArea pre").count() >= 2
+        page.screenshot(path=pictures / "playground.png")
+        drawn.fill("Compute 2+3.")
+        page.get_by_label("Answer").fill("5")
+        page.get_by_label("Answer").press("Tab")
+        page.get_by_role("button", name="Generate").click()
+        until(lambda: page.get_by_text("needed, score").count() == 0)
+        page.locator(".jp-OutputArea").get_by_text("tokens").nth(1).wait_for()
+        page.screenshot(path=pictures / "playground-typed.png")
+        browser.close()
