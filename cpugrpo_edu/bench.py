@@ -170,6 +170,18 @@ class Options:
     exact: bool = False
 
 
+def endless(policy: Any) -> Any:
+    """The same policy, but no token ends a completion, so all have full length."""
+    from cpugrpo_edu.models import Policy
+
+    class Endless(Policy):
+        @property
+        def eos_ids(self) -> set[int]:
+            return set()
+
+    return Endless(**vars(policy))
+
+
 def ours(workload: dict[str, Any], folder: str, options: dict[str, Any]) -> dict[str, Any]:
     """The workload with this package: seconds by part, peak memory, what changed."""
     started = time.perf_counter()
@@ -188,13 +200,6 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     from cpugrpo_edu.models import Policy, add_lora, fingerprint, relative_change, snapshot
     from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
 
-    class Endless(Policy):
-        """No token ends a completion, so all have full length."""
-
-        @property
-        def eos_ids(self) -> set[int]:
-            return set()
-
     imported = time.perf_counter()
     lora = options.method == "lora"
     if options.frozen_int8 and lora:
@@ -206,7 +211,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     if lora:
         model = add_lora(model, LORA_RANK)
-    policy = Endless(model, tokenizer, str(source))
+    policy = endless(Policy(model, tokenizer, str(source)))
     before, first = fingerprint(model) if lora else "", snapshot(model)
     loaded = time.perf_counter()
     anchor: Anchor | None = None
@@ -243,7 +248,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
                 anchor=anchor,
                 on_step=logged.append,
             )
-            trainer.add_callback(StepTimes(steps))
+            trainer.add_callback(step_callback(steps))
             trainer.train()
             tally["rollout"] += trainer.tally.seconds
             start = time.perf_counter()
@@ -331,14 +336,14 @@ def _stock(
             peft_config=peft_config if lora else None,
         )
         times: list[float] = []
-        trainer.add_callback(StepTimes(times))
+        trainer.add_callback(step_callback(times))
         loaded = time.perf_counter()
         trainer.train()
     return {"seconds": {"load": loaded - started, "steps": sum(times)}, "step_seconds": times}
 
 
-def StepTimes(times: list[float]) -> Any:
-    """A callback that appends the seconds of each optimizer step."""
+def step_callback(times: list[float], after: Callable[[], Any] = lambda: None) -> Any:
+    """A callback that appends the seconds of each optimizer step, then calls ``after``."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -349,6 +354,7 @@ def StepTimes(times: list[float]) -> Any:
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times.append(time.perf_counter() - self.start)
+            after()
             print(f"step {len(times)}: {times[-1]:.2f} s", file=sys.stderr, flush=True)
 
     return Clock()
@@ -480,6 +486,27 @@ def floors_worker() -> dict[str, Any]:
     return machine_floors()
 
 
+# What the sweep and the other rollout engines are made of lies in modules of their own
+
+
+def calibrate_worker() -> dict[str, Any]:
+    from cpugrpo_edu.cost import calibrate
+
+    return calibrate()
+
+
+def sweep_worker(**arguments: Any) -> dict[str, Any]:
+    from cpugrpo_edu.sweep import measure_point
+
+    return measure_point(**arguments)
+
+
+def evaluation_worker() -> dict[str, Any]:
+    from cpugrpo_edu.sweep import measure_evaluation
+
+    return measure_evaluation()
+
+
 # Whole comparisons
 
 
@@ -513,7 +540,7 @@ def bundled_speed(steps: int = 3) -> dict[str, Any]:
                 to_dataset(problems, policy.system),
                 CPUOptions(engine=engine),
             )
-            trainer.add_callback(StepTimes(times))
+            trainer.add_callback(step_callback(times))
             trainer.train()
         tally = trainer.tally
         results[engine] = {
@@ -704,6 +731,9 @@ WORKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "rollout": rollout_speed,
     "floors": floors_worker,
     "bundled": bundled_speed,
+    "calibrate": calibrate_worker,
+    "sweep": sweep_worker,
+    "evaluation": evaluation_worker,
 }
 MARK = "RESULT "
 

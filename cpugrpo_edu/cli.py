@@ -649,6 +649,30 @@ def bench_rollout_command(
     give(record, output, ["Engine", "tokens/s", "peak GB"], rows, as_json)
 
 
+@bench.command("sweep")
+def bench_sweep_command(
+    cache: Cache = None, output: Record = None, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """GRPO steps over G, completion length, layers and models, and the cost model fitted to them.
+
+    Some minutes; an interrupted sweep goes on where it was. `cpugrpo models` and `cpugrpo run`
+    predict from the record.
+
+    Example: `cpugrpo bench sweep --output records/bench-sweep.json`
+    """
+    from cpugrpo_edu import sweep
+    from cpugrpo_edu.bench import cache_folder
+    from cpugrpo_edu.report import markdown_table
+
+    partial = (cache or cache_folder()) / "sweep.partial.json"
+    say = silent if quiet else show_progress
+    record = sweep.bench_sweep(folder=cache, say=say, partial=partial)
+    give(record, output, sweep.SWEEP_HEADER, sweep.sweep_rows(record), as_json)
+    if not as_json:
+        print("\n" + markdown_table(sweep.COEFFICIENT_HEADER, sweep.coefficient_rows(record)))
+        print("\n" + sweep.sweep_summary(record))
+
+
 @bench.command("train")
 def bench_train(output: Record = None, as_json: Json = False) -> None:
     """Steps of the bundled model's default run with each rollout engine."""
