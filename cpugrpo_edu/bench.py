@@ -94,8 +94,9 @@ WORKLOADS = {
 PEERS = {
     "stock": "TRL's GRPOTrainer, full fine-tuning, float32",
     "stock-lora": "TRL's GRPOTrainer with LoRA on all linear layers, float32",
+    "ours-full": "this package, full fine-tuning, float32",
 }
-PEER_MEMORY = {"stock": 13 * 2**30, "stock-lora": 5 * 2**30}
+PEER_MEMORY = {"stock": 13 * 2**30, "stock-lora": 5 * 2**30, "ours-full": 8 * 2**30}
 """Free bytes that a peer needs; it is skipped with the reason where they are missing."""
 
 
@@ -369,7 +370,7 @@ def rollout_speed(
     """Tokens a second of one engine, ``rows`` completions of one prompt, after a warm-up.
 
     "generate" is Hugging Face's on float32 weights with the prompt given ``rows`` times,
-    "ours-float32" and "ours-int8" are this package's.
+    "ours-float32" and "ours-int8" are this package's; the peers are in ``rollout_peers``.
     """
     with PeakMemory() as peak:
         seconds = _rollout_seconds(engine, Path(folder), rows, tokens, prompt_tokens)
@@ -384,32 +385,51 @@ def _rollout_seconds(
     engine: str, folder: Path, rows: int, tokens: int, prompt_tokens: int
 ) -> float:
     import torch
+
+    rng = random.Random(0)
+    prompt = [rng.randrange(3, 400) for _ in range(prompt_tokens)]
+    if engine in ENGINES:
+        once = _rollout_engine(engine, folder, prompt, rows)
+    else:
+        from cpugrpo_edu.rollout_peers import PEERS as ROLLOUT_PEERS
+
+        once = ROLLOUT_PEERS[engine](folder, prompt, rows, tokens)
+    with torch.inference_mode():
+        once(4)
+        start = time.perf_counter()
+        completions = once(tokens)
+        seconds = time.perf_counter() - start
+    lengths = [len(completion) for completion in completions]
+    if lengths != [tokens] * rows:
+        raise UserError(f"{engine} gave completions of {lengths} tokens instead of {tokens} each")
+    return seconds
+
+
+def _rollout_engine(
+    engine: str, folder: Path, prompt: list[int], rows: int
+) -> Callable[[int], list[list[int]]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from cpugrpo_edu.frozen import load_frozen
     from cpugrpo_edu.rollout import Sampling, rollout
 
-    rng = random.Random(0)
-    prompt = [rng.randrange(3, 400) for _ in range(prompt_tokens)]
     if engine == "ours-int8":
         source = folder / "bf16"
         model = load_frozen(str(source), AutoConfig.from_pretrained(source))
     else:
         model = AutoModelForCausalLM.from_pretrained(folder / "fp32")
 
-    def once(tokens: int) -> None:
+    def once(tokens: int) -> list[list[int]]:
         sampling = Sampling(tokens, 1.0)
         name = "generate" if engine == "generate" else "fast"
-        rollout(model, [prompt], rows, sampling, eos_ids=set(), pad_id=2, engine=name)
+        [group] = rollout(model, [prompt], rows, sampling, eos_ids=set(), pad_id=2, engine=name)
+        return [episode.completion_ids for episode in group.episodes]
 
-    with torch.inference_mode():
-        once(4)
-        start = time.perf_counter()
-        once(tokens)
-        return time.perf_counter() - start
+    return once
 
 
 ENGINES = ("generate", "ours-float32", "ours-int8")
+ENGINE_PEERS = ("llama.cpp", "continuous")
 
 
 # Floors: what the machine could at best do
@@ -601,13 +621,18 @@ def bench_b1(
     results["peers"] = {}
     for peer in peers:
         say(f"{peer}: {peer_steps} steps of {PEERS[peer]}")
-        lora = peer == "stock-lora"
-        results["peers"][peer] = attempt(
-            PEER_MEMORY[peer],
-            lambda lora=lora: run_worker(  # type: ignore[misc]
+
+        def call(peer: str = peer) -> dict[str, Any]:
+            if peer == "ours-full":
+                some = asdict(replace(workload, steps=peer_steps, stages=1))
+                full = asdict(Options("full"))
+                return run_worker("ours", say, workload=some, folder=model, options=full)
+            lora = peer == "stock-lora"
+            return run_worker(
                 "stock", say, workload=shape, folder=model, lora=lora, steps=peer_steps
-            ),
-        )
+            )
+
+        results["peers"][peer] = attempt(PEER_MEMORY[peer], call)
     return new_record(workload.name, {**shape, "options": asdict(options)}, results)
 
 
@@ -699,27 +724,71 @@ def ablate_rows(record: RunRecord) -> list[list[str]]:
 
 def bench_rollout(
     workload: Workload,
+    peers: tuple[str, ...] = (),
+    groups: tuple[int, ...] = (2, 8),
     engines: tuple[str, ...] = ENGINES,
     folder: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> RunRecord:
-    """Tokens a second of each rollout engine on the workload's shape."""
+    """Tokens a second of each rollout engine on the workload's shape, for some group sizes."""
+    unknown = sorted(set(peers) - set(ENGINE_PEERS))
+    if unknown:
+        allowed = ", ".join(ENGINE_PEERS)
+        raise UserError(f"unknown peer {', '.join(unknown)}; allowed are {allowed}")
     model = str(workload_model(workload, folder))
-    results = {}
-    for engine in engines:
-        say(f"rollouts: {engine}, {workload.group} rows")
-        results[engine] = attempt(
-            4 * 2**30,
-            lambda engine=engine: run_worker(  # type: ignore[misc]
-                "rollout",
-                say,
-                engine=engine,
-                folder=model,
-                rows=workload.group,
-                tokens=workload.tokens,
-            ),
-        )
-    return new_record("rollout", asdict(workload), {"engines": results})
+    results: dict[str, dict[str, Any]] = {}
+    for engine in (*engines, *peers):
+        results[engine] = {}
+        for group in groups:
+            say(f"rollouts: {engine}, {group} rows")
+            results[engine][str(group)] = attempt(
+                4 * 2**30,
+                lambda engine=engine, group=group: run_worker(  # type: ignore[misc]
+                    "rollout",
+                    say,
+                    engine=engine,
+                    folder=model,
+                    rows=group,
+                    tokens=workload.tokens,
+                ),
+            )
+    return new_record("rollout", {**asdict(workload), "groups": groups}, {"engines": results})
+
+
+ROLLOUT_HEADER = ["Engine", "G", "tokens/s", "x generate", "peak GB"]
+
+
+def rollout_rows(record: RunRecord) -> list[list[str]]:
+    """One row an engine and group size; ratios are to Hugging Face's ``generate``."""
+    rows = []
+    engines = record.results["engines"]
+    for engine, by_group in engines.items():
+        for group, result in by_group.items():
+            if "skipped" in result:
+                rows.append([engine, group, "skipped: " + result["skipped"], "", ""])
+                continue
+            speed = result["tokens_per_second"]
+            base = engines.get("generate", {}).get(group, {}).get("tokens_per_second")
+            ratio = f"{speed / base:.1f}" if base else ""
+            peak = f"{result['peak_rss_bytes'] / 1e9:.2f}"
+            rows.append([engine, group, f"{speed:.1f}", ratio, peak])
+    return rows
+
+
+TRAIN_HEADER = ["Rollouts by", "s a step", "rollout tokens/s", "tokens/s in all"]
+
+
+def train_rows(record: RunRecord) -> list[list[str]]:
+    """The bundled model's steps, one row a rollout engine."""
+    return [
+        [
+            name,
+            f"{sum(result['step_seconds']) / len(result['step_seconds']):.2f}",
+            f"{result['rollout_tokens_per_second']:.0f}",
+            f"{result['tokens_per_second']:.0f}",
+        ]
+        for name, result in record.results["engines"].items()
+    ]
 
 
 # Processes

@@ -25,7 +25,7 @@ from typing import Any
 
 from cpugrpo_edu.files import write_text
 from cpugrpo_edu.hardware import BUNDLED_MODEL, GIB, describe_machine
-from cpugrpo_edu.memory import Architecture, estimate_training_memory
+from cpugrpo_edu.memory import CATALOGUE, Architecture, estimate_training_memory
 from cpugrpo_edu.types import RunRecord, UserError
 
 SWEEP = "bench-sweep"
@@ -231,7 +231,7 @@ def load_work(step: Step, floors: Mapping[str, float]) -> Work:
 def step_memory(step: Step) -> int:
     """Bytes of the weights, gradients, optimizer and one micro-batch; without the libraries."""
     a, size = step.architecture, 2 if step.frozen else 4  # INT8 weights are kept both ways round
-    whole = {
+    whole: dict[str, Any] = {
         "mode": "lora" if step.lora_rank else "full",
         "lora_rank": step.lora_rank or 1,
         "dtype_bytes": size,
@@ -517,6 +517,31 @@ def estimate_run(config: Any, model: CostModel | None = None) -> Estimate:
         one = model.rollout(work) + problems * model.problem_calls * floors["call_seconds"]
         parts["evaluate"] = (stages + 1 + config.int8_evaluation) * one
     return Estimate(sum(parts.values()), model.error, model.peak_bytes(step), parts, assumption)
+
+
+def catalogue_steps() -> tuple[dict[str, dict[str, float]], str]:
+    """For each model of ``memory.CATALOGUE`` and the bundled one, the expected seconds and peak
+    bytes of one step with LoRA on INT8, and a sentence on what that is; or why there is none."""
+    try:
+        model = cost_model()
+    except UserError as error:
+        return {}, f"No estimate of time: {error}."
+    bundled = replace(architecture_of("bundled"), name="bundled")
+    found = {}
+    for architecture in (*CATALOGUE, bundled):
+        step = Step(architecture)
+        found[architecture.name] = {
+            "int8_step_seconds": model.step_seconds(step),
+            "int8_step_error": model.error,
+            "int8_peak_bytes": model.peak_bytes(step),
+        }
+    step = Step(bundled)
+    where = "on this machine" if model.calibrated else "on the machine of the record"
+    return found, (
+        f"LoRA on INT8: one GRPO step {where}, {step.prompts} prompt of {step.prompt_tokens:.0f} "
+        f"tokens with {step.group} completions of {step.tokens:.0f}; "
+        f"nine in ten such predictions were within {model.error:.0%}."
+    )
 
 
 def estimate_text(config: Any) -> str:
