@@ -221,8 +221,9 @@ def run(
     from cpugrpo_edu.hardware import configure_threads
 
     configure_threads(threads)
+    from cpugrpo_edu.cost import estimate_text
     from cpugrpo_edu.monitor import ProgressDisplay
-    from cpugrpo_edu.pipeline import Interrupted, RunConfig
+    from cpugrpo_edu.pipeline import Interrupted, RunConfig, check_settings
     from cpugrpo_edu.pipeline import run as run_pipeline
 
     given = {
@@ -265,18 +266,16 @@ def run(
         int8_evaluation=int8_evaluation,
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    if not quiet:
-        from cpugrpo_edu.cost import estimate_text
-
-        print(f"cpugrpo: {estimate_text(config)}", file=sys.stderr, flush=True)
     if resume and output is None:
         raise UserError("--resume needs the --output folder of the interrupted run")
     folder = output or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"
     started = psutil.Process().create_time()
+    display = ProgressDisplay(quiet=quiet)
+    if not quiet:
+        check_settings(config)
+        display.message(estimate_text(config))
     try:
-        record = run_pipeline(
-            config, folder, resume=resume, display=ProgressDisplay(quiet=quiet), started=started
-        )
+        record = run_pipeline(config, folder, resume=resume, display=display, started=started)
     except (Interrupted, KeyboardInterrupt) as error:
         reason = str(error) or "interrupted"
         print(

@@ -153,8 +153,8 @@ class LlamaCpp:
         out: list[list[int]] = [[] for _ in range(rows)]
         for t in range(tokens):
             drawn = [api.llama_sampler_sample(sampler, self.context, i) for i in indices]
-            for row, token in zip(out, drawn):
-                row.append(token)
+            for completion, token in zip(out, drawn):
+                completion.append(token)
             if t + 1 < tokens:
                 self.feed(drawn, [len(prompt) + t] * rows, list(range(rows)))
                 indices = list(range(rows))

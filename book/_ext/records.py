@@ -183,7 +183,7 @@ BENCH_TABLES: dict[str, tuple[str, list[str], Callable[[RunRecord], list[list[st
 
 def benchmarks() -> list[RunRecord]:
     """The recorded benchmarks that the page shows, in its order."""
-    found = [RunRecord.load(path) for path in sorted(RECORDS.glob("**/bench-*.json"))]
+    found = [RunRecord.load(path) for path in sorted(RECORDS.glob("**/*.json"))]
     order = list(BENCH_TABLES)
     return sorted(
         (record for record in found if record.kind in order), key=lambda r: order.index(r.kind)
