@@ -110,7 +110,7 @@ def cache_folder() -> Path:
 def workload_model(workload: Workload, folder: Path | None = None) -> Path:
     """The folder of the random model, made on first use: ``bf16`` and ``fp32`` in it, the
     same values, with a tokenizer of one token a word."""
-    folder = (folder or cache_folder()) / f"random-{workload.layers}x{workload.hidden}"
+    folder = (folder or cache_folder()) / f"workload-{workload.layers}x{workload.hidden}"
     if not (folder / "complete").exists():
         run_worker("make_model", workload=asdict(workload), folder=str(folder))
         (folder / "complete").touch()
@@ -134,11 +134,14 @@ def make_model(workload: dict[str, Any], folder: str) -> dict[str, Any]:
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
-    words = models.WordLevel({f"w{i}": i for i in range(shape.vocabulary)}, unk_token="w0")
+    # Names of special tokens must not begin a word: they would be cut out of it.
+    ids = {"<unknown>": 0, "<end>": 1, "<pad>": 2}
+    ids |= {f"w{i}": i for i in range(3, shape.vocabulary)}
+    words = models.WordLevel(ids, unk_token="<unknown>")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="w1", pad_token="w2", padding_side="left"
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", padding_side="left"
     )
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config).bfloat16()

@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import StatisticsError, fmean, median
+from types import SimpleNamespace
 from typing import Any
 
 from cpugrpo_edu.files import write_text
@@ -418,23 +419,39 @@ class Estimate:
         return f"about {took} (± {self.error:.0%}) and {memory:.1f} GiB expected{end}"
 
 
-def recorded_lengths() -> tuple[float, float, float] | None:
-    """Tokens of a sampled completion, of an evaluated one, and of the longest evaluated cell's
-    mean, over the recorded runs of the bundled model; None without such a run."""
+@dataclass(frozen=True)
+class Recorded:
+    """Means over the recorded runs of the bundled model."""
+
+    sampled: float
+    """Tokens of a sampled completion."""
+    evaluated: float
+    """Tokens of a completion in an evaluation."""
+    beside: float
+    """Bytes of the peak that no step explains: libraries, evaluation, report."""
+
+
+def recorded_runs() -> Recorded | None:
+    """What earlier runs tell of the next one; None without a record."""
     from cpugrpo_edu.report import records_folder
 
-    sampled, evaluated = [], []
+    sampled, evaluated, beside = [], [], []
     for path in sorted(records_folder().glob("run-seed*.json")):
         try:
-            results = RunRecord.load(path).results
-            sampled += [row["completion_length"] for row in results["steps"]]
-            for evaluation in results["evaluations"]:
-                evaluated += [
-                    row["tokens"] for row in evaluation["table"]["by_difficulty"].values()
-                ]
-        except (UserError, KeyError, TypeError):
+            record = RunRecord.load(path)
+            results, config = record.results, SimpleNamespace(**record.config)
+            lengths = [row["completion_length"] for row in results["steps"]]
+            tables = [evaluation["table"] for evaluation in results["evaluations"]]
+            tokens = [row["tokens"] for table in tables for row in table["by_difficulty"].values()]
+            step = run_step(config, fmean(lengths))
+            beside.append(results["peak_rss_bytes"] - step_memory(step))
+            sampled += lengths
+            evaluated += tokens
+        except (UserError, KeyError, TypeError, AttributeError, StatisticsError):
             continue
-    return (fmean(sampled), fmean(evaluated), max(evaluated)) if sampled and evaluated else None
+    if not (sampled and evaluated):
+        return None
+    return Recorded(fmean(sampled), fmean(evaluated), median(beside))
 
 
 def architecture_of(model: str) -> Architecture:
@@ -479,12 +496,13 @@ def estimate_run(config: Any, model: CostModel | None = None) -> Estimate:
     Raises UserError, in one sentence, where no sensible estimate is possible.
     """
     model = model or cost_model()
-    lengths = None
+    known = None
     if config.model == "bundled" and config.data == "generated":
-        lengths = recorded_lengths()
-    sampled, evaluated, _ = lengths or (config.max_completion,) * 3
-    assumption = "" if lengths else "if every completion runs to its limit"
-    sampled, evaluated = (min(length, config.max_completion) for length in (sampled, evaluated))
+        known = recorded_runs()
+    longest = config.max_completion
+    sampled = min(known.sampled, longest) if known else longest
+    evaluated = min(known.evaluated, longest) if known else longest
+    assumption = "" if known else "if every completion runs to its limit"
     step = run_step(config, sampled)
     floors = model.floors
     count = sum(config.steps)

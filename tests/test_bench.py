@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cpugrpo_edu import bench
 from cpugrpo_edu.bench import (
@@ -93,6 +93,12 @@ def test_both_copies_of_the_model_have_the_same_values(folder):
     weights = [dict(m.named_parameters()) for m in models]
     assert all((weights[0][n].float() == weights[1][n]).all() for n in weights[0])
     assert AutoConfig.from_pretrained(folder / "fp32").tie_word_embeddings
+
+
+def test_a_word_of_a_prompt_is_one_token(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "bf16")
+    for prompt in TINY.prompts():
+        assert tokenizer(prompt)["input_ids"] == [int(word[1:]) for word in prompt.split()]
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -197,7 +203,7 @@ def test_the_model_is_made_once(tmp_path, monkeypatch):
 
     def make(name, **arguments):
         calls.append(name)
-        (tmp_path / "random-2x32").mkdir()
+        (tmp_path / "workload-2x32").mkdir()
 
     monkeypatch.setattr(bench, "run_worker", make)
     assert workload_model(TINY, tmp_path) == workload_model(TINY, tmp_path)

@@ -186,16 +186,20 @@ def test_estimate_of_a_run(recorded):
     assert set(less.parts) == {"load", "rollouts", "training"}
 
 
-def test_lengths_come_from_recorded_runs(recorded):
+def test_recorded_runs_tell_lengths_and_memory(recorded):
     results = {
         "steps": [{"completion_length": 8.0}, {"completion_length": 12.0}],
         "evaluations": [{"table": {"by_difficulty": {"basic": {"tokens": 5.0}}}}],
+        "peak_rss_bytes": 1e9,
     }
-    record = RunRecord("run", "", 0, "", "", {}, {}, {}, results)
+    config = asdict(RunConfig())
+    record = RunRecord("run", "", 0, "", "", {}, {}, config, results)
     record.save(recorded.parent / "run-seed0-ewc.json")
-    assert cost.recorded_lengths() == (10.0, 5.0, 5.0)
+    known = cost.recorded_runs()
+    assert (known.sampled, known.evaluated) == (10.0, 5.0) and 0 < known.beside < 1e9
     short, long = estimate_run(RunConfig()), estimate_run(RunConfig(data="other.jsonl"))
     assert short.assumption == "" and short.parts["training"] < long.parts["training"]
+    assert short.peak_bytes == pytest.approx(1e9)
 
 
 def test_text_of_an_estimate():
