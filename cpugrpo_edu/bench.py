@@ -202,6 +202,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     from cpugrpo_edu.fisher import examples_from_groups, fisher_diagonal
     from cpugrpo_edu.frozen import load_frozen
     from cpugrpo_edu.models import Policy, add_lora, fingerprint, relative_change, snapshot
+    from cpugrpo_edu.quantization import quantized_engine
     from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
 
     imported = time.perf_counter()
@@ -278,6 +279,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
             **tally,
         },
         "step_seconds": steps,
+        "int8_kernel": quantized_engine() if options.frozen_int8 and lora else None,
         "weights_changed": {
             "changed": fingerprint(model) != before if lora else True,
             "relative_l2": relative_change(model, first),
@@ -387,8 +389,6 @@ def rollout_speed(
 def _rollout_seconds(
     engine: str, folder: Path, rows: int, tokens: int, prompt_tokens: int
 ) -> float:
-    import torch
-
     rng = random.Random(0)
     prompt = [rng.randrange(3, 400) for _ in range(prompt_tokens)]
     if engine in ENGINES:
@@ -397,11 +397,10 @@ def _rollout_seconds(
         from cpugrpo_edu.rollout_peers import PEERS as ROLLOUT_PEERS
 
         once = ROLLOUT_PEERS[engine](folder, prompt, rows, tokens)
-    with torch.inference_mode():
-        once(4)
-        start = time.perf_counter()
-        completions = once(tokens)
-        seconds = time.perf_counter() - start
+    once(4)
+    start = time.perf_counter()
+    completions = once(tokens)
+    seconds = time.perf_counter() - start
     lengths = [len(completion) for completion in completions]
     if lengths != [tokens] * rows:
         raise UserError(f"{engine} gave completions of {lengths} tokens instead of {tokens} each")
@@ -670,6 +669,16 @@ def b1_rows(record: RunRecord) -> list[list[str]]:
     floor = sum(results["step_floor"].values())
     rows.append(["floor", f"{floor:.2f}", f"{group * tokens / floor:.0f}", "", "", ""])
     return rows
+
+
+def fallback_note(record: RunRecord) -> str:
+    """What the table's reader must know where this machine has no INT8 kernel; else ""."""
+    if record.results["ours"].get("int8_kernel") not in ("torch", "qnnpack"):
+        return ""
+    return (
+        "This machine has no INT8 kernel that computes right for training: ours fell back to "
+        "float products of the same integers, which saves memory but no time."
+    )
 
 
 B1_HEADER = ["", "s a step", "tokens/s", "peak GB", "x ours", "ours' memory, x"]

@@ -599,7 +599,7 @@ def bench_b1_command(
 
     Example: `cpugrpo bench b1 --peers stock,stock-lora`
     """
-    from cpugrpo_edu.bench import B1_HEADER, b1_rows, bench_b1
+    from cpugrpo_edu.bench import B1_HEADER, b1_rows, bench_b1, fallback_note
 
     names = comma_names(peers)
     if peer_steps < 1:
@@ -608,6 +608,8 @@ def bench_b1_command(
     shape = workload_of(workload, steps)
     record = bench_b1(shape, names, peer_steps, folder=cache, say=say)
     give(record, output, B1_HEADER, b1_rows(record), as_json)
+    if note := fallback_note(record):
+        print(note, file=sys.stderr)
     if not record.results["ours"]["weights_changed"]["changed"]:
         print("cpugrpo: the weights did not change: no training took place", file=sys.stderr)
         raise SystemExit(1)

@@ -534,7 +534,8 @@ def estimate_run(config: Any, model: CostModel | None = None) -> Estimate:
         work["weights"] *= batches
         one = model.rollout(work) + problems * model.problem_calls * floors["call_seconds"]
         parts["evaluate"] = (stages + 1 + config.int8_evaluation) * one
-    return Estimate(sum(parts.values()), model.error, model.peak_bytes(step), parts, assumption)
+    peak = step_memory(step) + (known.beside if known else model.libraries)
+    return Estimate(sum(parts.values()), model.error, peak, parts, assumption)
 
 
 def catalogue_steps() -> tuple[dict[str, dict[str, float]], str]:

@@ -202,6 +202,10 @@ def continuous(folder: Path, prompt: list[int], rows: int, longest: int) -> Once
             raise UserError(
                 f"transformers' continuous batching fails here: {type(error).__name__}: {reason}"
             ) from error
+        errors = [str(output.error) for output in found.values() if output.error is not None]
+        if errors:
+            reason = errors[0].splitlines()[0]
+            raise UserError(f"transformers' continuous batching fails here: {reason}")
         return [list(output.generated_tokens) for output in found.values()]
 
     return once
