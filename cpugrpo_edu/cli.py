@@ -221,7 +221,7 @@ def run(
     from cpugrpo_edu.hardware import configure_threads
 
     configure_threads(threads)
-    from cpugrpo_edu.cost import estimate_text
+    from cpugrpo_edu.estimate import estimate_text
     from cpugrpo_edu.monitor import ProgressDisplay
     from cpugrpo_edu.pipeline import Interrupted, RunConfig, check_settings
     from cpugrpo_edu.pipeline import run as run_pipeline
@@ -489,7 +489,7 @@ def models(
     from rich.console import Console
     from rich.table import Table
 
-    from cpugrpo_edu.cost import catalogue_steps
+    from cpugrpo_edu.estimate import catalogue_steps
     from cpugrpo_edu.memory import available_memory, models_that_fit
 
     if memory_gib is not None and not 0 < memory_gib < 2**20:

@@ -7,15 +7,11 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from cpugrpo_edu import cost
+from cpugrpo_edu import cost, estimate
 from cpugrpo_edu.cost import (
     CostModel,
     Fit,
     Step,
-    calibration,
-    catalogue_steps,
-    estimate_run,
-    estimate_text,
     fit,
     fit_points,
     load_work,
@@ -23,6 +19,7 @@ from cpugrpo_edu.cost import (
     step_memory,
     training_work,
 )
+from cpugrpo_edu.estimate import calibration, catalogue_steps, estimate_run, estimate_text
 from cpugrpo_edu.memory import CATALOGUE, Architecture
 from cpugrpo_edu.pipeline import RunConfig
 from cpugrpo_edu.types import RunRecord, UserError
@@ -70,8 +67,8 @@ def recorded(model, tmp_path, monkeypatch):
     """A record of the model, found by every command; the machine's floors are those above."""
     record = RunRecord("bench-sweep", "", 0, "", "", {}, {}, {}, {"model": model.to_json()})
     record.save(tmp_path / "records" / "bench-sweep.json")
-    monkeypatch.setattr("cpugrpo_edu.report.records_folder", lambda: tmp_path / "records")
-    monkeypatch.setattr(cost, "calibration", lambda: FLOORS)
+    monkeypatch.setattr(estimate, "records_folder", lambda: tmp_path / "records")
+    monkeypatch.setattr(estimate, "calibration", lambda: FLOORS)
     return tmp_path / "records" / "bench-sweep.json"
 
 
@@ -138,21 +135,21 @@ def test_more_work_takes_longer_and_never_less_memory(model, frozen, more):
 
 
 def test_the_model_survives_its_record(model, recorded):
-    assert cost.recorded_model(recorded) == model
+    assert estimate.recorded_model(recorded) == model
     assert CostModel.from_json(json.loads(json.dumps(model.to_json()))) == model
     recorded.write_text(recorded.read_text().replace('"rollout"', '"nothing"'))
     with pytest.raises(UserError, match="measure it again"):
-        cost.recorded_model(recorded)
+        estimate.recorded_model(recorded)
 
 
 def test_without_a_calibration_the_error_is_wider(recorded, model, monkeypatch):
-    assert cost.cost_model().calibrated
+    assert estimate.cost_model().calibrated
 
     def fail():
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(cost, "calibration", fail)
-    found = cost.cost_model()
+    monkeypatch.setattr(estimate, "calibration", fail)
+    found = estimate.cost_model()
     assert not found.calibrated and found.floors == model.floors
     assert found.error >= cost.WIDER > model.error
     assert "on the machine of the record" in catalogue_steps()[1]
@@ -160,7 +157,7 @@ def test_without_a_calibration_the_error_is_wider(recorded, model, monkeypatch):
 
 def test_a_calibration_is_cached_and_a_broken_cache_is_not_trusted(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(cost, "calibrate", lambda: calls.append(1) or dict(FLOORS))
+    monkeypatch.setattr(estimate, "calibrate", lambda: calls.append(1) or dict(FLOORS))
     assert calibration(tmp_path) == calibration(tmp_path) == FLOORS and len(calls) == 1
     path = tmp_path / "calibration.json"
     for text in ("{", "[]", json.dumps({k: {} for k in json.loads(path.read_text())})):
@@ -176,12 +173,12 @@ def test_the_calibration_measures_every_floor():
 
 def test_estimate_of_a_run(recorded):
     some = RunConfig(steps=(2, 2, 2), per_cell=10)
-    estimate = estimate_run(some)
-    assert estimate.seconds == pytest.approx(sum(estimate.parts.values()))
-    assert set(estimate.parts) == {"load", "rollouts", "training", "fisher", "evaluate"}
-    assert "runs to its limit" in estimate.assumption  # no run is recorded in this folder
+    found = estimate_run(some)
+    assert found.seconds == pytest.approx(sum(found.parts.values()))
+    assert set(found.parts) == {"load", "rollouts", "training", "fisher", "evaluate"}
+    assert "runs to its limit" in found.assumption  # no run is recorded in this folder
     more = estimate_run(replace(some, steps=(4, 4, 4)))
-    assert more.parts["training"] == pytest.approx(2 * estimate.parts["training"])
+    assert more.parts["training"] == pytest.approx(2 * found.parts["training"])
     less = estimate_run(replace(some, per_cell=0, fisher_examples=0))
     assert set(less.parts) == {"load", "rollouts", "training"}
 
@@ -195,7 +192,7 @@ def test_recorded_runs_tell_lengths_and_memory(recorded):
     config = asdict(RunConfig())
     record = RunRecord("run", "", 0, "", "", {}, {}, config, results)
     record.save(recorded.parent / "run-seed0-ewc.json")
-    known = cost.recorded_runs()
+    known = estimate.recorded_runs()
     assert (known.sampled, known.evaluated) == (10.0, 5.0) and 0 < known.beside < 1e9
     short, long = estimate_run(RunConfig()), estimate_run(RunConfig(data="other.jsonl"))
     assert short.assumption == "" and short.parts["training"] < long.parts["training"]
@@ -203,10 +200,10 @@ def test_recorded_runs_tell_lengths_and_memory(recorded):
 
 
 def test_text_of_an_estimate():
-    text = cost.Estimate(40.2, 0.15, 1.1 * 2**30, {}).text()
+    text = estimate.Estimate(40.2, 0.15, 1.1 * 2**30, {}).text()
     assert text == "about 40 s (± 15%) and 1.1 GiB expected"
-    assert "about 10 min" in cost.Estimate(600, 0.1, 1, {}).text()
-    assert "about 3.0 h" in cost.Estimate(10800, 0.1, 1, {}).text()
+    assert "about 10 min" in estimate.Estimate(600, 0.1, 1, {}).text()
+    assert "about 3.0 h" in estimate.Estimate(10800, 0.1, 1, {}).text()
 
 
 def test_no_estimate_says_why_and_stops_nothing(recorded, monkeypatch):
@@ -214,7 +211,7 @@ def test_no_estimate_says_why_and_stops_nothing(recorded, monkeypatch):
     assert "no estimate" in estimate_text(RunConfig(model="nowhere/at-all"))
     recorded.unlink()
     assert "bench sweep" in estimate_text(RunConfig())
-    monkeypatch.setattr(cost, "cost_model", lambda: 1 / 0)
+    monkeypatch.setattr(estimate, "cost_model", lambda: 1 / 0)
     assert "ZeroDivisionError" in estimate_text(RunConfig())
 
 
