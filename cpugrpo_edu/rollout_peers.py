@@ -185,9 +185,16 @@ def llama_cpp(folder: Path, prompt: list[int], rows: int, longest: int) -> Once:
 
 def continuous(folder: Path, prompt: list[int], rows: int, longest: int) -> Once:
     """A function that samples ``rows`` completions of a number of tokens."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(folder / "fp32").eval()
+
+    # Left alone, it sizes its cache to most of the machine's memory and fills that with zeros.
+    page = 256
+    blocks = rows * -(-(len(prompt) + longest) // page) + 1
+    batching = ContinuousBatchingConfig(
+        page_size=page, num_blocks=blocks, max_batch_tokens=max(page, rows * len(prompt))
+    )
 
     def once(tokens: int) -> list[list[int]]:
         config = GenerationConfig(
@@ -195,7 +202,10 @@ def continuous(folder: Path, prompt: list[int], rows: int, longest: int) -> Once
         )
         try:
             found = model.generate_batch(
-                inputs=[list(prompt) for _ in range(rows)], generation_config=config
+                inputs=[list(prompt) for _ in range(rows)],
+                generation_config=config,
+                continuous_batching_config=batching,
+                warmup=False,  # that is for CUDA
             )
         except Exception as error:  # whatever a library in motion may raise
             reason = str(error).splitlines()[0] if str(error) else "no message"
