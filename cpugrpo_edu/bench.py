@@ -94,8 +94,9 @@ WORKLOADS = {
 PEERS = {
     "stock": "TRL's GRPOTrainer, full fine-tuning, float32",
     "stock-lora": "TRL's GRPOTrainer with LoRA on all linear layers, float32",
+    "ours-full": "this package, full fine-tuning, float32",
 }
-PEER_MEMORY = {"stock": 13 * 2**30, "stock-lora": 5 * 2**30}
+PEER_MEMORY = {"stock": 13 * 2**30, "stock-lora": 5 * 2**30, "ours-full": 8 * 2**30}
 """Free bytes that a peer needs; it is skipped with the reason where they are missing."""
 
 
@@ -109,7 +110,7 @@ def cache_folder() -> Path:
 def workload_model(workload: Workload, folder: Path | None = None) -> Path:
     """The folder of the random model, made on first use: ``bf16`` and ``fp32`` in it, the
     same values, with a tokenizer of one token a word."""
-    folder = (folder or cache_folder()) / f"random-{workload.layers}x{workload.hidden}"
+    folder = (folder or cache_folder()) / f"workload-{workload.layers}x{workload.hidden}"
     if not (folder / "complete").exists():
         run_worker("make_model", workload=asdict(workload), folder=str(folder))
         (folder / "complete").touch()
@@ -133,11 +134,14 @@ def make_model(workload: dict[str, Any], folder: str) -> dict[str, Any]:
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
-    words = models.WordLevel({f"w{i}": i for i in range(shape.vocabulary)}, unk_token="w0")
+    # Names of special tokens must not begin a word: they would be cut out of it.
+    ids = {"<unknown>": 0, "<end>": 1, "<pad>": 2}
+    ids |= {f"w{i}": i for i in range(3, shape.vocabulary)}
+    words = models.WordLevel(ids, unk_token="<unknown>")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="w1", pad_token="w2", padding_side="left"
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", padding_side="left"
     )
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config).bfloat16()
@@ -170,6 +174,18 @@ class Options:
     exact: bool = False
 
 
+def endless(policy: Any) -> Any:
+    """The same policy, but no token ends a completion, so all have full length."""
+    from cpugrpo_edu.models import Policy
+
+    class Endless(Policy):
+        @property
+        def eos_ids(self) -> set[int]:
+            return set()
+
+    return Endless(**vars(policy))
+
+
 def ours(workload: dict[str, Any], folder: str, options: dict[str, Any]) -> dict[str, Any]:
     """The workload with this package: seconds by part, peak memory, what changed."""
     started = time.perf_counter()
@@ -186,14 +202,8 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     from cpugrpo_edu.fisher import examples_from_groups, fisher_diagonal
     from cpugrpo_edu.frozen import load_frozen
     from cpugrpo_edu.models import Policy, add_lora, fingerprint, relative_change, snapshot
+    from cpugrpo_edu.quantization import quantized_engine
     from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
-
-    class Endless(Policy):
-        """No token ends a completion, so all have full length."""
-
-        @property
-        def eos_ids(self) -> set[int]:
-            return set()
 
     imported = time.perf_counter()
     lora = options.method == "lora"
@@ -206,7 +216,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     if lora:
         model = add_lora(model, LORA_RANK)
-    policy = Endless(model, tokenizer, str(source))
+    policy = endless(Policy(model, tokenizer, str(source)))
     before, first = fingerprint(model) if lora else "", snapshot(model)
     loaded = time.perf_counter()
     anchor: Anchor | None = None
@@ -243,7 +253,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
                 anchor=anchor,
                 on_step=logged.append,
             )
-            trainer.add_callback(StepTimes(steps))
+            trainer.add_callback(step_callback(steps))
             trainer.train()
             tally["rollout"] += trainer.tally.seconds
             start = time.perf_counter()
@@ -269,6 +279,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
             **tally,
         },
         "step_seconds": steps,
+        "int8_kernel": quantized_engine() if options.frozen_int8 and lora else None,
         "weights_changed": {
             "changed": fingerprint(model) != before if lora else True,
             "relative_l2": relative_change(model, first),
@@ -331,14 +342,14 @@ def _stock(
             peft_config=peft_config if lora else None,
         )
         times: list[float] = []
-        trainer.add_callback(StepTimes(times))
+        trainer.add_callback(step_callback(times))
         loaded = time.perf_counter()
         trainer.train()
     return {"seconds": {"load": loaded - started, "steps": sum(times)}, "step_seconds": times}
 
 
-def StepTimes(times: list[float]) -> Any:
-    """A callback that appends the seconds of each optimizer step."""
+def step_callback(times: list[float], after: Callable[[], Any] = lambda: None) -> Any:
+    """A callback that appends the seconds of each optimizer step, then calls ``after``."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -349,6 +360,7 @@ def StepTimes(times: list[float]) -> Any:
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times.append(time.perf_counter() - self.start)
+            after()
             print(f"step {len(times)}: {times[-1]:.2f} s", file=sys.stderr, flush=True)
 
     return Clock()
@@ -363,7 +375,7 @@ def rollout_speed(
     """Tokens a second of one engine, ``rows`` completions of one prompt, after a warm-up.
 
     "generate" is Hugging Face's on float32 weights with the prompt given ``rows`` times,
-    "ours-float32" and "ours-int8" are this package's.
+    "ours-float32" and "ours-int8" are this package's; the peers are in ``rollout_peers``.
     """
     with PeakMemory() as peak:
         seconds = _rollout_seconds(engine, Path(folder), rows, tokens, prompt_tokens)
@@ -377,33 +389,49 @@ def rollout_speed(
 def _rollout_seconds(
     engine: str, folder: Path, rows: int, tokens: int, prompt_tokens: int
 ) -> float:
-    import torch
+    rng = random.Random(0)
+    prompt = [rng.randrange(3, 400) for _ in range(prompt_tokens)]
+    if engine in ENGINES:
+        once = _rollout_engine(engine, folder, prompt, rows)
+    else:
+        from cpugrpo_edu.rollout_peers import PEERS as ROLLOUT_PEERS
+
+        once = ROLLOUT_PEERS[engine](folder, prompt, rows, tokens)
+    once(4)
+    start = time.perf_counter()
+    completions = once(tokens)
+    seconds = time.perf_counter() - start
+    lengths = [len(completion) for completion in completions]
+    if lengths != [tokens] * rows:
+        raise UserError(f"{engine} gave completions of {lengths} tokens instead of {tokens} each")
+    return seconds
+
+
+def _rollout_engine(
+    engine: str, folder: Path, prompt: list[int], rows: int
+) -> Callable[[int], list[list[int]]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from cpugrpo_edu.frozen import load_frozen
     from cpugrpo_edu.rollout import Sampling, rollout
 
-    rng = random.Random(0)
-    prompt = [rng.randrange(3, 400) for _ in range(prompt_tokens)]
     if engine == "ours-int8":
         source = folder / "bf16"
         model = load_frozen(str(source), AutoConfig.from_pretrained(source))
     else:
         model = AutoModelForCausalLM.from_pretrained(folder / "fp32")
 
-    def once(tokens: int) -> None:
+    def once(tokens: int) -> list[list[int]]:
         sampling = Sampling(tokens, 1.0)
         name = "generate" if engine == "generate" else "fast"
-        rollout(model, [prompt], rows, sampling, eos_ids=set(), pad_id=2, engine=name)
+        [group] = rollout(model, [prompt], rows, sampling, eos_ids=set(), pad_id=2, engine=name)
+        return [episode.completion_ids for episode in group.episodes]
 
-    with torch.inference_mode():
-        once(4)
-        start = time.perf_counter()
-        once(tokens)
-        return time.perf_counter() - start
+    return once
 
 
 ENGINES = ("generate", "ours-float32", "ours-int8")
+ENGINE_PEERS = ("llama.cpp", "continuous")
 
 
 # Floors: what the machine could at best do
@@ -480,6 +508,27 @@ def floors_worker() -> dict[str, Any]:
     return machine_floors()
 
 
+# What the sweep and the other rollout engines are made of lies in modules of their own
+
+
+def calibrate_worker() -> dict[str, Any]:
+    from cpugrpo_edu.cost import calibrate
+
+    return calibrate()
+
+
+def sweep_worker(**arguments: Any) -> dict[str, Any]:
+    from cpugrpo_edu.sweep import measure_point
+
+    return measure_point(**arguments)
+
+
+def evaluation_worker() -> dict[str, Any]:
+    from cpugrpo_edu.sweep import measure_evaluation
+
+    return measure_evaluation()
+
+
 # Whole comparisons
 
 
@@ -513,7 +562,7 @@ def bundled_speed(steps: int = 3) -> dict[str, Any]:
                 to_dataset(problems, policy.system),
                 CPUOptions(engine=engine),
             )
-            trainer.add_callback(StepTimes(times))
+            trainer.add_callback(step_callback(times))
             trainer.train()
         tally = trainer.tally
         results[engine] = {
@@ -574,13 +623,18 @@ def bench_b1(
     results["peers"] = {}
     for peer in peers:
         say(f"{peer}: {peer_steps} steps of {PEERS[peer]}")
-        lora = peer == "stock-lora"
-        results["peers"][peer] = attempt(
-            PEER_MEMORY[peer],
-            lambda lora=lora: run_worker(  # type: ignore[misc]
+
+        def call(peer: str = peer) -> dict[str, Any]:
+            if peer == "ours-full":
+                some = asdict(replace(workload, steps=peer_steps, stages=1))
+                full = asdict(Options("full"))
+                return run_worker("ours", say, workload=some, folder=model, options=full)
+            lora = peer == "stock-lora"
+            return run_worker(
                 "stock", say, workload=shape, folder=model, lora=lora, steps=peer_steps
-            ),
-        )
+            )
+
+        results["peers"][peer] = attempt(PEER_MEMORY[peer], call)
     return new_record(workload.name, {**shape, "options": asdict(options)}, results)
 
 
@@ -615,6 +669,16 @@ def b1_rows(record: RunRecord) -> list[list[str]]:
     floor = sum(results["step_floor"].values())
     rows.append(["floor", f"{floor:.2f}", f"{group * tokens / floor:.0f}", "", "", ""])
     return rows
+
+
+def fallback_note(record: RunRecord) -> str:
+    """What the table's reader must know where this machine has no INT8 kernel; else ""."""
+    if record.results["ours"].get("int8_kernel") not in ("torch", "qnnpack"):
+        return ""
+    return (
+        "This machine has no INT8 kernel that computes right for training: ours fell back to "
+        "float products of the same integers, which saves memory but no time."
+    )
 
 
 B1_HEADER = ["", "s a step", "tokens/s", "peak GB", "x ours", "ours' memory, x"]
@@ -672,27 +736,71 @@ def ablate_rows(record: RunRecord) -> list[list[str]]:
 
 def bench_rollout(
     workload: Workload,
+    peers: tuple[str, ...] = (),
+    groups: tuple[int, ...] = (2, 8),
     engines: tuple[str, ...] = ENGINES,
     folder: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> RunRecord:
-    """Tokens a second of each rollout engine on the workload's shape."""
+    """Tokens a second of each rollout engine on the workload's shape, for some group sizes."""
+    unknown = sorted(set(peers) - set(ENGINE_PEERS))
+    if unknown:
+        allowed = ", ".join(ENGINE_PEERS)
+        raise UserError(f"unknown peer {', '.join(unknown)}; allowed are {allowed}")
     model = str(workload_model(workload, folder))
-    results = {}
-    for engine in engines:
-        say(f"rollouts: {engine}, {workload.group} rows")
-        results[engine] = attempt(
-            4 * 2**30,
-            lambda engine=engine: run_worker(  # type: ignore[misc]
-                "rollout",
-                say,
-                engine=engine,
-                folder=model,
-                rows=workload.group,
-                tokens=workload.tokens,
-            ),
-        )
-    return new_record("rollout", asdict(workload), {"engines": results})
+    results: dict[str, dict[str, Any]] = {}
+    for engine in (*engines, *peers):
+        results[engine] = {}
+        for group in groups:
+            say(f"rollouts: {engine}, {group} rows")
+            results[engine][str(group)] = attempt(
+                4 * 2**30,
+                lambda engine=engine, group=group: run_worker(  # type: ignore[misc]
+                    "rollout",
+                    say,
+                    engine=engine,
+                    folder=model,
+                    rows=group,
+                    tokens=workload.tokens,
+                ),
+            )
+    return new_record("rollout", {**asdict(workload), "groups": groups}, {"engines": results})
+
+
+ROLLOUT_HEADER = ["Engine", "G", "tokens/s", "x generate", "peak GB"]
+
+
+def rollout_rows(record: RunRecord) -> list[list[str]]:
+    """One row an engine and group size; ratios are to Hugging Face's ``generate``."""
+    rows = []
+    engines = record.results["engines"]
+    for engine, by_group in engines.items():
+        for group, result in by_group.items():
+            if "skipped" in result:
+                rows.append([engine, group, "skipped: " + result["skipped"], "", ""])
+                continue
+            speed = result["tokens_per_second"]
+            base = engines.get("generate", {}).get(group, {}).get("tokens_per_second")
+            ratio = f"{speed / base:.1f}" if base else ""
+            peak = f"{result['peak_rss_bytes'] / 1e9:.2f}"
+            rows.append([engine, group, f"{speed:.1f}", ratio, peak])
+    return rows
+
+
+TRAIN_HEADER = ["Rollouts by", "s a step", "rollout tokens/s", "tokens/s in all"]
+
+
+def train_rows(record: RunRecord) -> list[list[str]]:
+    """The bundled model's steps, one row a rollout engine."""
+    return [
+        [
+            name,
+            f"{sum(result['step_seconds']) / len(result['step_seconds']):.2f}",
+            f"{result['rollout_tokens_per_second']:.0f}",
+            f"{result['tokens_per_second']:.0f}",
+        ]
+        for name, result in record.results["engines"].items()
+    ]
 
 
 # Processes
@@ -704,6 +812,9 @@ WORKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "rollout": rollout_speed,
     "floors": floors_worker,
     "bundled": bundled_speed,
+    "calibrate": calibrate_worker,
+    "sweep": sweep_worker,
+    "evaluation": evaluation_worker,
 }
 MARK = "RESULT "
 

@@ -224,8 +224,9 @@ def run(
     from cpugrpo_edu.hardware import configure_threads
 
     configure_threads(threads)
+    from cpugrpo_edu.estimate import estimate_text
     from cpugrpo_edu.monitor import ProgressDisplay
-    from cpugrpo_edu.pipeline import Interrupted, RunConfig
+    from cpugrpo_edu.pipeline import Interrupted, RunConfig, check_settings
     from cpugrpo_edu.pipeline import run as run_pipeline
 
     given = {
@@ -272,12 +273,16 @@ def run(
         raise UserError("--resume needs the --output folder of the interrupted run")
     folder = output or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"
     started = psutil.Process().create_time()
+    display = ProgressDisplay(quiet=quiet)
+    if not quiet:
+        check_settings(config)
+        display.message(estimate_text(config))
     try:
         record = run_pipeline(
             config,
             folder,
             resume=resume,
-            display=ProgressDisplay(quiet=quiet),
+            display=display,
             started=started,
             report_to=report_to,
         )
@@ -494,22 +499,33 @@ def models(
     from rich.console import Console
     from rich.table import Table
 
+    from cpugrpo_edu.estimate import catalogue_steps
     from cpugrpo_edu.memory import available_memory, models_that_fit
 
     if memory_gib is not None and not 0 < memory_gib < 2**20:
         raise UserError(f"--memory-gib is {memory_gib}; give more than 0, and a finite number")
     available = available_memory() if memory_gib is None else int(memory_gib * 2**30)
     rows = models_that_fit(available)
+    steps, about = catalogue_steps()
+    for row in rows:
+        row |= steps.get(row["name"], {})
     if as_json:
         print(json.dumps(rows))
         return
     table = Table(title=f"With {available / 2**30:.1f} GiB of memory (estimates in GiB, float32)")
     for heading in ("Model", "Parameters", "Evaluate", "LoRA", "Full", "Most that fits"):
         table.add_column(heading)
+    if steps:
+        table.add_column("LoRA on INT8")
     for row in rows:
-        sizes = (f"{row[f'{kind}_bytes'] / 2**30:.2f}" for kind in ("evaluate", "lora", "full"))
-        table.add_row(row["name"], f"{row['parameters']:,}", *sizes, row["verdict"])
+        sizes = [f"{row[f'{kind}_bytes'] / 2**30:.2f}" for kind in ("evaluate", "lora", "full")]
+        cells = [row["name"], f"{row['parameters']:,}", *sizes, row["verdict"]]
+        if steps:
+            memory = row["int8_peak_bytes"] / 2**30
+            cells.append(f"{row['int8_step_seconds']:.1f} s, {memory:.1f} GiB")
+        table.add_row(*cells)
     Console().print(table)
+    print(about)
 
 
 # Benchmarks
@@ -540,6 +556,10 @@ def workload_of(name: str, steps: int | None) -> Any:
         raise UserError(f"--steps is {steps}; give at least 1")
     workload = WORKLOADS[name]
     return workload if steps is None else replace(workload, steps=steps)
+
+
+def comma_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def show_progress(line: str) -> None:
@@ -575,7 +595,7 @@ def bench_machine(output: Record = None, as_json: Json = False) -> None:
 @bench.command("b1")
 def bench_b1_command(
     peers: Annotated[
-        str, typer.Option(help="stock and stock-lora, by comma; none by default.")
+        str, typer.Option(help="stock, stock-lora and ours-full, by comma; none by default.")
     ] = "",
     workload: Annotated[str, typer.Option(help="b1, b2 (10 steps a stage) or b3 (G = 8).")] = "b1",
     steps: Steps = None,
@@ -589,15 +609,17 @@ def bench_b1_command(
 
     Example: `cpugrpo bench b1 --peers stock,stock-lora`
     """
-    from cpugrpo_edu.bench import B1_HEADER, b1_rows, bench_b1
+    from cpugrpo_edu.bench import B1_HEADER, b1_rows, bench_b1, fallback_note
 
-    names = tuple(name.strip() for name in peers.split(",") if name.strip())
+    names = comma_names(peers)
     if peer_steps < 1:
         raise UserError(f"--peer-steps is {peer_steps}; give at least 1")
     say = silent if quiet else show_progress
     shape = workload_of(workload, steps)
     record = bench_b1(shape, names, peer_steps, folder=cache, say=say)
     give(record, output, B1_HEADER, b1_rows(record), as_json)
+    if note := fallback_note(record):
+        print(note, file=sys.stderr)
     if not record.results["ours"]["weights_changed"]["changed"]:
         print("cpugrpo: the weights did not change: no training took place", file=sys.stderr)
         raise SystemExit(1)
@@ -633,47 +655,78 @@ def bench_ablate_command(
 
 @bench.command("rollout")
 def bench_rollout_command(
-    workload: Annotated[str, typer.Option(help="b1 (2 rows) or b3 (8 rows).")] = "b3",
+    peers: Annotated[
+        str, typer.Option(help="llama.cpp and continuous, by comma; none by default.")
+    ] = "",
     cache: Cache = None,
     output: Record = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tokens a second of the rollout engines on the 494M-parameter shape."""
-    from cpugrpo_edu.bench import bench_rollout
+    """Tokens a second of the rollout engines on the 494M-parameter shape, for G = 2 and 8.
+
+    Example: `cpugrpo bench rollout --peers llama.cpp,continuous`
+    """
+    from cpugrpo_edu.bench import ROLLOUT_HEADER, bench_rollout, rollout_rows
 
     say = silent if quiet else show_progress
-    record = bench_rollout(workload_of(workload, None), folder=cache, say=say)
-    rows = [
-        [name, result["skipped"], ""]
-        if "skipped" in result
-        else [
-            name,
-            f"{result['tokens_per_second']:.1f}",
-            f"{result['peak_rss_bytes'] / 1e9:.2f}",
-        ]
-        for name, result in record.results["engines"].items()
-    ]
-    give(record, output, ["Engine", "tokens/s", "peak GB"], rows, as_json)
+    record = bench_rollout(workload_of("b1", None), comma_names(peers), folder=cache, say=say)
+    give(record, output, ROLLOUT_HEADER, rollout_rows(record), as_json)
+
+
+@bench.command("sweep")
+def bench_sweep_command(
+    cache: Cache = None, output: Record = None, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """GRPO steps over G, completion length, layers and models, and the cost model fitted to them.
+
+    Some minutes; an interrupted sweep goes on where it was. `cpugrpo models` and `cpugrpo run`
+    predict from the record.
+
+    Example: `cpugrpo bench sweep --output records/bench-sweep.json`
+    """
+    from cpugrpo_edu import sweep
+    from cpugrpo_edu.bench import cache_folder
+    from cpugrpo_edu.report import markdown_table
+
+    partial = (cache or cache_folder()) / "sweep.partial.json"
+    say = silent if quiet else show_progress
+    record = sweep.bench_sweep(folder=cache, say=say, partial=partial)
+    give(record, output, sweep.SWEEP_HEADER, sweep.sweep_rows(record), as_json)
+    if not as_json:
+        print("\n" + markdown_table(sweep.COEFFICIENT_HEADER, sweep.coefficient_rows(record)))
+        print("\n" + sweep.sweep_summary(record))
 
 
 @bench.command("train")
 def bench_train(output: Record = None, as_json: Json = False) -> None:
     """Steps of the bundled model's default run with each rollout engine."""
-    from cpugrpo_edu.bench import new_record, run_worker
+    from cpugrpo_edu.bench import TRAIN_HEADER, new_record, run_worker, train_rows
 
     record = new_record("train", {}, {"engines": run_worker("bundled", show_progress)})
-    rows = [
-        [
-            name,
-            f"{sum(result['step_seconds']) / len(result['step_seconds']):.2f}",
-            f"{result['rollout_tokens_per_second']:.0f}",
-            f"{result['tokens_per_second']:.0f}",
-        ]
-        for name, result in record.results["engines"].items()
-    ]
-    header = ["Rollouts by", "s a step", "rollout tokens/s", "tokens/s in all"]
-    give(record, output, header, rows, as_json)
+    give(record, output, TRAIN_HEADER, train_rows(record), as_json)
+
+
+@bench.command("plot")
+def bench_plot(
+    record: Annotated[Path, typer.Argument(help="A record that a bench command wrote.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The picture (.png); default: beside the record.")
+    ] = None,
+) -> None:
+    """Draw a benchmark's record, and print what the picture shows in words.
+
+    Example: `cpugrpo bench plot records/bench-b1.json`
+    """
+    from cpugrpo_edu.bench_plots import plot_record
+    from cpugrpo_edu.types import RunRecord
+
+    plot = plot_record(RunRecord.load(record))
+    path = output or record.with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(plot.png())
+    print(f"picture: {path}", file=sys.stderr)
+    print(plot.alt)
 
 
 if __name__ == "__main__":

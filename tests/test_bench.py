@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
+import sys
 from dataclasses import asdict, replace
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cpugrpo_edu import bench
+from cpugrpo_edu import bench, bench_plots, quantization, rollout_peers, sweep
 from cpugrpo_edu.bench import (
     ABLATIONS,
     PEERS,
@@ -23,8 +26,11 @@ from cpugrpo_edu.bench import (
     bench_b1,
     bench_rollout,
     even_ids,
+    fallback_note,
     make_model,
+    new_record,
     ours,
+    rollout_rows,
     rollout_speed,
     run_worker,
     steady_seconds,
@@ -93,6 +99,12 @@ def test_both_copies_of_the_model_have_the_same_values(folder):
     weights = [dict(m.named_parameters()) for m in models]
     assert all((weights[0][n].float() == weights[1][n]).all() for n in weights[0])
     assert AutoConfig.from_pretrained(folder / "fp32").tie_word_embeddings
+
+
+def test_a_word_of_a_prompt_is_one_token(folder):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "bf16")
+    for prompt in TINY.prompts():
+        assert tokenizer(prompt)["input_ids"] == [int(word[1:]) for word in prompt.split()]
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -176,8 +188,80 @@ def test_an_ablation_and_its_table(in_process):
 
 
 def test_rollout_comparison(in_process):
-    record = bench_rollout(TINY, ("ours-int8",))
-    assert record.results["engines"]["ours-int8"]["tokens_per_second"] > 0
+    record = bench_rollout(TINY, engines=("generate", "ours-int8"), groups=(2, 3))
+    engines = record.results["engines"]
+    assert engines["ours-int8"]["3"]["tokens_per_second"] > 0
+    engines["gone"] = {"2": {"skipped": "why"}}
+    rows = rollout_rows(record)
+    assert [row[:2] for row in rows[:3]] == [
+        ["generate", "2"],
+        ["generate", "3"],
+        ["ours-int8", "2"],
+    ]
+    assert rows[0][3] == "1.0" and rows[-1][2] == "skipped: why"
+    with pytest.raises(UserError, match="unknown peer vllm; allowed are llama.cpp, continuous"):
+        bench_rollout(TINY, ("vllm",))
+
+
+def test_completions_of_another_length_are_no_measurement(folder, monkeypatch):
+    monkeypatch.setitem(rollout_peers.PEERS, "continuous", lambda *a: lambda tokens: [[1], [1, 2]])
+    with pytest.raises(UserError, match=r"completions of \[1, 2\] tokens instead of 4"):
+        rollout_speed("continuous", str(folder), rows=2, tokens=4)
+
+
+def test_continuous_batching(folder):
+    try:
+        result = rollout_speed("continuous", str(folder), rows=2, tokens=5, prompt_tokens=5)
+    except UserError as error:  # a library in motion: then the benchmark says so
+        pytest.skip(str(error))
+    assert result["tokens_per_second"] > 0
+
+
+def test_llama_cpp_computes_the_same_model(folder, tmp_path):
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    shutil.copytree(folder, tmp_path / "model")
+    prompt = [5, 17, 300, 8, 42]
+    model = AutoModelForCausalLM.from_pretrained(folder / "fp32")
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0, -1]
+    path = rollout_peers.write_gguf(tmp_path / "model" / "bf16", tmp_path / "model.gguf")
+    llama = rollout_peers.LlamaCpp(path, rows=2, length=16, threads=1)
+    llama.feed(prompt, list(range(5)), [0] * 5)
+    found = torch.tensor(llama.logits(4, TINY.vocabulary))
+    llama.close()
+    assert float(torch.corrcoef(torch.stack([found, expected]))[0, 1]) > 0.999
+    result = rollout_speed("llama.cpp", str(tmp_path / "model"), rows=2, tokens=5, prompt_tokens=5)
+    assert result["tokens_per_second"] > 0
+
+
+def test_a_peer_that_is_not_installed_says_how_to_get_it(folder, monkeypatch):
+    for module in ("llama_cpp", "gguf"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match="llama_cpp is not here .* pip install llama-cpp-python"):
+        rollout_speed("llama.cpp", str(folder), rows=2, tokens=4)
+
+
+def test_names_of_tensors_in_gguf():
+    assert rollout_peers.gguf_name("model.embed_tokens.weight") == "token_embd.weight"
+    name = rollout_peers.gguf_name("model.layers.12.self_attn.q_proj.bias")
+    assert name == "blk.12.attn_q.bias"
+
+
+def test_full_fine_tuning_of_ours_is_a_contestant(in_process):
+    record = bench_b1(TINY, ("ours-full",), peer_steps=2)
+    result = record.results["peers"]["ours-full"]
+    assert len(result["step_seconds"]) == 2 and result["weights_changed"]["relative_l2"] > 0
+
+
+def test_without_int8_instructions_ours_falls_back_and_says_so(folder, monkeypatch):
+    monkeypatch.setattr(quantization, "_kernel_works", lambda engine: False)
+    result = ours(asdict(replace(TINY, stages=1)), str(folder), asdict(Options()))
+    assert result["int8_kernel"] == "torch" and result["weights_changed"]["changed"]
+    record = new_record("tiny", {**asdict(TINY)}, {"ours": result, "peers": {}, "step_floor": {}})
+    assert "no INT8 kernel" in fallback_note(record)
+    result["int8_kernel"] = "x86"
+    assert fallback_note(record) == ""
 
 
 def test_the_first_step_warms_up():
@@ -197,7 +281,7 @@ def test_the_model_is_made_once(tmp_path, monkeypatch):
 
     def make(name, **arguments):
         calls.append(name)
-        (tmp_path / "random-2x32").mkdir()
+        (tmp_path / "workload-2x32").mkdir()
 
     monkeypatch.setattr(bench, "run_worker", make)
     assert workload_model(TINY, tmp_path) == workload_model(TINY, tmp_path)
@@ -217,7 +301,7 @@ def test_commands(in_process, monkeypatch, tmp_path):
     assert shown.exit_code == 0 and "| ours |" in shown.stdout
     assert json.loads(path.read_text())["results"]["ours"]["weights_changed"]["changed"]
     assert "200.0" in command("machine").stdout
-    some = functools.partial(bench_rollout, engines=("ours-int8",))
+    some = functools.partial(bench_rollout, engines=("ours-int8",), groups=(2,))
     monkeypatch.setattr(bench, "bench_rollout", some)
     assert "ours-int8" in command("rollout", "--quiet").stdout
     some = functools.partial(bench_ablate, names=("all on",))
@@ -239,7 +323,7 @@ def test_weights_that_do_not_change_fail_the_command(in_process, monkeypatch):
         (["--workload", "b9"], "'b9'; allowed are b1, b2, b3"),
         (["--steps", "0"], "--steps is 0"),
         (["--peer-steps", "0"], "--peer-steps is 0"),
-        (["--peers", "llama"], "unknown peer llama"),
+        (["--peers", "llama"], "unknown peer llama; allowed are stock, stock-lora, ours-full"),
     ],
 )
 def test_bad_input(arguments, words, monkeypatch, capsys):
@@ -247,3 +331,98 @@ def test_bad_input(arguments, words, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+# The sweep
+
+SMALL = sweep.Shape(2, 32, 64, 2, 1, 400)
+FEW_POINTS = (
+    *(sweep.Point(SMALL, 2, tokens, steps=2) for tokens in (2, 4, 6)),
+    sweep.Point(SMALL, 2, 4, frozen=False, steps=2),
+    sweep.Point(None, 2, 3, prompts=2, steps=2),
+)
+
+
+@pytest.fixture
+def sweep_in_process(in_process, monkeypatch):
+    monkeypatch.setitem(bench.WORKERS, "evaluation", lambda: sweep.measure_evaluation(per_cell=1))
+
+
+def test_a_sweep_is_fitted_shown_and_resumed(sweep_in_process, monkeypatch, tmp_path):
+    partial, lines = tmp_path / "partial.json", []
+    real = bench.WORKERS["sweep"]
+
+    def interrupted(**arguments):
+        if arguments["point"]["tokens"] == 6:
+            raise KeyboardInterrupt
+        return real(**arguments)
+
+    monkeypatch.setitem(bench.WORKERS, "sweep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.bench_sweep(FEW_POINTS, say=lines.append, partial=partial)
+    assert len(json.loads(partial.read_text())["done"]) == 3  # the floors and two points
+    calls = []
+    monkeypatch.setitem(bench.WORKERS, "sweep", lambda **a: calls.append(1) or real(**a))
+    record = sweep.bench_sweep(FEW_POINTS, say=lines.append, partial=partial)
+    assert len(calls) == len(FEW_POINTS) - 2 and not partial.exists()
+    rows = sweep.sweep_rows(record)
+    assert len(rows) == len(FEW_POINTS) and all(row[3].endswith("%") for row in rows)
+    assert len(sweep.coefficient_rows(record)) == 11
+    assert "points left out of the fit, 5 points" in sweep.sweep_summary(record)
+    first = record.results["points"][0]
+    assert 0 < first["rollout_seconds"] < first["step_seconds"]
+    assert first["step"]["prompt_tokens"] == 64
+    plot = bench_plots.plot_record(record)
+    assert "2 tokens" in plot.alt and "5 points" in plot.alt and plot.png()
+    record.save(tmp_path / "sweep.json")
+    shown = command("plot", str(tmp_path / "sweep.json"))
+    assert shown.exit_code == 0 and (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+def test_a_point_that_fails_is_left_out(sweep_in_process, monkeypatch):
+    real = bench.WORKERS["sweep"]
+
+    def fail(**arguments):
+        if arguments["point"]["shape"] is None:
+            raise UserError("too little memory")
+        return real(**arguments)
+
+    monkeypatch.setitem(bench.WORKERS, "sweep", fail)
+    record = sweep.bench_sweep(FEW_POINTS)
+    assert record.results["skipped"] == {FEW_POINTS[-1].name: "too little memory"}
+
+
+def result(seconds, peak=2e9):
+    return {"step_seconds": [9.0, seconds], "peak_rss_bytes": peak, "tokens_per_second": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "results", "words"),
+    [
+        (
+            "b1",
+            {
+                "ours": result(4.0),
+                "peers": {"stock": result(36.0, 9e9), "stock-lora": {"skipped": "no memory"}},
+                "step_floor": {"decode": 1.5},
+            },
+            ["stock 36.00 s and 9.00 GB", "floor is 1.50 s", "Skipped: stock-lora"],
+        ),
+        ("ablate", {"ablations": {"all on": result(4.0), "generate": result(9.0)}}, ["9.00 s"]),
+        (
+            "rollout",
+            {"engines": {"generate": {"2": result(1), "8": result(1)}}},
+            ["with G = 8: generate 3"],
+        ),
+        (
+            "train",
+            {"engines": {"fast": {**result(1), "rollout_tokens_per_second": 70.0}}},
+            ["rollouts alone: fast 70"],
+        ),
+    ],
+)
+def test_plots_say_what_they_show(kind, results, words):
+    plot = bench_plots.plot_record(new_record(kind, {"group": 2, "tokens": 64}, results))
+    assert all(word in plot.alt for word in words) and plot.figure.axes
+    with pytest.raises(UserError, match="no plot for a record of kind 'bench-machine'"):
+        bench_plots.plot_record(new_record("machine", {}, {}))

@@ -23,6 +23,7 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
+from cpugrpo_edu import bench, bench_plots, sweep
 from cpugrpo_edu.monitor import (
     BLUE,
     GREEN,
@@ -162,18 +163,46 @@ def table_class() -> str:
     return "\n".join([*header, *lines])
 
 
-def table_benchmarks() -> str:
-    """The recorded benchmarks of the 494M-parameter workload."""
-    from cpugrpo_edu.bench import B1_HEADER, b1_rows
+NO_BENCHMARK = "No benchmark is recorded yet, so none is quoted."
 
+BENCH_TABLES: dict[str, tuple[str, list[str], Callable[[RunRecord], list[list[str]]]]] = {
+    "bench-b1": ("Three stages of five steps, groups of two.", bench.B1_HEADER, bench.b1_rows),
+    "bench-b2": ("Three stages of ten steps.", bench.B1_HEADER, bench.b1_rows),
+    "bench-b3": ("Three stages, groups of eight.", bench.B1_HEADER, bench.b1_rows),
+    "bench-rollout": ("Rollouts alone.", bench.ROLLOUT_HEADER, bench.rollout_rows),
+    "bench-ablate": ("One fast path off at a time.", bench.ABLATE_HEADER, bench.ablate_rows),
+    "bench-train": ("The bundled model.", bench.TRAIN_HEADER, bench.train_rows),
+    "bench-sweep": (
+        "The sweep, each point predicted by a fit without it.",
+        sweep.SWEEP_HEADER,
+        sweep.sweep_rows,
+    ),
+}
+"""Kind of record: what it is, the table's header and its rows; in the order of the page."""
+
+
+def benchmarks() -> list[RunRecord]:
+    """The recorded benchmarks that the page shows, in its order."""
+    found = [RunRecord.load(path) for path in sorted(RECORDS.glob("**/*.json"))]
+    order = list(BENCH_TABLES)
+    return sorted(
+        (record for record in found if record.kind in order), key=lambda r: order.index(r.kind)
+    )
+
+
+def table_benchmarks() -> str:
+    """The recorded benchmarks, each with its machine."""
     parts = []
-    for path in sorted(RECORDS.glob("**/*.json")):
-        record = RunRecord.load(path)
-        if record.kind in ("bench-b1", "bench-b2", "bench-b3"):
-            machine = f"{record.machine['cpu']}, {record.machine['usable_cores']} usable cores"
-            parts.append(f"**{record.kind}**, {machine}, {record.created[:10]}:")
-            parts.append(markdown_table(B1_HEADER, b1_rows(record)))
-    return "\n\n".join(parts) or "No benchmark is recorded yet, so none is quoted."
+    for record in benchmarks():
+        title, header, rows = BENCH_TABLES[record.kind]
+        machine = f"{record.machine['cpu']}, {record.machine['usable_cores']} usable cores"
+        parts.append(f"**{title}** {machine}, {record.created[:10]}:")
+        parts.append(markdown_table(header, rows(record)))
+        if record.kind == "bench-sweep":
+            parts.append("How many times its floor each kind of work takes, as fitted:")
+            parts.append(markdown_table(sweep.COEFFICIENT_HEADER, sweep.coefficient_rows(record)))
+            parts.append(sweep.sweep_summary(record))
+    return "\n\n".join(parts) or NO_BENCHMARK
 
 
 def table_origin() -> str:
@@ -348,11 +377,27 @@ def plot_reward() -> Plot:
     )
 
 
+def plot_benchmark(kind: str) -> Plot:
+    """The picture of a benchmark's record, or of its absence."""
+    for record in benchmarks():
+        if record.kind == kind:
+            return bench_plots.plot_record(record)
+    figure = new_figure(7, 1)
+    axes = figure.add_subplot()
+    alt = f"No picture: no record of kind {kind} is kept yet, so no measurement is shown."
+    axes.text(0.5, 0.5, alt, ha="center", va="center", transform=axes.transAxes)
+    axes.set_axis_off()
+    return Plot(figure, alt)
+
+
 PLOTS: dict[str, Callable[[], Plot]] = {
     "differences": plot_differences,
     "stages": plot_stages,
     "reward": plot_reward,
     "accuracy": lambda: plot_accuracy(runs(True)[0]),
+    "bench-b1": lambda: plot_benchmark("bench-b1"),
+    "bench-rollout": lambda: plot_benchmark("bench-rollout"),
+    "bench-sweep": lambda: plot_benchmark("bench-sweep"),
 }
 
 

@@ -1,0 +1,336 @@
+"""How long a GRPO step will take: the work counted, times what such work costs here.
+
+A step's *work* is a handful of counts: layer calls, bytes of weights read, multiply-adds,
+numbers the optimizer updates. Each count is given in the seconds that this machine would need
+at its best (its *floors*), so the coefficients in
+
+    seconds = c_calls * calls + c_weights * weights + c_operations * operations + ...
+
+are pure numbers, at least 0: how many times slower than the floor that kind of work is. They
+are fitted once, by non-negative least squares on relative errors, to a sweep over group size,
+completion length, layers and models (:mod:`cpugrpo_edu.sweep`); another machine needs only
+its floors, which :func:`calibrate` measures in about a second. Every error stated is that of
+points left out of the fit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
+from typing import Any
+
+from cpugrpo_edu.memory import Architecture, estimate_training_memory
+from cpugrpo_edu.types import UserError
+
+WIDER = 0.5
+"""Least relative error stated where this machine could not be calibrated."""
+
+Work = dict[str, float]
+"""Kind of work -> seconds it would take at the machine's floors."""
+
+
+# The floors
+
+
+def best_of(function: Callable[[], Any], repeats: int = 3) -> float:
+    """The shortest time of some calls, after one that warms up; seconds."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def calibrate(rows: int = 228) -> dict[str, float]:
+    """This machine's floors, in about a second: rates of products, of reading, and of calls.
+
+    ``call_seconds`` is one small layer: a norm and a product of a single row.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from cpugrpo_edu.quantization import Int8Linear
+
+    inner, outer = 896, 4864
+    weight = torch.randn(outer, inner)
+    x, few = torch.randn(rows, inner), torch.randn(2, inner)
+    large = torch.ones(32 * 2**20)
+    layers = [Int8Linear(weight) for _ in range(10)]  # more than a core's cache holds
+    small, row = torch.randn(64, 64), torch.randn(1, 64)
+    operations = 2.0 * rows * inner * outer
+
+    def decode() -> None:
+        for layer in layers:
+            layer(few)
+
+    def calls() -> None:
+        for _ in range(100):
+            F.linear(F.rms_norm(row, (64,)), small)
+
+    with torch.inference_mode():
+        return {
+            "float32_gflops": operations / best_of(lambda: x @ weight.t()) / 1e9,
+            "int8_gops": operations / best_of(lambda: layers[0](x)) / 1e9,
+            "read_gb_per_second": large.nbytes / best_of(large.sum) / 1e9,
+            "int8_weight_gb_per_second": len(layers) * inner * outer / best_of(decode) / 1e9,
+            "call_seconds": best_of(calls) / 100,
+        }
+
+
+FLOORS = (
+    *("float32_gflops", "int8_gops", "read_gb_per_second", "int8_weight_gb_per_second"),
+    "call_seconds",
+)
+
+
+# The work
+
+
+@dataclass(frozen=True)
+class Step:
+    """One GRPO step: ``prompts`` groups of ``group`` completions of ``tokens`` tokens."""
+
+    architecture: Architecture
+    prompts: int = 1
+    group: int = 8
+    prompt_tokens: float = 64
+    tokens: float = 64
+    """Mean length of a completion."""
+    longest: float = 0
+    """Tokens of the longest completion, so decode steps; 0: as long as the others."""
+    frozen: bool = True
+    """LoRA on a frozen INT8 base, prompts shared within a group."""
+    lora_rank: int = 16
+    """0 trains all weights."""
+    int8_rollouts: bool = False
+    reference: bool = False
+    checkpointing: bool = False
+    micro_batches: int = 0
+    """Backward passes; 0: one a prompt."""
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group
+
+    @property
+    def blocks(self) -> int:
+        """Weights of all layers' linear maps."""
+        a = self.architecture
+        return a.layers * (2 * a.hidden * (a.attention + a.kv) + 3 * a.hidden * a.ffn)
+
+    @property
+    def head(self) -> int:
+        return self.architecture.vocab * self.architecture.hidden
+
+    @property
+    def trained(self) -> int:
+        a = self.architecture
+        return a.lora_parameters(self.lora_rank) if self.lora_rank else a.parameters
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Step:
+        return cls(**{**data, "architecture": Architecture(**data["architecture"])})
+
+
+def rollout_work(step: Step, floors: Mapping[str, float]) -> Work:
+    """What sampling the completions asks of the machine."""
+    a = step.architecture
+    int8 = step.frozen or step.int8_rollouts
+    operations = floors["int8_gops" if int8 else "float32_gflops"] * 1e9
+    read = floors["read_gb_per_second"] * 1e9
+    weight_bytes = step.blocks + step.head
+    if int8:
+        weights = weight_bytes / (floors["int8_weight_gb_per_second"] * 1e9)
+    else:
+        weights = 4 * weight_bytes / read
+    decoded = step.rows * step.tokens
+    context = step.prompt_tokens + step.tokens / 2
+    passes = step.longest or step.tokens
+    return {
+        "calls": (passes + 1) * a.layers * floors["call_seconds"],
+        "weights": passes * weights,
+        "operations": 2
+        * (decoded * (step.blocks + step.head) + step.prompts * step.prompt_tokens * step.blocks)
+        / operations,
+        # Logits of every token, keys and values of every position before it
+        "traffic": 4 * decoded * (a.vocab + 2 * a.layers * a.kv * context) / read,
+    }
+
+
+def training_work(step: Step, floors: Mapping[str, float]) -> Work:
+    """What the loss, its gradient and the optimizer ask of the machine."""
+    a = step.architecture
+    completions = step.rows * step.tokens
+    if step.frozen:
+        sequence = step.prompt_tokens + step.group * step.tokens
+        tokens, pairs = step.prompts * sequence, step.prompts * sequence**2
+    else:
+        sequence = step.prompt_tokens + step.tokens
+        tokens, pairs = step.rows * sequence, step.rows * sequence**2
+    # Forward; backward to the inputs, and to the weights where those are trained
+    passes = 2.0 + (not step.lora_rank) + step.reference
+    if step.checkpointing:
+        passes += 1
+    elif step.frozen:  # the inside of each MLP is computed again
+        passes += a.layers * 3 * a.hidden * a.ffn / step.blocks
+    operations = floors["int8_gops" if step.frozen else "float32_gflops"] * 1e9
+    float_operations = floors["float32_gflops"] * 1e9
+    batches = step.micro_batches or step.prompts
+    return {
+        "step": 1000 * floors["call_seconds"],
+        "calls": batches * passes * a.layers * floors["call_seconds"],
+        "operations": 2 * passes * tokens * step.blocks / operations
+        + 4 * passes * pairs * a.layers * a.attention / float_operations,
+        "head": 2 * (2.0 + step.reference) * completions * step.head / float_operations,
+        # Gradient, its norm, both moments and the weight, read and written
+        "optimizer": 8 * 4 * step.trained / (floors["read_gb_per_second"] * 1e9),
+    }
+
+
+def load_work(step: Step, floors: Mapping[str, float]) -> Work:
+    """What importing the libraries and reading the weights asks of the machine."""
+    return {
+        "import": 100_000 * floors["call_seconds"],
+        "weights": 4 * step.architecture.parameters / (floors["read_gb_per_second"] * 1e9),
+    }
+
+
+def step_memory(step: Step) -> int:
+    """Bytes of the weights, gradients, optimizer and one micro-batch; without the libraries."""
+    a, size = step.architecture, 2 if step.frozen else 4  # INT8 weights are kept both ways round
+    whole: dict[str, Any] = {
+        "mode": "lora" if step.lora_rank else "full",
+        "lora_rank": step.lora_rank or 1,
+        "dtype_bytes": size,
+        "checkpointing": step.checkpointing,
+        "reference": step.reference,
+    }
+    if step.frozen:
+        tokens = round(step.prompt_tokens + step.group * step.tokens)
+        parts = estimate_training_memory(a, tokens_per_sequence=tokens, logits_tile=1, **whole)
+        # The inside of the MLPs is computed again, and the head makes tiles of the vocabulary.
+        lean = replace(a, ffn=0)
+        lean_parts = estimate_training_memory(lean, tokens_per_sequence=tokens, **whole)
+        return parts["total"] - parts["activations"] + lean_parts["activations"]
+    rows = -(-step.rows // (step.micro_batches or step.prompts))
+    tokens = max(1, round(step.prompt_tokens + step.tokens))
+    completion = max(1, round(rows * step.tokens))
+    return estimate_training_memory(
+        a, tokens_per_sequence=tokens, micro_batch=rows, logits_tile=completion, **whole
+    )["total"]
+
+
+# The fit
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Coefficients of one kind of time, and relative errors on points left out of the fit."""
+
+    coefficients: dict[str, float]
+    errors: list[float] = field(default_factory=list)
+
+    def __call__(self, work: Mapping[str, float]) -> float:
+        """Seconds."""
+        return sum(self.coefficients[kind] * amount for kind, amount in work.items())
+
+    @property
+    def error(self) -> float:
+        """What nine in ten of the left-out points stay below; 0 to 1 and more."""
+        found = sorted(map(abs, self.errors))
+        return found[min(len(found) - 1, int(0.9 * len(found)))] if found else WIDER
+
+
+def solve(works: Sequence[Work], seconds: Sequence[float]) -> dict[str, float]:
+    """Coefficients >= 0 with the least sum of squared relative errors."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    kinds = list(works[0])
+    matrix = np.array([[w[kind] / s for kind in kinds] for w, s in zip(works, seconds)])
+    scale = np.maximum(matrix.max(axis=0), 1e-300)
+    found, _ = nnls(matrix / scale, np.ones(len(works)))
+    return dict(zip(kinds, (found / scale).tolist()))
+
+
+def fit(works: Sequence[Work], seconds: Sequence[float]) -> Fit:
+    """Fit to all points; errors are predicted / measured - 1 of each point, fitted without it."""
+    if len(works) < 2 or min(seconds) <= 0:
+        raise UserError(f"cannot fit a cost model to {len(works)} points; measure at least 2")
+    errors = []
+    for i, (work, measured) in enumerate(zip(works, seconds)):
+        rest = solve([*works[:i], *works[i + 1 :]], [*seconds[:i], *seconds[i + 1 :]])
+        errors.append(Fit(rest)(work) / measured - 1)
+    return Fit(solve(works, seconds), errors)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The fits, the libraries' memory, and the floors that predictions are made with."""
+
+    rollout: Fit
+    training: Fit
+    load: Fit
+    steps: Fit
+    """Whole steps; no coefficients of its own, only errors."""
+    libraries: float
+    """Bytes that a process holds beside what is estimated."""
+    memory_errors: list[float]
+    problem_calls: float
+    """What one evaluated problem costs beside its tokens, in ``call_seconds``."""
+    floors: dict[str, float]
+    calibrated: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CostModel:
+        fits = {name: Fit(**data[name]) for name in ("rollout", "training", "load", "steps")}
+        return cls(**{**data, **fits})
+
+    @property
+    def error(self) -> float:
+        return self.steps.error if self.calibrated else max(WIDER, 2 * self.steps.error)
+
+    def step_seconds(self, step: Step) -> float:
+        return self.rollout(rollout_work(step, self.floors)) + self.training(
+            training_work(step, self.floors)
+        )
+
+    def peak_bytes(self, step: Step) -> float:
+        return self.libraries + step_memory(step)
+
+
+def fit_points(points: Sequence[Mapping[str, Any]], floors: dict[str, float]) -> CostModel:
+    """The model from a sweep's points: ``step`` (of :class:`Step`), ``rollout_seconds`` and
+    ``step_seconds`` of one step, ``load_seconds``, ``peak_rss_bytes``."""
+    steps = [Step.from_json(point["step"]) for point in points]
+    rollouts = [point["rollout_seconds"] for point in points]
+    trainings = [point["step_seconds"] - point["rollout_seconds"] for point in points]
+    rollout = fit([rollout_work(step, floors) for step in steps], rollouts)
+    training = fit([training_work(step, floors) for step in steps], trainings)
+    together = [
+        (r * (1 + a) + t * (1 + b)) / (r + t) - 1
+        for r, t, a, b in zip(rollouts, trainings, rollout.errors, training.errors)
+    ]
+    load = fit([load_work(s, floors) for s in steps], [point["load_seconds"] for point in points])
+    beside = [point["peak_rss_bytes"] - step_memory(s) for point, s in zip(points, steps)]
+    memory_errors = []
+    for i, (point, step) in enumerate(zip(points, steps)):
+        others = median(beside[:i] + beside[i + 1 :])
+        memory_errors.append((others + step_memory(step)) / point["peak_rss_bytes"] - 1)
+    return CostModel(
+        rollout=rollout,
+        training=training,
+        load=load,
+        steps=Fit({}, together),
+        libraries=median(beside),
+        memory_errors=memory_errors,
+        problem_calls=0.0,
+        floors=floors,
+    )
