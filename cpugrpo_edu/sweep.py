@@ -127,7 +127,7 @@ def _measure_point(point: Point, folder: Path, started: float) -> dict[str, Any]
         options = CPUOptions(
             int8_rollouts=bundled and default.int8_rollouts,
             share_prefix=point.frozen and not bundled,
-            compact=point.frozen and not bundled,
+            recompute=point.frozen and not bundled,
             skip_zero_advantage=False,
             patience=0,
         )
