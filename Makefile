@@ -51,7 +51,7 @@ notebooks: venv ## execute every notebook with nbval and print what each took
 mutations: venv ## break the package on purpose: a notebook must fail each time
 	$(BIN)/python tools/mutations.py
 
-psets: venv ## problem sets: student versions, zoo of wrong answers, leak test
+psets: venv ## problem sets: student versions, zoo of answers, leak test, hostile submissions
 	$(BIN)/python tools/psets.py $(ARGS)
 
 book: venv ## build the book from the stored outputs into _build/html

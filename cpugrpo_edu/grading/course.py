@@ -416,7 +416,7 @@ class Course:
 
     def feedback(self, assignment: str) -> list[Path]:
         """HTML pages without hidden tests and mark schemes; returns their paths."""
-        from cpugrpo_edu.grading.pages import Feedback
+        from cpugrpo_edu.grading.feedback import Feedback
 
         self.check_released(assignment)
         made = []
