@@ -54,7 +54,7 @@ notebooks: venv ## execute every notebook with nbval and print what each took
 mutations: venv ## break the package on purpose: a notebook must fail each time
 	$(BIN)/python tools/mutations.py
 
-psets: venv ## problem sets: student versions, zoo of wrong answers, leak test
+psets: venv ## problem sets: student versions, zoo of answers, leak test, hostile submissions
 	$(BIN)/python tools/psets.py $(ARGS)
 
 # without a network where the system can take it away, so that every build proves it needs none

@@ -170,6 +170,27 @@ def feedback(assignment: Name, course: Folder = Path("."), as_json: Json = False
 
 
 @app.command()
+def peers(
+    assignment: Name,
+    course: Folder = Path("."),
+    force: Annotated[bool, typer.Option(help="Deal anew where reviews were dealt.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Deal the submissions out for anonymous peer review: each student gives and gets one.
+
+    Example: `cpugrpo assign peers ps6`
+    """
+    reviews = opened(course).peers(assignment, force)
+    where = f"peers/{assignment}"
+    print(
+        json.dumps({"folder": where, "reviews": len(reviews)})
+        if as_json
+        else f"{len(reviews)} reviews: hand each student the folder {where}/STUDENT; "
+        f"keep {where}/pairs.csv, which tells who wrote what"
+    )
+
+
+@app.command()
 def export(
     to: Annotated[Path, typer.Argument(help="The CSV file to write.")],
     course: Folder = Path("."),

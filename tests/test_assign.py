@@ -195,6 +195,30 @@ def test_feedback_gives_nothing_away(graded, tmp_path):
         assert not re.search(r"<(script|link)[^>]*(src|href)=[\"']?(https?:)?//", text)
 
 
+def test_peers_get_a_folder_without_names(released, tmp_path):
+    before, notebook = released
+    root = shutil.copytree(before, tmp_path / "course")
+    at = ("--course", root)
+    small.write_submissions(tmp_path / "in", notebook, {s: {} for s in ("alice", "bob", "carol")})
+    invoke("collect", "small", "--from", tmp_path / "in", *at)
+    (root / "submitted/alice/small/peer_1a2b.md").write_text("my review")
+    (root / "submitted/bob/small/link").symlink_to(root / "course_secret")
+    assert invoke("peers", "small", *at) == {"folder": "peers/small", "reviews": 3}
+    with (root / "peers/small/pairs.csv").open(newline="") as file:
+        pairs = list(csv.DictReader(file))
+    assert {p["reviewer"] for p in pairs} == {p["author"] for p in pairs} == {*ANSWERS}
+    for pair in pairs:
+        assert pair["reviewer"] != pair["author"]
+        [given] = (root / "peers/small" / pair["reviewer"]).iterdir()
+        assert given.name == pair["code"]
+        assert [path.name for path in given.iterdir()] == ["small.ipynb"]
+    shutil.copytree(root / "submitted/alice", root / "submitted/dan")
+    assert "--force" in refused("peers", "small", *at)
+    assert invoke("peers", "small", "--force", *at)["reviews"] == 4
+    shutil.rmtree(root / "submitted/dan"), shutil.rmtree(root / "submitted/carol")
+    assert "at least 3" in refused("peers", "small", "--force", *at)
+
+
 def test_export_for_canvas_and_moodle(graded, tmp_path):
     rows = {}
     for kind in ("canvas", "moodle", "plain"):

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+pytest.importorskip("nbgrader", reason="grading needs the extra cpugrpo-edu[grading]")
+
 from cpugrpo_edu.grading.feedback import NOTICE, HideAnswers, normalise, regions
 
 HIDDEN = "assert abs(found - 0.123456) < 1e-6"
@@ -38,6 +40,12 @@ def test_a_failed_hidden_test_says_no_more() -> None:
         (cell,) = cleaned(new_code_cell(TEST, outputs=[error(message)]))
         assert cell.outputs[0].evalue == NOTICE
         assert cell.outputs[0].traceback == [NOTICE]
+
+
+def test_what_grading_itself_reports_stays() -> None:
+    own = new_output("error", ename="Timeout", evalue="longer than 5 s", traceback=["Timeout"])
+    (cell,) = cleaned(new_code_cell(TEST, outputs=[own]))
+    assert cell.outputs == [own]
 
 
 def test_a_visible_hint_stays() -> None:

@@ -26,7 +26,10 @@ pytest.importorskip("nbgrader", reason="grading needs the extra cpugrpo-edu[grad
 from cpugrpo_edu.grading import course as grading
 from cpugrpo_edu.grading import sandbox
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Object of type <Submitted"),  # of nbgrader's queries
+]
 
 WRONG = "def mean(values):\n    return -1.0"
 FULL = 5.0  # 6 less the written question
@@ -48,10 +51,13 @@ def answers(course, canary, port):
     """The submissions by name: the levels each needs (None: any) and the answers."""
     mean = "\ndef mean(values):\n    return sum(values) / len(values)\n"
     look = f"""
-import os, sqlite3
+import os, sqlite3, time
 found = []
+until = time.monotonic() + 3
 for top in ({str(course)!r}, '/proc', '/tmp', '/var/tmp', os.getcwd()):
     for folder, _, files in os.walk(top):
+        if time.monotonic() > until:
+            break
         for file in files:
             if top == '/proc' and file not in ('environ', 'cmdline', 'maps'):
                 continue

@@ -1,6 +1,6 @@
-"""Problem sets: make the student versions, grade the zoo of answers, look for leaks.
+"""Problem sets: make the student versions, grade the zoo, look for leaks, grade hostile answers.
 
-    python tools/psets.py                 # all three, for every problem set
+    python tools/psets.py                 # all four, for every problem set
     python tools/psets.py zoo ps1         # only the zoo of one
 
 A master is ``notebooks/psets/psN/psN.ipynb``; ``tests/psets/zoo/psN/NAME.py`` holds right and
@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MASTERS = ROOT / "notebooks" / "psets"
 ZOO = ROOT / "tests" / "psets" / "zoo"
 BUILD = ROOT / "build" / "psets"
+HOSTILE = [sys.executable, "-m", "pytest", "tests/test_hostile.py", "-q", "-s"]
 SECRETS = ("SOLUTION", "HIDDEN TESTS", "MARK SCHEME")
 
 
@@ -369,10 +370,11 @@ def _solution_lines(pset: str) -> set[str]:
 
 def main(arguments: list[str]) -> int:
     console = Console(width=120)
-    what = [a for a in arguments if a in ("generate", "zoo", "leaks")] or ["zoo", "leaks"]
+    known = ("generate", "zoo", "leaks", "hostile")
+    what = [a for a in arguments if a in known] or list(known)
     psets = [a for a in arguments if a in problem_sets()] or problem_sets()
     if unknown := set(arguments) - set(what) - set(psets):
-        console.print(f"unknown: {sorted(unknown)}; allowed are generate, zoo, leaks and psN")
+        console.print(f"unknown: {sorted(unknown)}; allowed are {', '.join(known)}, psN")
         return 2
     problems: list[str] = []
     course = BUILD
@@ -395,6 +397,8 @@ def main(arguments: list[str]) -> int:
         found = find_leaks(psets, course)
         console.print(f"leak count: {len(found)}")
         problems += found
+    if "hostile" in what and subprocess.run(HOSTILE, cwd=ROOT).returncode:
+        problems.append("hostile set: see the failed tests above")
     for problem in problems:
         console.print(problem, style="red", markup=False)
     return bool(problems)

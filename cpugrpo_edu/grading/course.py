@@ -51,6 +51,7 @@ from traitlets.config import PyFileConfigLoader
 from cpugrpo_edu.files import write_text
 from cpugrpo_edu.grading import execute, sandbox
 from cpugrpo_edu.grading.outcome import Limits, Outcome
+from cpugrpo_edu.grading.peers import Review, peer_reviews
 from cpugrpo_edu.types import UserError
 from cpugrpo_edu.variants import student_key
 
@@ -102,7 +103,7 @@ def new_course(folder: Path) -> list[str]:
     secret = folder / "course_secret"
     with os.fdopen(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32) + "\n")
-    (folder / ".gitignore").write_text("course_secret\ngradebook.db\nsubmitted/\nautograded/\n")
+    (folder / ".gitignore").write_text("course_secret\ngradebook.db\nsubmitted/\nautograded/\npeers/\n")
     with Gradebook(f"sqlite:///{(folder / 'gradebook.db').resolve()}"):
         pass
     (folder / "gradebook.db").chmod(0o600)
@@ -247,6 +248,39 @@ class Course:
             for path in folder.glob(f"*/{assignment}")
             if path.is_dir() and ID.fullmatch(path.parent.name)
         )
+
+    def peers(self, assignment: str, force: bool = False) -> list[Review]:
+        """Deal the submissions out for anonymous review, into peers/ASSIGNMENT/REVIEWER/CODE.
+
+        Who wrote what is in peers/ASSIGNMENT/pairs.csv. Raises ``UserError`` if reviews were
+        dealt before and a later submission changes who gets what, unless ``force`` is given.
+        """
+        self.check_released(assignment)
+        reviews = peer_reviews(self.submissions(assignment), self.secret, assignment)
+        top = self.root / "peers" / assignment
+        pairs = top / "pairs.csv"
+        rows = [[each.reviewer, each.code, each.author] for each in reviews]
+        text = "".join(",".join(row) + "\n" for row in [["reviewer", "code", "author"], *rows])
+        if pairs.exists() and pairs.read_text() != text and not force:
+            raise UserError(
+                f"{pairs} has other pairs, since submissions came or went; reviews that were "
+                "handed out would no longer fit. Deal anew with --force"
+            )
+        shutil.rmtree(top, ignore_errors=True)
+        top.parent.mkdir(mode=0o700, exist_ok=True)
+        for each in reviews:
+            shutil.copytree(
+                self.path(self.coursedir.submitted_directory, each.author, assignment),
+                top / each.reviewer / each.code,
+                ignore=lambda folder, names: [
+                    name
+                    for name in names
+                    if name.startswith(("timestamp", "peer_", "."))
+                    or Path(folder, name).is_symlink()
+                ],
+            )
+        write_text(pairs, text)
+        return reviews
 
     # Grading
 
@@ -416,7 +450,7 @@ class Course:
 
     def feedback(self, assignment: str) -> list[Path]:
         """HTML pages without hidden tests and mark schemes; returns their paths."""
-        from cpugrpo_edu.grading.pages import Feedback
+        from cpugrpo_edu.grading.feedback import Feedback
 
         self.check_released(assignment)
         made = []

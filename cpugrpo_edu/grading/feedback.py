@@ -1,6 +1,7 @@
 """Feedback pages without hidden tests, mark schemes and what they printed.
 
-nbgrader's own feedback shows the student the whole graded notebook. In ``nbgrader_config.py``::
+nbgrader's own feedback shows the student the whole graded notebook. ``cpugrpo assign feedback``
+uses :class:`Feedback`; for a plain ``nbgrader generate_feedback``, in ``nbgrader_config.py``::
 
     c.GenerateFeedback.preprocessors = [
         "cpugrpo_edu.grading.feedback.HideAnswers",
@@ -15,13 +16,28 @@ a hidden test (it can read the source of its caller) is taken out by content.
 from __future__ import annotations
 
 import re
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
-from nbconvert.preprocessors import Preprocessor
+from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor, Preprocessor
+from nbgrader.api import Gradebook
+from nbgrader.converters import GenerateFeedback
+from nbgrader.preprocessors import GetGrades
 from traitlets import Bool
 
 REGIONS = ("HIDDEN TESTS", "MARK SCHEME")
 NOTICE = "A hidden test failed. Read the task again, and test edge cases of your own."
+OWN = ("Timeout", "Tampering", "NotGraded", "NotProven")
+"""Errors that grading itself reports; they tell what went wrong, not what was tested."""
+
+OUTSIDE = re.compile(
+    r"<script[^>]*\bsrc=[\"']?(?:https?:)?//[^>]*>\s*</script>"
+    r"|<link[^>]*\bhref=[\"']?(?:https?:)?//[^>]*>"
+    r"|<script[^>]*>[^<]*(?:require\.config|MathJax\.Hub|mathjax)[^<]*</script>",
+    re.IGNORECASE,
+)
+"""What nbconvert's page would load from the network."""
+
 SHORTEST = 12
 """Characters of a normalised line below which it says nothing about where it came from."""
 
@@ -57,6 +73,10 @@ class HideAnswers(Preprocessor):
         secrets: set[str] = set()
         public: set[str] = set()
         with_hidden = []
+        for source in _released(resources):
+            outside, inside = regions(source)
+            public.update(normalise(line) for line in outside)
+            secrets.update(normalise(line) for line in inside)
         for cell in nb.cells:
             outside, inside = regions(cell.source)
             public.update(normalise(line) for line in outside)
@@ -72,6 +92,29 @@ class HideAnswers(Preprocessor):
         return nb, resources
 
 
+class Feedback(GenerateFeedback):
+    """nbgrader's pages from cleaned notebooks; they load nothing from the network."""
+
+    preprocessors: ClassVar[list[Any]] = [HideAnswers, GetGrades, CSSHTMLHeaderPreprocessor]
+
+    def write_single_notebook(self, output: str, resources: Any) -> None:
+        super().write_single_notebook(OUTSIDE.sub("", output), resources)
+
+    def init_assignment(self, assignment_id: str, student_id: str) -> None:
+        """Only pages: the files beside a notebook are not copied."""
+        Path(self._format_dest(assignment_id, student_id)).mkdir(parents=True, exist_ok=True)
+
+
+def _released(resources: Any) -> list[str]:
+    """The sources that the gradebook holds, with mark schemes that a submission lacks."""
+    about = resources.get("nbgrader")
+    if not about:
+        return []
+    with Gradebook(about["db_url"]) as book:
+        notebook = book.find_notebook(about["notebook"], about["assignment"])
+        return [cell.source for cell in notebook.source_cells]
+
+
 def _cleaned(output: Any, cell: Any, hide: bool, secrets: set[str]) -> Any:
     """The output, or a short one in its place if it would show what is hidden."""
     text = _text(output)
@@ -80,6 +123,8 @@ def _cleaned(output: Any, cell: Any, hide: bool, secrets: set[str]) -> Any:
     if not hide and not shows:
         return output
     if output.get("output_type") == "error":
+        if output.get("ename") in OWN and not shows:
+            return output
         # The message of a visible assert is a hint for the student: keep it.
         message = str(output.get("evalue", "")).strip()
         first = message.split("\n")[0]
