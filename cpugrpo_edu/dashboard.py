@@ -164,7 +164,8 @@ class Dashboard:
             self.say("Pausing after this step …")
         else:
             self.control.go_on()
-            self.say("Going on …" if self.running else self.status.value)
+            if self.running:
+                self.say("Going on …")
 
     def _on_stop(self) -> None:
         self.control.stop()
