@@ -19,12 +19,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cpugrpo_edu.cost import calibrate, machine_floors
 from cpugrpo_edu.hardware import (
     available_memory,
     code_hash,
@@ -34,6 +35,7 @@ from cpugrpo_edu.hardware import (
     versions,
 )
 from cpugrpo_edu.memory import PeakMemory
+from cpugrpo_edu.rollout_peers import PEERS as ROLLOUT_PEERS
 from cpugrpo_edu.types import RunRecord, UserError
 
 LORA_RANK = 16
@@ -394,8 +396,6 @@ def _rollout_seconds(
     if engine in ENGINES:
         once = _rollout_engine(engine, folder, prompt, rows)
     else:
-        from cpugrpo_edu.rollout_peers import PEERS as ROLLOUT_PEERS
-
         once = ROLLOUT_PEERS[engine](folder, prompt, rows, tokens)
     once(4)
     start = time.perf_counter()
@@ -431,53 +431,9 @@ def _rollout_engine(
 
 
 ENGINES = ("generate", "ours-float32", "ours-int8")
-ENGINE_PEERS = ("llama.cpp", "continuous")
 
 
 # Floors: what the machine could at best do
-
-
-def best_of(function: Callable[[], Any], repeats: int = 5) -> float:
-    """The shortest time of some calls, after two that warm up; seconds."""
-    function()
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def machine_floors(rows: int = 228) -> dict[str, float]:
-    """Peak rates on products of the model's own shape.
-
-    ``float32_gflops`` and ``int8_gops`` count 2 operations a multiply-add;
-    ``read_gb_per_second`` is what summing a large array reads, ``int8_weight_gb_per_second``
-    what the INT8 kernel reads of its weights for two rows, as in decoding.
-    """
-    import torch
-
-    from cpugrpo_edu.quantization import Int8Linear
-
-    inner, outer = 896, 4864
-    weight = torch.randn(outer, inner)
-    x, few = torch.randn(rows, inner), torch.randn(2, inner)
-    large = torch.randn(64 * 2**20)
-    layers = [Int8Linear(torch.randn(outer, inner)) for _ in range(24)]  # more than a cache holds
-    operations = 2.0 * rows * inner * outer
-
-    def decode() -> None:
-        for layer in layers:
-            layer(few)
-
-    with torch.inference_mode():
-        return {
-            "float32_gflops": operations / best_of(lambda: x @ weight.t()) / 1e9,
-            "int8_gops": operations / best_of(lambda: layers[0](x)) / 1e9,
-            "read_gb_per_second": large.nbytes / best_of(large.sum) / 1e9,
-            "int8_weight_gb_per_second": len(layers) * inner * outer / best_of(decode) / 1e9,
-        }
 
 
 def step_floor(workload: Workload, floors: dict[str, float]) -> dict[str, float]:
@@ -504,17 +460,7 @@ def step_floor(workload: Workload, floors: dict[str, float]) -> dict[str, float]
     }
 
 
-def floors_worker() -> dict[str, Any]:
-    return machine_floors()
-
-
-# What the sweep and the other rollout engines are made of lies in modules of their own
-
-
-def calibrate_worker() -> dict[str, Any]:
-    from cpugrpo_edu.cost import calibrate
-
-    return calibrate()
+# What the sweep measures lies in a module of its own, which needs this one
 
 
 def sweep_worker(**arguments: Any) -> dict[str, Any]:
@@ -587,6 +533,13 @@ def new_record(kind: str, config: dict[str, Any], results: dict[str, Any]) -> Ru
     )
 
 
+def check_peers(peers: tuple[str, ...], allowed: Iterable[str]) -> None:
+    """UserError for a peer that is not among the allowed ones."""
+    unknown = sorted(set(peers) - set(allowed))
+    if unknown:
+        raise UserError(f"unknown peer {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+
+
 def attempt(need: int, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of a contestant, or why it was left out. Never ends the comparison."""
     available = available_memory()
@@ -608,9 +561,7 @@ def bench_b1(
     say: Callable[[str], None] = lambda line: None,
 ) -> RunRecord:
     """Ours on the whole workload and the peers on its first steps, with the floors."""
-    unknown = sorted(set(peers) - set(PEERS))
-    if unknown:
-        raise UserError(f"unknown peer {', '.join(unknown)}; allowed are {', '.join(PEERS)}")
+    check_peers(peers, PEERS)
     options = options or Options()
     say("the model of the workload (made on first use)")
     model = str(workload_model(workload, folder))
@@ -743,10 +694,7 @@ def bench_rollout(
     say: Callable[[str], None] = lambda line: None,
 ) -> RunRecord:
     """Tokens a second of each rollout engine on the workload's shape, for some group sizes."""
-    unknown = sorted(set(peers) - set(ENGINE_PEERS))
-    if unknown:
-        allowed = ", ".join(ENGINE_PEERS)
-        raise UserError(f"unknown peer {', '.join(unknown)}; allowed are {allowed}")
+    check_peers(peers, ROLLOUT_PEERS)
     model = str(workload_model(workload, folder))
     results: dict[str, dict[str, Any]] = {}
     for engine in (*engines, *peers):
@@ -810,9 +758,9 @@ WORKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "ours": ours,
     "stock": stock,
     "rollout": rollout_speed,
-    "floors": floors_worker,
+    "floors": machine_floors,
     "bundled": bundled_speed,
-    "calibrate": calibrate_worker,
+    "calibrate": calibrate,
     "sweep": sweep_worker,
     "evaluation": evaluation_worker,
 }

@@ -24,52 +24,52 @@ def bars(axes: Any, names: list[str], values: list[float], form: str, ours: str 
     axes.margins(x=0.2)
 
 
+def time_and_memory(
+    ran: dict[str, Any], inches: float, floor: float | None = None
+) -> tuple[Any, str]:
+    """Seconds a step, with the ``floor`` if any, and peak memory: a bar for each result, with
+    ``inches`` of room. The figure, and what all bars show in words."""
+    names = list(ran)
+    seconds = [steady_seconds(result) for result in ran.values()]
+    peaks = [result["peak_rss_bytes"] / 1e9 for result in ran.values()]
+    figure = new_figure(7.4, 1.4 + inches * len(names))
+    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    bars(left, names, seconds, "{:.1f}")
+    title = "Time"
+    if floor is not None:
+        left.axvline(floor, color=VERMILLION, ls="--", lw=1.5)
+        title = f"Time (dashed: floor, {floor:.1f} s)"
+    tidy(left, title, x="s a step", grid="x")
+    bars(right, names, peaks, "{:.1f}")
+    right.set_yticks(range(len(names)), [""] * len(names))
+    tidy(right, "Memory", x="peak RSS in GB", grid="x")
+    facts = [f"{n} {s:.2f} s and {p:.2f} GB" for n, s, p in zip(names, seconds, peaks, strict=True)]
+    return figure, "; ".join(facts)
+
+
 def plot_comparison(record: RunRecord) -> Plot:
     """Seconds a step and peak memory of every contestant, with the floor drawn in."""
     every = {"ours": record.results["ours"], **record.results["peers"]}
     ran = {name: result for name, result in every.items() if "skipped" not in result}
-    names = list(ran)
-    seconds = [steady_seconds(result) for result in ran.values()]
-    peaks = [result["peak_rss_bytes"] / 1e9 for result in ran.values()]
     floor = sum(record.results["step_floor"].values())
-    figure = new_figure(7.4, 1.4 + 0.5 * len(names))
-    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    bars(left, names, seconds, "{:.1f}")
-    left.axvline(floor, color=VERMILLION, ls="--", lw=1.5)
-    tidy(left, f"Time (dashed: floor, {floor:.1f} s)", x="s a step", grid="x")
-    bars(right, names, peaks, "{:.1f}")
-    right.set_yticks(range(len(names)), [""] * len(names))
-    tidy(right, "Memory", x="peak RSS in GB", grid="x")
-    facts = [
-        f"{name} {s:.2f} s and {p:.2f} GB" for name, s, p in zip(names, seconds, peaks, strict=True)
-    ]
+    figure, facts = time_and_memory(ran, 0.5, floor)
     skipped = [name for name in every if name not in ran]
     left_out = f" Skipped: {', '.join(skipped)}." if skipped else ""
     return Plot(
         figure,
         f"Bar charts of seconds a GRPO step and peak memory, a bar a contestant: "
-        f"{'; '.join(facts)}. The machine's floor is {floor:.2f} s a step.{left_out}",
+        f"{facts}. The machine's floor is {floor:.2f} s a step.{left_out}",
     )
 
 
 def plot_ablation(record: RunRecord) -> Plot:
     """Seconds a step and peak memory with one fast path off at a time."""
     ran = {k: v for k, v in record.results["ablations"].items() if "skipped" not in v}
-    names = list(ran)
-    seconds = [steady_seconds(result) for result in ran.values()]
-    peaks = [result["peak_rss_bytes"] / 1e9 for result in ran.values()]
-    figure = new_figure(7.4, 1.4 + 0.4 * len(names))
-    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    bars(left, names, seconds, "{:.1f}")
-    tidy(left, "Time", x="s a step", grid="x")
-    bars(right, names, peaks, "{:.1f}")
-    right.set_yticks(range(len(names)), [""] * len(names))
-    tidy(right, "Memory", x="peak RSS in GB", grid="x")
-    facts = [f"{n} {s:.2f} s and {p:.2f} GB" for n, s, p in zip(names, seconds, peaks)]
+    figure, facts = time_and_memory(ran, 0.4)
     return Plot(
         figure,
         "Bar charts of seconds a GRPO step and peak memory with one fast path off at a time: "
-        f"{'; '.join(facts)}.",
+        f"{facts}.",
     )
 
 

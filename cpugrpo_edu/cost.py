@@ -34,9 +34,10 @@ Work = dict[str, float]
 # The floors
 
 
-def best_of(function: Callable[[], Any], repeats: int = 3) -> float:
-    """The shortest time of some calls, after one that warms up; seconds."""
-    function()
+def best_of(function: Callable[[], Any], repeats: int) -> float:
+    """The shortest time of some calls, after half as many that warm up; seconds."""
+    for _ in range(repeats // 2):
+        function()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -45,40 +46,60 @@ def best_of(function: Callable[[], Any], repeats: int = 3) -> float:
     return min(times)
 
 
-def calibrate(rows: int = 228) -> dict[str, float]:
-    """This machine's floors, in about a second: rates of products, of reading, and of calls.
+def machine_floors(
+    rows: int = 228, layers: int = 24, numbers: int = 64 * 2**20, repeats: int = 5
+) -> dict[str, float]:
+    """Peak rates on products of the 494M-parameter model's shape.
 
-    ``call_seconds`` is one small layer: a norm and a product of a single row.
+    ``float32_gflops`` and ``int8_gops`` count 2 operations a multiply-add;
+    ``read_gb_per_second`` is what summing an array of ``numbers`` reads,
+    ``int8_weight_gb_per_second`` what the INT8 kernel reads of the weights of ``layers`` (more
+    than a cache holds) for two rows, as in decoding.
     """
     import torch
-    import torch.nn.functional as F
 
     from cpugrpo_edu.quantization import Int8Linear
 
     inner, outer = 896, 4864
     weight = torch.randn(outer, inner)
     x, few = torch.randn(rows, inner), torch.randn(2, inner)
-    large = torch.ones(32 * 2**20)
-    layers = [Int8Linear(weight) for _ in range(10)]  # more than a core's cache holds
-    small, row = torch.randn(64, 64), torch.randn(1, 64)
+    large = torch.ones(numbers)
+    packed = [Int8Linear(weight) for _ in range(layers)]
     operations = 2.0 * rows * inner * outer
 
     def decode() -> None:
-        for layer in layers:
+        for layer in packed:
             layer(few)
+
+    def best(function: Callable[[], Any]) -> float:
+        return best_of(function, repeats)
+
+    with torch.inference_mode():
+        return {
+            "float32_gflops": operations / best(lambda: x @ weight.t()) / 1e9,
+            "int8_gops": operations / best(lambda: packed[0](x)) / 1e9,
+            "read_gb_per_second": large.nbytes / best(large.sum) / 1e9,
+            "int8_weight_gb_per_second": layers * inner * outer / best(decode) / 1e9,
+        }
+
+
+def calibrate(rows: int = 228) -> dict[str, float]:
+    """The floors measured in about a second, on less data, and the cost of a call.
+
+    ``call_seconds`` is one small layer: a norm and a product of a single row.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    small, row = torch.randn(64, 64), torch.randn(1, 64)
 
     def calls() -> None:
         for _ in range(100):
             F.linear(F.rms_norm(row, (64,)), small)
 
+    floors = machine_floors(rows, layers=10, numbers=32 * 2**20, repeats=3)
     with torch.inference_mode():
-        return {
-            "float32_gflops": operations / best_of(lambda: x @ weight.t()) / 1e9,
-            "int8_gops": operations / best_of(lambda: layers[0](x)) / 1e9,
-            "read_gb_per_second": large.nbytes / best_of(large.sum) / 1e9,
-            "int8_weight_gb_per_second": len(layers) * inner * outer / best_of(decode) / 1e9,
-            "call_seconds": best_of(calls) / 100,
-        }
+        return {**floors, "call_seconds": best_of(calls, 3) / 100}
 
 
 FLOORS = (

@@ -16,6 +16,7 @@ from statistics import StatisticsError, fmean, median
 from types import SimpleNamespace
 from typing import Any
 
+from cpugrpo_edu.bench import cache_folder
 from cpugrpo_edu.cost import (
     FLOORS,
     CostModel,
@@ -45,7 +46,7 @@ def calibration(folder: Path | None = None) -> dict[str, float]:
 
     machine = describe_machine()
     key = f"{machine.cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    path = (folder or Path.home() / ".cache" / "cpugrpo_edu") / "calibration.json"
+    path = (folder or cache_folder()) / "calibration.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         if set(known[key]) == set(FLOORS) and all(value > 0 for value in known[key].values()):
