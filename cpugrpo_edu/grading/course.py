@@ -103,7 +103,9 @@ def new_course(folder: Path) -> list[str]:
     secret = folder / "course_secret"
     with os.fdopen(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32) + "\n")
-    (folder / ".gitignore").write_text("course_secret\ngradebook.db\nsubmitted/\nautograded/\npeers/\n")
+    (folder / ".gitignore").write_text(
+        "course_secret\ngradebook.db\nsubmitted/\nautograded/\npeers/\n"
+    )
     with Gradebook(f"sqlite:///{(folder / 'gradebook.db').resolve()}"):
         pass
     (folder / "gradebook.db").chmod(0o600)
