@@ -104,9 +104,8 @@ def new_course(folder: Path) -> list[str]:
     secret = folder / "course_secret"
     with os.fdopen(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32) + "\n")
-    (folder / ".gitignore").write_text(
-        "course_secret\ngradebook.db\nsubmitted/\nautograded/\npeers/\n"
-    )
+    private = ("course_secret", "gradebook.db", "submitted/", "autograded/", "peers/")
+    (folder / ".gitignore").write_text("".join(f"{name}\n" for name in private))
     with Gradebook(f"sqlite:///{(folder / 'gradebook.db').resolve()}"):
         pass
     (folder / "gradebook.db").chmod(0o600)
