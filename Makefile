@@ -34,6 +34,8 @@ lint: venv ## ruff: style and formatting
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check --config line-length=76 notebooks/*.ipynb
 	$(BIN)/ruff format --check --config line-length=76 notebooks/*.ipynb
+	$(BIN)/ruff check notebooks/instructor/*.ipynb
+	$(BIN)/ruff format --check notebooks/instructor/*.ipynb
 
 format: venv ## ruff: mend style and formatting
 	$(BIN)/ruff check --fix .

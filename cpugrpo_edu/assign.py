@@ -191,6 +191,24 @@ def peers(
 
 
 @app.command()
+def concepts(
+    folder: Annotated[Path, typer.Argument(help="A folder for the student's files.")],
+    bank: Annotated[Path, typer.Option(help="The inventory with its key.")] = Path(
+        "notebooks/instructor/concept_inventory.json"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Write the concept inventory for students: a notebook with a form, without the key.
+
+    Example: `cpugrpo assign concepts hand-out/concepts`
+    """
+    from cpugrpo_edu.inventory import read_bank, write_student_version
+
+    made = [str(path) for path in write_student_version(read_bank(bank), folder)]
+    print(json.dumps({"made": made}) if as_json else "\n".join(made))
+
+
+@app.command()
 def export(
     to: Annotated[Path, typer.Argument(help="The CSV file to write.")],
     course: Folder = Path("."),

@@ -89,6 +89,7 @@ def test_new_course_keeps_its_secrets(released):
     root, _ = released
     assert (root / "course_secret").stat().st_mode & 0o077 == 0
     assert (root / "gradebook.db").stat().st_mode & 0o077 == 0
+    assert (root / "roster.csv").stat().st_mode & 0o077 == 0
     assert "course_secret" in (root / ".gitignore").read_text()
 
 

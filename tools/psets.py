@@ -185,7 +185,8 @@ def ordinary_lines() -> set[str]:
     """Lines of the published package and chapters: what is taught there is no secret."""
     lines: set[str] = set()
     for path in (ROOT / "cpugrpo_edu").rglob("*.py"):
-        lines.update(normalise(line) for line in path.read_text(encoding="utf-8").split("\n"))
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            lines |= {normalise(line), normalise(line.split("  # ")[0])}
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
             lines.update(normalise(line) for line in cell.source.split("\n"))

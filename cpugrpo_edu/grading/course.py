@@ -99,6 +99,7 @@ def new_course(folder: Path) -> list[str]:
     (folder / "nbgrader_config.py").write_text(CONFIG.format(name=name))
     with (folder / "roster.csv").open("w", newline="") as file:
         csv.writer(file).writerow(ROSTER)
+    (folder / "roster.csv").chmod(0o600)
     (folder / "limits.json").write_text(json.dumps(asdict(Limits()), indent=2) + "\n")
     secret = folder / "course_secret"
     with os.fdopen(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 CONTAINED = {
-    "namespaces+user": "limits, a user of its own, no network, the course out of sight",
-    "namespaces": "limits, no network, the course out of sight; the same user",
-    "user": "limits and a user of its own; the network is open",
+    "namespaces+user": "limits, a user of its own, read-only, no network, the course out of sight",
+    "namespaces": "limits, read-only, no network, the course out of sight; the same user",
+    "user": "limits and a user of its own; the network as it is here",
     "limits": "limits only; the same user, open network: use the container",
     "none": "NONE beside the time limit: use the container",
 }
