@@ -27,6 +27,9 @@ from cpugrpo_edu.types import UserError
 WIDER = 0.5
 """Least relative error stated where this machine could not be calibrated."""
 
+MAX_ROWS = 256
+"""Completions decoded together, the default of ``rollout.Sampling``."""
+
 Work = dict[str, float]
 """Kind of work -> seconds it would take at the machine's floors."""
 
@@ -149,15 +152,17 @@ def rollout_work(step: Step, floors: Mapping[str, float]) -> Work:
         weights = 4 * weight_bytes / read
     decoded = step.rows * step.tokens
     context = step.prompt_tokens + step.tokens / 2
-    passes = step.longest or step.tokens
+    passes = -(-step.rows // MAX_ROWS) * (step.longest or step.tokens)
     return {
-        "calls": (passes + 1) * a.layers * floors["call_seconds"],
+        "calls": passes * a.layers * floors["call_seconds"],
         "weights": passes * weights,
         "operations": 2
         * (decoded * (step.blocks + step.head) + step.prompts * step.prompt_tokens * step.blocks)
         / operations,
         # Logits of every token, keys and values of every position before it
         "traffic": 4 * decoded * (a.vocab + 2 * a.layers * a.kv * context) / read,
+        # Text to tokens and back, and its verdict
+        "prompts": step.prompts * floors["call_seconds"],
     }
 
 
@@ -280,8 +285,8 @@ class CostModel:
     libraries: float
     """Bytes that a process holds beside what is estimated."""
     memory_errors: list[float]
-    problem_calls: float
-    """What one evaluated problem costs beside its tokens, in ``call_seconds``."""
+    bundled_prompt: float
+    """Mean tokens of the bundled model's problems."""
     floors: dict[str, float]
     calibrated: bool = True
 
@@ -306,13 +311,18 @@ class CostModel:
         return self.libraries + step_memory(step)
 
 
-def fit_points(points: Sequence[Mapping[str, Any]], floors: dict[str, float]) -> CostModel:
+def fit_points(
+    points: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], floors: dict[str, float]
+) -> CostModel:
     """The model from a sweep's points: ``step`` (of :class:`Step`), ``rollout_seconds`` and
-    ``step_seconds`` of one step, ``load_seconds``, ``peak_rss_bytes``."""
+    ``step_seconds`` of one step, ``load_seconds``, ``peak_rss_bytes``; and from an evaluation
+    of the bundled model, rollouts alone: ``step`` and ``seconds``."""
     steps = [Step.from_json(point["step"]) for point in points]
     rollouts = [point["rollout_seconds"] for point in points]
     trainings = [point["step_seconds"] - point["rollout_seconds"] for point in points]
-    rollout = fit([rollout_work(step, floors) for step in steps], rollouts)
+    evaluated = Step.from_json(evaluation["step"])
+    works = [rollout_work(step, floors) for step in (*steps, evaluated)]
+    rollout = fit(works, [*rollouts, evaluation["seconds"]])
     training = fit([training_work(step, floors) for step in steps], trainings)
     together = [
         (r * (1 + a) + t * (1 + b)) / (r + t) - 1
@@ -331,6 +341,6 @@ def fit_points(points: Sequence[Mapping[str, Any]], floors: dict[str, float]) ->
         steps=Fit({}, together),
         libraries=median(beside),
         memory_errors=memory_errors,
-        problem_calls=0.0,
+        bundled_prompt=evaluated.prompt_tokens,
         floors=floors,
     )

@@ -85,6 +85,9 @@ def cost_model(path: Path | None = None) -> CostModel:
 
 # A run
 
+FISHER_BATCH = 8
+"""Scores that ``fisher.fisher_diagonal`` takes together where the base is not frozen."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -122,8 +125,9 @@ class Recorded:
     """Bytes of the peak that no step explains: libraries, evaluation, report."""
 
 
-def recorded_runs() -> Recorded | None:
-    """What earlier runs tell of the next one; None without a record."""
+def recorded_runs(prompt_tokens: float) -> Recorded | None:
+    """What earlier runs of the bundled model, with such prompts, tell of the next one; None
+    without a record."""
     sampled, evaluated, beside = [], [], []
     for path in sorted(records_folder().glob("run-seed*.json")):
         try:
@@ -132,7 +136,7 @@ def recorded_runs() -> Recorded | None:
             lengths = [row["completion_length"] for row in results["steps"]]
             tables = [evaluation["table"] for evaluation in results["evaluations"]]
             tokens = [row["tokens"] for table in tables for row in table["by_difficulty"].values()]
-            step = run_step(config, fmean(lengths))
+            step = run_step(config, fmean(lengths), prompt_tokens)
             beside.append(results["peak_rss_bytes"] - step_memory(step))
             sampled += lengths
             evaluated += tokens
@@ -150,7 +154,7 @@ def architecture_of(model: str) -> Architecture:
     return Architecture.from_config(str(model))
 
 
-def run_step(config: Any, tokens: float) -> Step:
+def run_step(config: Any, tokens: float, prompt_tokens: float = Step.prompt_tokens) -> Step:
     """The mean GRPO step of a run (its ``pipeline.RunConfig``)."""
     from cpugrpo_edu.trainer import CACHE_BYTES, MIN_TOKENS
 
@@ -159,6 +163,7 @@ def run_step(config: Any, tokens: float) -> Step:
         architecture_of(config.model),
         prompts=config.prompts_per_step,
         group=config.num_generations,
+        prompt_tokens=prompt_tokens,
         tokens=tokens,
         longest=config.max_completion,
         frozen=frozen,
@@ -185,14 +190,16 @@ def estimate_run(config: Any, model: CostModel | None = None) -> Estimate:
     Raises UserError, in one sentence, where no sensible estimate is possible.
     """
     model = model or cost_model()
+    usual = config.model == "bundled" and config.data == "generated"
     known = None
-    if config.model == "bundled" and config.data == "generated":
-        known = recorded_runs()
+    if usual:
+        known = recorded_runs(model.bundled_prompt)
     longest = config.max_completion
     sampled = min(known.sampled, longest) if known else longest
     evaluated = min(known.evaluated, longest) if known else longest
     assumption = "" if known else "if every completion runs to its limit"
-    step = run_step(config, sampled)
+    prompt = model.bundled_prompt if usual else Step.prompt_tokens
+    step = run_step(config, sampled, prompt)
     floors = model.floors
     count = sum(config.steps)
     stages = len(config.steps)
@@ -208,20 +215,15 @@ def estimate_run(config: Any, model: CostModel | None = None) -> Estimate:
             group=1,
             int8_rollouts=False,
             reference=False,
-            micro_batches=config.fisher_examples,
+            micro_batches=-(-config.fisher_examples // (1 if step.frozen else FISHER_BATCH)),
         )
         work = {**training_work(each, floors), "optimizer": 0.0, "step": 0.0}
         scored = model.training(work) + model.rollout(rollout_work(each, floors))
         parts["fisher"] = stages * scored
     if config.per_cell and config.data == "generated":
         problems = config.per_cell * len(config.domains) * 3
-        batch = replace(step, prompts=problems, group=1, tokens=evaluated, longest=0)
-        batch = replace(batch, int8_rollouts=False)
-        batches = -(-problems // 256)
-        work = rollout_work(batch, floors)
-        work["calls"] *= batches * config.max_completion / max(1, evaluated)
-        work["weights"] *= batches
-        one = model.rollout(work) + problems * model.problem_calls * floors["call_seconds"]
+        batch = replace(step, prompts=problems, group=1, tokens=evaluated, int8_rollouts=False)
+        one = model.rollout(rollout_work(batch, floors))
         parts["evaluate"] = (stages + 1 + config.int8_evaluation) * one
     peak = step_memory(step) + (known.beside if known else model.libraries)
     return Estimate(sum(parts.values()), model.error, peak, parts, assumption)

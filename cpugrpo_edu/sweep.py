@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cpugrpo_edu.cost import CostModel, Fit, Step, fit_points, rollout_work
+from cpugrpo_edu.cost import CostModel, Fit, Step, fit_points
 from cpugrpo_edu.files import write_text
 from cpugrpo_edu.memory import Architecture, PeakMemory
 from cpugrpo_edu.types import RunRecord, UserError
@@ -209,13 +209,6 @@ def measure_evaluation(per_cell: int = 20) -> dict[str, Any]:
     return {"step": asdict(step), "seconds": result.seconds}
 
 
-def problem_calls(evaluation: dict[str, Any], model: CostModel) -> float:
-    """What an evaluated problem costs beside its decoding (its text, its verdict), in calls."""
-    step = Step.from_json(evaluation["step"])
-    rest = evaluation["seconds"] - model.rollout(rollout_work(step, model.floors))
-    return max(0.0, float(rest / step.prompts / model.floors["call_seconds"]))
-
-
 def bench_sweep(
     points: tuple[Point, ...] = POINTS,
     folder: Path | None = None,
@@ -264,13 +257,12 @@ def bench_sweep(
             say(f"skipped: {error}")
     say("an evaluation of the bundled model")
     evaluation = once("evaluation", lambda: run_worker("evaluation"))
-    model = fit_points(measured, floors)
-    data = model.to_json() | {"problem_calls": problem_calls(evaluation, model)}
+    model = fit_points(measured, evaluation, floors)
     record.results = {
         "points": measured,
         "skipped": skipped,
         "evaluation": evaluation,
-        "model": data,
+        "model": model.to_json(),
     }
     if partial is not None:
         partial.unlink(missing_ok=True)

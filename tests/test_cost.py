@@ -41,7 +41,7 @@ STEPS = [
         *((8, group, 32, False) for group in (2, 8)),
     )
 ]
-TRUE_ROLLOUT = {"calls": 40.0, "weights": 1.5, "operations": 2.0, "traffic": 3.0}
+TRUE_ROLLOUT = {"calls": 40.0, "weights": 1.5, "operations": 2.0, "traffic": 3.0, "prompts": 60.0}
 TRUE_TRAINING = {"step": 8.0, "calls": 90.0, "operations": 1.7, "head": 2.5, "optimizer": 1.2}
 LIBRARIES = 6e8
 
@@ -57,9 +57,16 @@ def point(step):
     }
 
 
+EVALUATED = Step(SHAPE, prompts=300, group=1, prompt_tokens=25, tokens=10, longest=40, frozen=False)
+EVALUATION = {
+    "step": asdict(EVALUATED),
+    "seconds": Fit(TRUE_ROLLOUT)(rollout_work(EVALUATED, FLOORS)),
+}
+
+
 @pytest.fixture(scope="module")
 def model():
-    return fit_points([point(step) for step in STEPS], FLOORS)
+    return fit_points([point(step) for step in STEPS], EVALUATION, FLOORS)
 
 
 @pytest.fixture
@@ -76,9 +83,11 @@ def test_work_is_counted_as_by_hand():
     step = Step(SHAPE, group=4, prompt_tokens=10, tokens=6)
     blocks = 8 * (2 * 512 * (512 + 128) + 3 * 512 * 2048)
     head = 16_384 * 512
+    many = rollout_work(replace(step, prompts=100), FLOORS)  # two batches of at most 256 rows
+    assert many["calls"] == pytest.approx(2 * 6 * 8 * 1e-5) and many["prompts"] == 100 * 1e-5
     assert (step.blocks, step.head, step.rows) == (blocks, head, 4)
     work = rollout_work(step, FLOORS)
-    assert work["calls"] == pytest.approx(7 * 8 * 1e-5)
+    assert work["calls"] == pytest.approx(6 * 8 * 1e-5)
     assert work["weights"] == pytest.approx(6 * (blocks + head) / 15e9)
     assert work["operations"] == pytest.approx(2 * (24 * (blocks + head) + 10 * blocks) / 300e9)
     floating = rollout_work(replace(step, frozen=False), FLOORS)
@@ -192,7 +201,7 @@ def test_recorded_runs_tell_lengths_and_memory(recorded):
     config = asdict(RunConfig())
     record = RunRecord("run", "", 0, "", "", {}, {}, config, results)
     record.save(recorded.parent / "run-seed0-ewc.json")
-    known = estimate.recorded_runs()
+    known = estimate.recorded_runs(25.0)
     assert (known.sampled, known.evaluated) == (10.0, 5.0) and 0 < known.beside < 1e9
     short, long = estimate_run(RunConfig()), estimate_run(RunConfig(data="other.jsonl"))
     assert short.assumption == "" and short.parts["training"] < long.parts["training"]
