@@ -23,7 +23,6 @@ from cpugrpo_edu.cost import (
     calibrate,
     load_work,
     rollout_work,
-    step_memory,
     training_work,
 )
 from cpugrpo_edu.files import write_text
@@ -121,14 +120,13 @@ class Recorded:
     """Tokens of a sampled completion."""
     evaluated: float
     """Tokens of a completion in an evaluation."""
-    beside: float
-    """Bytes of the peak that no step explains: libraries, evaluation, report."""
+    peak_ratio: float
+    """Measured peak over that of a mean step: evaluations and the report come on top."""
 
 
-def recorded_runs(prompt_tokens: float) -> Recorded | None:
-    """What earlier runs of the bundled model, with such prompts, tell of the next one; None
-    without a record."""
-    sampled, evaluated, beside = [], [], []
+def recorded_runs(model: CostModel) -> Recorded | None:
+    """What earlier runs of the bundled model tell of the next one; None without a record."""
+    sampled, evaluated, ratios = [], [], []
     for path in sorted(records_folder().glob("run-seed*.json")):
         try:
             record = RunRecord.load(path)
@@ -136,15 +134,15 @@ def recorded_runs(prompt_tokens: float) -> Recorded | None:
             lengths = [row["completion_length"] for row in results["steps"]]
             tables = [evaluation["table"] for evaluation in results["evaluations"]]
             tokens = [row["tokens"] for table in tables for row in table["by_difficulty"].values()]
-            step = run_step(config, fmean(lengths), prompt_tokens)
-            beside.append(results["peak_rss_bytes"] - step_memory(step))
+            step = run_step(config, fmean(lengths), model.bundled_prompt)
+            ratios.append(results["peak_rss_bytes"] / model.peak_bytes(step))
             sampled += lengths
             evaluated += tokens
         except (UserError, KeyError, TypeError, AttributeError, StatisticsError):
             continue
     if not (sampled and evaluated):
         return None
-    return Recorded(fmean(sampled), fmean(evaluated), median(beside))
+    return Recorded(fmean(sampled), fmean(evaluated), median(ratios))
 
 
 def architecture_of(model: str) -> Architecture:
@@ -193,7 +191,7 @@ def estimate_run(config: Any, model: CostModel | None = None) -> Estimate:
     usual = config.model == "bundled" and config.data == "generated"
     known = None
     if usual:
-        known = recorded_runs(model.bundled_prompt)
+        known = recorded_runs(model)
     longest = config.max_completion
     sampled = min(known.sampled, longest) if known else longest
     evaluated = min(known.evaluated, longest) if known else longest
@@ -225,7 +223,7 @@ def estimate_run(config: Any, model: CostModel | None = None) -> Estimate:
         batch = replace(step, prompts=problems, group=1, tokens=evaluated, int8_rollouts=False)
         one = model.rollout(rollout_work(batch, floors))
         parts["evaluate"] = (stages + 1 + config.int8_evaluation) * one
-    peak = step_memory(step) + (known.beside if known else model.libraries)
+    peak = model.peak_bytes(step) * (known.peak_ratio if known else 1.0)
     return Estimate(sum(parts.values()), model.error, peak, parts, assumption)
 
 

@@ -277,7 +277,7 @@ def sweep_rows(record: RunRecord) -> list[list[str]]:
     model = record.results["model"]
     rows = []
     for point, error, memory_error in zip(
-        record.results["points"], model["steps"]["errors"], model["memory_errors"]
+        record.results["points"], model["steps"]["errors"], model["memory"]["errors"]
     ):
         seconds, peak = point["step_seconds"], point["peak_rss_bytes"] / 1e9
         rows.append(
@@ -301,7 +301,7 @@ def coefficient_rows(record: RunRecord) -> list[list[str]]:
     """The fitted coefficients: how many times its floor each kind of work takes."""
     return [
         [name, kind, f"{value:.2f}"]
-        for name in ("rollout", "training", "load")
+        for name in ("rollout", "training", "load", "memory")
         for kind, value in record.results["model"][name]["coefficients"].items()
     ]
 
@@ -319,5 +319,5 @@ def sweep_summary(record: RunRecord) -> str:
 
     return (
         f"Error of points left out of the fit, {len(model.steps.errors)} points: "
-        f"time {say(model.steps.errors)}; memory {say(model.memory_errors)}."
+        f"time {say(model.steps.errors)}; memory {say(model.memory.errors)}."
     )

@@ -15,8 +15,8 @@ from cpugrpo_edu.cost import (
     fit,
     fit_points,
     load_work,
+    memory_work,
     rollout_work,
-    step_memory,
     training_work,
 )
 from cpugrpo_edu.estimate import calibration, catalogue_steps, estimate_run, estimate_text
@@ -41,9 +41,23 @@ STEPS = [
         *((8, group, 32, False) for group in (2, 8)),
     )
 ]
-TRUE_ROLLOUT = {"calls": 40.0, "weights": 1.5, "operations": 2.0, "traffic": 3.0, "prompts": 60.0}
-TRUE_TRAINING = {"step": 8.0, "calls": 90.0, "operations": 1.7, "head": 2.5, "optimizer": 1.2}
-LIBRARIES = 6e8
+TRUE_ROLLOUT = {
+    "calls": 40.0,
+    "int8 weights": 0.7,
+    "float32 weights": 1.5,
+    "operations": 2.0,
+    "traffic": 3.0,
+    "prompts": 60.0,
+}
+TRUE_TRAINING = {
+    "step": 8.0,
+    "calls": 90.0,
+    "int8 operations": 1.7,
+    "float32 operations": 1.3,
+    "head": 2.5,
+    "optimizer": 1.2,
+}
+TRUE_MEMORY = {"libraries": 0.6, "state": 1.0, "micro-batch": 1.5, "cache": 2.0}
 
 
 def point(step):
@@ -53,7 +67,7 @@ def point(step):
         "rollout_seconds": rollout,
         "step_seconds": rollout + Fit(TRUE_TRAINING)(training_work(step, FLOORS)),
         "load_seconds": Fit({"import": 3.0, "weights": 20.0})(load_work(step, FLOORS)),
-        "peak_rss_bytes": LIBRARIES + step_memory(step),
+        "peak_rss_bytes": Fit(TRUE_MEMORY)(memory_work(step)),
     }
 
 
@@ -88,22 +102,22 @@ def test_work_is_counted_as_by_hand():
     assert (step.blocks, step.head, step.rows) == (blocks, head, 4)
     work = rollout_work(step, FLOORS)
     assert work["calls"] == pytest.approx(6 * 8 * 1e-5)
-    assert work["weights"] == pytest.approx(6 * (blocks + head) / 15e9)
+    assert work["int8 weights"] == pytest.approx(6 * (blocks + head) / 15e9)
     assert work["operations"] == pytest.approx(2 * (24 * (blocks + head) + 10 * blocks) / 300e9)
     floating = rollout_work(replace(step, frozen=False), FLOORS)
-    assert floating["weights"] == pytest.approx(6 * 4 * (blocks + head) / 20e9)
+    assert floating["float32 weights"] == pytest.approx(6 * 4 * (blocks + head) / 20e9)
     # Full fine-tuning in float32: forward, and backward to inputs and weights
     full = training_work(replace(step, frozen=False, lora_rank=0), FLOORS)
     attention = 4 * 3 * 4 * 16**2 * 8 * 512
-    assert full["operations"] == pytest.approx((2 * 3 * 64 * blocks + attention) / 100e9)
+    assert full["float32 operations"] == pytest.approx((2 * 3 * 64 * blocks + attention) / 100e9)
     assert full["optimizer"] == pytest.approx(32 * SHAPE.parameters / 20e9)
 
 
 def test_the_fit_recovers_the_coefficients_it_was_given(model):
     assert model.rollout.coefficients == pytest.approx(TRUE_ROLLOUT, rel=1e-4)
     assert model.training.coefficients == pytest.approx(TRUE_TRAINING, rel=1e-4)
-    assert model.error < 1e-3 and max(map(abs, model.memory_errors)) < 1e-6
-    assert model.libraries == pytest.approx(LIBRARIES)
+    assert model.memory.coefficients == pytest.approx(TRUE_MEMORY, rel=1e-4)
+    assert model.error < 1e-3 and model.memory.error < 1e-3
 
 
 def test_errors_are_of_points_left_out():
@@ -201,8 +215,8 @@ def test_recorded_runs_tell_lengths_and_memory(recorded):
     config = asdict(RunConfig())
     record = RunRecord("run", "", 0, "", "", {}, {}, config, results)
     record.save(recorded.parent / "run-seed0-ewc.json")
-    known = estimate.recorded_runs(25.0)
-    assert (known.sampled, known.evaluated) == (10.0, 5.0) and 0 < known.beside < 1e9
+    known = estimate.recorded_runs(estimate.recorded_model(recorded))
+    assert (known.sampled, known.evaluated) == (10.0, 5.0) and known.peak_ratio > 0
     short, long = estimate_run(RunConfig()), estimate_run(RunConfig(data="other.jsonl"))
     assert short.assumption == "" and short.parts["training"] < long.parts["training"]
     assert short.peak_bytes == pytest.approx(1e9)
