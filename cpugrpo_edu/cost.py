@@ -299,6 +299,10 @@ class CostModel:
     bundled_prompt: float
     """Mean tokens of the bundled model's problems."""
     floors: dict[str, float]
+    sweep_floors: dict[str, float]
+    """Of the machine that the sweep ran on; ``floors`` may be another's."""
+    machine: str = ""
+    """Where the sweep ran."""
     calibrated: bool = True
 
     def to_json(self) -> dict[str, Any]:
@@ -352,4 +356,5 @@ def fit_points(
         memory=memory,
         bundled_prompt=evaluated.prompt_tokens,
         floors=floors,
+        sweep_floors=floors,
     )

@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -185,7 +185,7 @@ def sweep_prompts(policy: Any, point: Point) -> list[dict[str, Any]]:
     return [dict(row) for row in to_dataset(problems, policy.system)]
 
 
-def measure_evaluation(per_cell: int = 20) -> dict[str, Any]:
+def measure_evaluation(per_cell: int = 100) -> dict[str, Any]:
     """Seconds of an evaluation of the bundled model, and the work in it."""
     from cpugrpo_edu.evaluate import evaluate
     from cpugrpo_edu.models import load_policy
@@ -257,7 +257,10 @@ def bench_sweep(
             say(f"skipped: {error}")
     say("an evaluation of the bundled model")
     evaluation = once("evaluation", lambda: run_worker("evaluation"))
-    model = fit_points(measured, evaluation, floors)
+    cpu, cores = record.machine["cpu"], record.machine["usable_cores"]
+    model = replace(
+        fit_points(measured, evaluation, floors), machine=f"{cpu}, {cores} usable cores"
+    )
     record.results = {
         "points": measured,
         "skipped": skipped,

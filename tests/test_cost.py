@@ -206,20 +206,36 @@ def test_estimate_of_a_run(recorded):
     assert set(less.parts) == {"load", "rollouts", "training"}
 
 
-def test_recorded_runs_tell_lengths_and_memory(recorded):
+def recorded_run(folder, seconds, machine, seed=0):
     results = {
         "steps": [{"completion_length": 8.0}, {"completion_length": 12.0}],
         "evaluations": [{"table": {"by_difficulty": {"basic": {"tokens": 5.0}}}}],
         "peak_rss_bytes": 1e9,
+        "seconds": {"total": seconds},
     }
     config = asdict(RunConfig())
-    record = RunRecord("run", "", 0, "", "", {}, {}, config, results)
-    record.save(recorded.parent / "run-seed0-ewc.json")
-    known = estimate.recorded_runs(estimate.recorded_model(recorded))
+    record = RunRecord("run", "", seed, "", "", machine, {}, config, results)
+    record.save(folder / f"run-seed{seed}-ewc.json")
+
+
+def test_recorded_runs_tell_lengths_memory_and_time(recorded, model):
+    machine = {"cpu": "A", "usable_cores": 2}
+    recorded_run(recorded.parent, 50.0, machine)
+    known = estimate.recorded_runs(model)
     assert (known.sampled, known.evaluated) == (10.0, 5.0) and known.peak_ratio > 0
+    assert known.time_ratio == 1  # from another machine than the sweep's
     short, long = estimate_run(RunConfig()), estimate_run(RunConfig(data="other.jsonl"))
     assert short.assumption == "" and short.parts["training"] < long.parts["training"]
+    assert "evaluations come on top" in long.assumption
     assert short.peak_bytes == pytest.approx(1e9)
+    same = replace(model, machine="A, 2 usable cores")
+    assert estimate_run(RunConfig(), same).seconds == pytest.approx(50.0)
+    for seed, seconds in ((1, 40.0), (2, 60.0)):
+        recorded_run(recorded.parent, seconds, machine, seed)
+    found = estimate_run(RunConfig(), same)
+    assert found.seconds == pytest.approx(50.0) and found.error == pytest.approx(0.2)
+    twice = {k: v / 2 if k != "call_seconds" else 2 * v for k, v in FLOORS.items()}
+    assert estimate_run(RunConfig(), replace(same, floors=twice)).seconds == pytest.approx(100.0)
 
 
 def test_text_of_an_estimate():
