@@ -18,7 +18,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from statistics import median
 from typing import Any
 
 from cpugrpo_edu.memory import Architecture, estimate_training_memory
@@ -26,6 +25,9 @@ from cpugrpo_edu.types import UserError
 
 WIDER = 0.5
 """Least relative error stated where this machine could not be calibrated."""
+
+MAX_ROWS = 256
+"""Completions decoded together, the default of ``rollout.Sampling``."""
 
 Work = dict[str, float]
 """Kind of work -> seconds it would take at the machine's floors."""
@@ -163,22 +165,22 @@ def rollout_work(step: Step, floors: Mapping[str, float]) -> Work:
     int8 = step.frozen or step.int8_rollouts
     operations = floors["int8_gops" if int8 else "float32_gflops"] * 1e9
     read = floors["read_gb_per_second"] * 1e9
-    weight_bytes = step.blocks + step.head
-    if int8:
-        weights = weight_bytes / (floors["int8_weight_gb_per_second"] * 1e9)
-    else:
-        weights = 4 * weight_bytes / read
+    int8_read = floors["int8_weight_gb_per_second"] * 1e9
+    weights = step.blocks + step.head
     decoded = step.rows * step.tokens
     context = step.prompt_tokens + step.tokens / 2
-    passes = step.longest or step.tokens
+    passes = -(-step.rows // MAX_ROWS) * (step.longest or step.tokens)
     return {
-        "calls": (passes + 1) * a.layers * floors["call_seconds"],
-        "weights": passes * weights,
+        "calls": passes * a.layers * floors["call_seconds"],
+        "int8 weights": passes * weights / int8_read if int8 else 0.0,
+        "float32 weights": 0.0 if int8 else passes * 4 * weights / read,
         "operations": 2
         * (decoded * (step.blocks + step.head) + step.prompts * step.prompt_tokens * step.blocks)
         / operations,
         # Logits of every token, keys and values of every position before it
         "traffic": 4 * decoded * (a.vocab + 2 * a.layers * a.kv * context) / read,
+        # Text to tokens and back, and its verdict
+        "prompts": step.prompts * floors["call_seconds"],
     }
 
 
@@ -198,15 +200,16 @@ def training_work(step: Step, floors: Mapping[str, float]) -> Work:
         passes += 1
     elif step.frozen:  # the inside of each MLP is computed again
         passes += a.layers * 3 * a.hidden * a.ffn / step.blocks
-    operations = floors["int8_gops" if step.frozen else "float32_gflops"] * 1e9
-    float_operations = floors["float32_gflops"] * 1e9
+    int8, float32 = floors["int8_gops"] * 1e9, floors["float32_gflops"] * 1e9
+    products = 2 * passes * tokens * step.blocks
+    attention = 4 * passes * pairs * a.layers * a.attention / float32
     batches = step.micro_batches or step.prompts
     return {
         "step": 1000 * floors["call_seconds"],
         "calls": batches * passes * a.layers * floors["call_seconds"],
-        "operations": 2 * passes * tokens * step.blocks / operations
-        + 4 * passes * pairs * a.layers * a.attention / float_operations,
-        "head": 2 * (2.0 + step.reference) * completions * step.head / float_operations,
+        "int8 operations": products / int8 + attention if step.frozen else 0.0,
+        "float32 operations": 0.0 if step.frozen else products / float32 + attention,
+        "head": 2 * (2.0 + step.reference) * completions * step.head / float32,
         # Gradient, its norm, both moments and the weight, read and written
         "optimizer": 8 * 4 * step.trained / (floors["read_gb_per_second"] * 1e9),
     }
@@ -220,8 +223,9 @@ def load_work(step: Step, floors: Mapping[str, float]) -> Work:
     }
 
 
-def step_memory(step: Step) -> int:
-    """Bytes of the weights, gradients, optimizer and one micro-batch; without the libraries."""
+def memory_work(step: Step) -> Work:
+    """Bytes by kind, as ``memory.estimate_training_memory`` counts them: libraries (1 GB, for
+    the fit to scale); what stays; what a micro-batch brings; keys and values of the rollouts."""
     a, size = step.architecture, 2 if step.frozen else 4  # INT8 weights are kept both ways round
     whole: dict[str, Any] = {
         "mode": "lora" if step.lora_rank else "full",
@@ -234,15 +238,28 @@ def step_memory(step: Step) -> int:
         tokens = round(step.prompt_tokens + step.group * step.tokens)
         parts = estimate_training_memory(a, tokens_per_sequence=tokens, logits_tile=1, **whole)
         # The inside of the MLPs is computed again, and the head makes tiles of the vocabulary.
-        lean = replace(a, ffn=0)
-        lean_parts = estimate_training_memory(lean, tokens_per_sequence=tokens, **whole)
-        return parts["total"] - parts["activations"] + lean_parts["activations"]
-    rows = -(-step.rows // (step.micro_batches or step.prompts))
-    tokens = max(1, round(step.prompt_tokens + step.tokens))
-    completion = max(1, round(rows * step.tokens))
-    return estimate_training_memory(
-        a, tokens_per_sequence=tokens, micro_batch=rows, logits_tile=completion, **whole
-    )["total"]
+        lean = estimate_training_memory(replace(a, ffn=0), tokens_per_sequence=tokens, **whole)
+        batch = lean["activations"]
+    else:
+        rows = -(-step.rows // (step.micro_batches or step.prompts))
+        tokens = max(1, round(step.prompt_tokens + step.tokens))
+        parts = estimate_training_memory(
+            a,
+            tokens_per_sequence=tokens,
+            micro_batch=rows,
+            logits_tile=max(1, round(rows * step.tokens)),
+            **whole,
+        )
+        batch = parts["activations"] + parts["logits"]
+    stays = ("weights", "gradients", "optimizer", "reference")
+    rows = min(step.rows, MAX_ROWS)
+    positions = rows * (step.prompt_tokens + (step.longest or step.tokens))
+    return {
+        "libraries": 1e9,
+        "state": sum(parts[name] for name in stays),
+        "micro-batch": batch,
+        "cache": 8 * a.layers * a.kv * positions,
+    }
 
 
 # The fit
@@ -250,7 +267,7 @@ def step_memory(step: Step) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients of one kind of time, and relative errors on points left out of the fit."""
+    """Coefficients of one kind of time, or of memory, and relative errors on points left out."""
 
     coefficients: dict[str, float]
     errors: list[float] = field(default_factory=list)
@@ -298,12 +315,15 @@ class CostModel:
     load: Fit
     steps: Fit
     """Whole steps; no coefficients of its own, only errors."""
-    libraries: float
-    """Bytes that a process holds beside what is estimated."""
-    memory_errors: list[float]
-    problem_calls: float
-    """What one evaluated problem costs beside its tokens, in ``call_seconds``."""
+    memory: Fit
+    """Bytes, not seconds."""
+    bundled_prompt: float
+    """Mean tokens of the bundled model's problems."""
     floors: dict[str, float]
+    sweep_floors: dict[str, float]
+    """Of the machine that the sweep ran on; ``floors`` may be another's."""
+    machine: str = ""
+    """Where the sweep ran."""
     calibrated: bool = True
 
     def to_json(self) -> dict[str, Any]:
@@ -311,7 +331,7 @@ class CostModel:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CostModel:
-        fits = {name: Fit(**data[name]) for name in ("rollout", "training", "load", "steps")}
+        fits = {name: Fit(**data[name]) for name in FITS}
         return cls(**{**data, **fits})
 
     @property
@@ -324,34 +344,38 @@ class CostModel:
         )
 
     def peak_bytes(self, step: Step) -> float:
-        return self.libraries + step_memory(step)
+        return self.memory(memory_work(step))
 
 
-def fit_points(points: Sequence[Mapping[str, Any]], floors: dict[str, float]) -> CostModel:
+FITS = ("rollout", "training", "load", "steps", "memory")
+
+
+def fit_points(
+    points: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], floors: dict[str, float]
+) -> CostModel:
     """The model from a sweep's points: ``step`` (of :class:`Step`), ``rollout_seconds`` and
-    ``step_seconds`` of one step, ``load_seconds``, ``peak_rss_bytes``."""
+    ``step_seconds`` of one step, ``load_seconds``, ``peak_rss_bytes``; and from an evaluation
+    of the bundled model, rollouts alone: ``step`` and ``seconds``."""
     steps = [Step.from_json(point["step"]) for point in points]
     rollouts = [point["rollout_seconds"] for point in points]
     trainings = [point["step_seconds"] - point["rollout_seconds"] for point in points]
-    rollout = fit([rollout_work(step, floors) for step in steps], rollouts)
+    evaluated = Step.from_json(evaluation["step"])
+    works = [rollout_work(step, floors) for step in (*steps, evaluated)]
+    rollout = fit(works, [*rollouts, evaluation["seconds"]])
     training = fit([training_work(step, floors) for step in steps], trainings)
     together = [
         (r * (1 + a) + t * (1 + b)) / (r + t) - 1
         for r, t, a, b in zip(rollouts, trainings, rollout.errors, training.errors)
     ]
     load = fit([load_work(s, floors) for s in steps], [point["load_seconds"] for point in points])
-    beside = [point["peak_rss_bytes"] - step_memory(s) for point, s in zip(points, steps)]
-    memory_errors = []
-    for i, (point, step) in enumerate(zip(points, steps)):
-        others = median(beside[:i] + beside[i + 1 :])
-        memory_errors.append((others + step_memory(step)) / point["peak_rss_bytes"] - 1)
+    memory = fit([memory_work(step) for step in steps], [p["peak_rss_bytes"] for p in points])
     return CostModel(
         rollout=rollout,
         training=training,
         load=load,
         steps=Fit({}, together),
-        libraries=median(beside),
-        memory_errors=memory_errors,
-        problem_calls=0.0,
+        memory=memory,
+        bundled_prompt=evaluated.prompt_tokens,
         floors=floors,
+        sweep_floors=floors,
     )

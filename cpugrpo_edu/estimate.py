@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import StatisticsError, fmean, median
@@ -24,14 +25,13 @@ from cpugrpo_edu.cost import (
     calibrate,
     load_work,
     rollout_work,
-    step_memory,
     training_work,
 )
 from cpugrpo_edu.files import write_text
 from cpugrpo_edu.hardware import BUNDLED_MODEL, GIB, describe_machine
 from cpugrpo_edu.memory import CATALOGUE, Architecture, estimate_training_memory
 from cpugrpo_edu.report import records_folder
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.types import DIFFICULTIES, RunRecord, UserError
 
 SWEEP = "bench-sweep"
 """Stem of the record with the fitted model."""
@@ -86,6 +86,9 @@ def cost_model(path: Path | None = None) -> CostModel:
 
 # A run
 
+FISHER_BATCH = 8
+"""Scores that ``fisher.fisher_diagonal`` takes together where the base is not frozen."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -113,19 +116,29 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Means over the recorded runs of the bundled model."""
+    """What the recorded runs of the bundled model tell of the next one."""
 
     sampled: float
-    """Tokens of a sampled completion."""
+    """Mean tokens of a completion in training."""
     evaluated: float
-    """Tokens of a completion in an evaluation."""
-    beside: float
-    """Bytes of the peak that no step explains: libraries, evaluation, report."""
+    """Mean tokens of a completion in an evaluation."""
+    peak_ratio: float
+    """Median of measured over predicted peak: evaluations and the report come on top."""
+    time_ratio: float = 1.0
+    """Median of measured over predicted seconds, where the sweep ran on the same machine."""
+    spread: float = 0.0
+    """Largest relative distance of a run from that median."""
 
 
-def recorded_runs() -> Recorded | None:
-    """What earlier runs tell of the next one; None without a record."""
-    sampled, evaluated, beside = [], [], []
+def machine_name(machine: Mapping[str, Any]) -> str:
+    """Of a record: processor and cores."""
+    return f"{machine['cpu']}, {machine['usable_cores']} usable cores"
+
+
+def recorded_runs(model: CostModel) -> Recorded | None:
+    """Compare the recorded runs with what the model says of them; None without a record."""
+    there = replace(model, floors=model.sweep_floors)
+    sampled, evaluated, peaks, times = [], [], [], []
     for path in sorted(records_folder().glob("run-seed*.json")):
         try:
             record = RunRecord.load(path)
@@ -133,15 +146,19 @@ def recorded_runs() -> Recorded | None:
             lengths = [row["completion_length"] for row in results["steps"]]
             tables = [evaluation["table"] for evaluation in results["evaluations"]]
             tokens = [row["tokens"] for table in tables for row in table["by_difficulty"].values()]
-            step = run_step(config, fmean(lengths))
-            beside.append(results["peak_rss_bytes"] - step_memory(step))
+            step, parts = run_parts(config, there, fmean(lengths), fmean(tokens))
+            peaks.append(results["peak_rss_bytes"] / there.peak_bytes(step))
+            if machine_name(record.machine) == model.machine:
+                times.append(results["seconds"]["total"] / sum(parts.values()))
             sampled += lengths
             evaluated += tokens
         except (UserError, KeyError, TypeError, AttributeError, StatisticsError):
             continue
-    if not (sampled and evaluated):
+    if not peaks:
         return None
-    return Recorded(fmean(sampled), fmean(evaluated), median(beside))
+    ratio = median(times) if times else 1.0
+    spread = max((abs(time / ratio - 1) for time in times), default=0.0)
+    return Recorded(fmean(sampled), fmean(evaluated), median(peaks), ratio, spread)
 
 
 def architecture_of(model: str) -> Architecture:
@@ -151,7 +168,7 @@ def architecture_of(model: str) -> Architecture:
     return Architecture.from_config(str(model))
 
 
-def run_step(config: Any, tokens: float) -> Step:
+def run_step(config: Any, tokens: float, prompt_tokens: float = Step.prompt_tokens) -> Step:
     """The mean GRPO step of a run (its ``pipeline.RunConfig``)."""
     from cpugrpo_edu.trainer import CACHE_BYTES, MIN_TOKENS
 
@@ -160,6 +177,7 @@ def run_step(config: Any, tokens: float) -> Step:
         architecture_of(config.model),
         prompts=config.prompts_per_step,
         group=config.num_generations,
+        prompt_tokens=prompt_tokens,
         tokens=tokens,
         longest=config.max_completion,
         frozen=frozen,
@@ -180,23 +198,19 @@ def run_step(config: Any, tokens: float) -> Step:
     return replace(step, micro_batches=batches)
 
 
-def estimate_run(config: Any, model: CostModel | None = None) -> Estimate:
-    """Seconds and peak memory of a whole run, ``pipeline.RunConfig``, before it starts.
+def is_usual(config: Any) -> bool:
+    """Whether a run is of the kind that is recorded: the bundled model on its own problems."""
+    return bool(config.model == "bundled" and config.data == "generated")
 
-    Raises UserError, in one sentence, where no sensible estimate is possible.
-    """
-    model = model or cost_model()
-    known = None
-    if config.model == "bundled" and config.data == "generated":
-        known = recorded_runs()
-    longest = config.max_completion
-    sampled = min(known.sampled, longest) if known else longest
-    evaluated = min(known.evaluated, longest) if known else longest
-    assumption = "" if known else "if every completion runs to its limit"
-    step = run_step(config, sampled)
+
+def run_parts(
+    config: Any, model: CostModel, sampled: float, evaluated: float
+) -> tuple[Step, dict[str, float]]:
+    """The mean step of a run, and its seconds by part, if completions have so many tokens."""
+    prompt = model.bundled_prompt if is_usual(config) else Step.prompt_tokens
+    step = run_step(config, sampled, prompt)
     floors = model.floors
-    count = sum(config.steps)
-    stages = len(config.steps)
+    count, stages = sum(config.steps), len(config.steps)
     parts = {
         "load": model.load(load_work(step, floors)),
         "rollouts": count * model.rollout(rollout_work(step, floors)),
@@ -209,23 +223,38 @@ def estimate_run(config: Any, model: CostModel | None = None) -> Estimate:
             group=1,
             int8_rollouts=False,
             reference=False,
-            micro_batches=config.fisher_examples,
+            micro_batches=-(-config.fisher_examples // (1 if step.frozen else FISHER_BATCH)),
         )
         work = {**training_work(each, floors), "optimizer": 0.0, "step": 0.0}
         scored = model.training(work) + model.rollout(rollout_work(each, floors))
         parts["fisher"] = stages * scored
     if config.per_cell and config.data == "generated":
-        problems = config.per_cell * len(config.domains) * 3
-        batch = replace(step, prompts=problems, group=1, tokens=evaluated, longest=0)
-        batch = replace(batch, int8_rollouts=False)
-        batches = -(-problems // 256)
-        work = rollout_work(batch, floors)
-        work["calls"] *= batches * config.max_completion / max(1, evaluated)
-        work["weights"] *= batches
-        one = model.rollout(work) + problems * model.problem_calls * floors["call_seconds"]
+        problems = config.per_cell * len(config.domains) * len(DIFFICULTIES)
+        batch = replace(step, prompts=problems, group=1, tokens=evaluated, int8_rollouts=False)
+        one = model.rollout(rollout_work(batch, floors))
         parts["evaluate"] = (stages + 1 + config.int8_evaluation) * one
-    peak = step_memory(step) + (known.beside if known else model.libraries)
-    return Estimate(sum(parts.values()), model.error, peak, parts, assumption)
+    return step, parts
+
+
+def estimate_run(config: Any, model: CostModel | None = None) -> Estimate:
+    """Seconds and peak memory of a whole run, ``pipeline.RunConfig``, before it starts.
+
+    Raises UserError, in one sentence, where no sensible estimate is possible.
+    """
+    model = model or cost_model()
+    longest = config.max_completion
+    known = recorded_runs(model) if is_usual(config) else None
+    if known is None:
+        step, parts = run_parts(config, model, longest, longest)
+        told = "if every completion runs to its limit"
+        if config.per_cell and config.data != "generated":
+            told += "; evaluations come on top"
+        return Estimate(sum(parts.values()), model.error, model.peak_bytes(step), parts, told)
+    sampled, evaluated = min(known.sampled, longest), min(known.evaluated, longest)
+    step, parts = run_parts(config, model, sampled, evaluated)
+    parts = {name: known.time_ratio * seconds for name, seconds in parts.items()}
+    error = max(model.error, known.spread)
+    return Estimate(sum(parts.values()), error, known.peak_ratio * model.peak_bytes(step), parts)
 
 
 def catalogue_steps() -> tuple[dict[str, dict[str, float]], str]:

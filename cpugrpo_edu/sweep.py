@@ -10,12 +10,12 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cpugrpo_edu.cost import CostModel, Fit, Step, fit_points, rollout_work
+from cpugrpo_edu.cost import CostModel, Fit, Step, fit_points
 from cpugrpo_edu.files import write_text
 from cpugrpo_edu.memory import Architecture, PeakMemory
 from cpugrpo_edu.types import RunRecord, UserError
@@ -185,7 +185,7 @@ def sweep_prompts(policy: Any, point: Point) -> list[dict[str, Any]]:
     return [dict(row) for row in to_dataset(problems, policy.system)]
 
 
-def measure_evaluation(per_cell: int = 20) -> dict[str, Any]:
+def measure_evaluation(per_cell: int = 100) -> dict[str, Any]:
     """Seconds of an evaluation of the bundled model, and the work in it."""
     from cpugrpo_edu.evaluate import evaluate
     from cpugrpo_edu.models import load_policy
@@ -207,13 +207,6 @@ def measure_evaluation(per_cell: int = 20) -> dict[str, Any]:
         lora_rank=0,
     )
     return {"step": asdict(step), "seconds": result.seconds}
-
-
-def problem_calls(evaluation: dict[str, Any], model: CostModel) -> float:
-    """What an evaluated problem costs beside its decoding (its text, its verdict), in calls."""
-    step = Step.from_json(evaluation["step"])
-    rest = evaluation["seconds"] - model.rollout(rollout_work(step, model.floors))
-    return max(0.0, float(rest / step.prompts / model.floors["call_seconds"]))
 
 
 def bench_sweep(
@@ -264,13 +257,15 @@ def bench_sweep(
             say(f"skipped: {error}")
     say("an evaluation of the bundled model")
     evaluation = once("evaluation", lambda: run_worker("evaluation"))
-    model = fit_points(measured, floors)
-    data = model.to_json() | {"problem_calls": problem_calls(evaluation, model)}
+    cpu, cores = record.machine["cpu"], record.machine["usable_cores"]
+    model = replace(
+        fit_points(measured, evaluation, floors), machine=f"{cpu}, {cores} usable cores"
+    )
     record.results = {
         "points": measured,
         "skipped": skipped,
         "evaluation": evaluation,
-        "model": data,
+        "model": model.to_json(),
     }
     if partial is not None:
         partial.unlink(missing_ok=True)
@@ -285,7 +280,7 @@ def sweep_rows(record: RunRecord) -> list[list[str]]:
     model = record.results["model"]
     rows = []
     for point, error, memory_error in zip(
-        record.results["points"], model["steps"]["errors"], model["memory_errors"]
+        record.results["points"], model["steps"]["errors"], model["memory"]["errors"]
     ):
         seconds, peak = point["step_seconds"], point["peak_rss_bytes"] / 1e9
         rows.append(
@@ -309,7 +304,7 @@ def coefficient_rows(record: RunRecord) -> list[list[str]]:
     """The fitted coefficients: how many times its floor each kind of work takes."""
     return [
         [name, kind, f"{value:.2f}"]
-        for name in ("rollout", "training", "load")
+        for name in ("rollout", "training", "load", "memory")
         for kind, value in record.results["model"][name]["coefficients"].items()
     ]
 
@@ -327,5 +322,5 @@ def sweep_summary(record: RunRecord) -> str:
 
     return (
         f"Error of points left out of the fit, {len(model.steps.errors)} points: "
-        f"time {say(model.steps.errors)}; memory {say(model.memory_errors)}."
+        f"time {say(model.steps.errors)}; memory {say(model.memory.errors)}."
     )

@@ -13,7 +13,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from cpugrpo_edu import cli, hardware
+from cpugrpo_edu import cli, estimate, hardware
+from cpugrpo_edu.memory import models_that_fit
 from cpugrpo_edu.rewards import REWARDS, guarded
 from cpugrpo_edu.types import UserError
 
@@ -293,3 +294,28 @@ def test_known_failures_end_in_one_line(error, code, words, capsys):
 def test_unknown_failures_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), cli.failing_clearly():
         raise ZeroDivisionError
+
+
+def test_run_says_its_estimate_first(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "estimate_text", lambda config: f"about {config.steps} expected")
+    loud = [word for word in tiny_run if word != "--quiet"]
+    code, out, err = invoke(*loud, "--json", "--output", tmp_path / "loud")
+    assert code == 0 and "headline" in json.loads(out.splitlines()[-1])
+    lines = err.splitlines()
+    assert lines[0] == "about (1, 0, 0) expected" and "expected" not in out
+    code, _, err = invoke(*tiny_run, "--output", tmp_path / "quiet")
+    assert code == 0 and "expected" not in err
+
+
+def test_models_show_what_a_step_takes(monkeypatch):
+    step = {"int8_step_seconds": 4.21, "int8_step_error": 0.2, "int8_peak_bytes": 2 * 2**30}
+    names = [row["name"] for row in models_that_fit()]
+    found = (dict.fromkeys(names, step), "what a step is")
+    monkeypatch.setattr(estimate, "catalogue_steps", lambda: found)
+    code, out, _ = invoke("models")
+    assert code == 0 and "what a step is" in out
+    code, out, _ = invoke("models", "--json")
+    assert all(row["int8_step_seconds"] == 4.21 for row in json.loads(out))
+    monkeypatch.setattr(estimate, "catalogue_steps", lambda: ({}, "No estimate of time: why."))
+    code, out, _ = invoke("models")
+    assert code == 0 and "No estimate of time: why." in out

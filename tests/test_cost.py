@@ -15,8 +15,8 @@ from cpugrpo_edu.cost import (
     fit,
     fit_points,
     load_work,
+    memory_work,
     rollout_work,
-    step_memory,
     training_work,
 )
 from cpugrpo_edu.estimate import calibration, catalogue_steps, estimate_run, estimate_text
@@ -41,9 +41,23 @@ STEPS = [
         *((8, group, 32, False) for group in (2, 8)),
     )
 ]
-TRUE_ROLLOUT = {"calls": 40.0, "weights": 1.5, "operations": 2.0, "traffic": 3.0}
-TRUE_TRAINING = {"step": 8.0, "calls": 90.0, "operations": 1.7, "head": 2.5, "optimizer": 1.2}
-LIBRARIES = 6e8
+TRUE_ROLLOUT = {
+    "calls": 40.0,
+    "int8 weights": 0.7,
+    "float32 weights": 1.5,
+    "operations": 2.0,
+    "traffic": 3.0,
+    "prompts": 60.0,
+}
+TRUE_TRAINING = {
+    "step": 8.0,
+    "calls": 90.0,
+    "int8 operations": 1.7,
+    "float32 operations": 1.3,
+    "head": 2.5,
+    "optimizer": 1.2,
+}
+TRUE_MEMORY = {"libraries": 0.6, "state": 1.0, "micro-batch": 1.5, "cache": 2.0}
 
 
 def point(step):
@@ -53,13 +67,20 @@ def point(step):
         "rollout_seconds": rollout,
         "step_seconds": rollout + Fit(TRUE_TRAINING)(training_work(step, FLOORS)),
         "load_seconds": Fit({"import": 3.0, "weights": 20.0})(load_work(step, FLOORS)),
-        "peak_rss_bytes": LIBRARIES + step_memory(step),
+        "peak_rss_bytes": Fit(TRUE_MEMORY)(memory_work(step)),
     }
+
+
+EVALUATED = Step(SHAPE, prompts=300, group=1, prompt_tokens=25, tokens=10, longest=40, frozen=False)
+EVALUATION = {
+    "step": asdict(EVALUATED),
+    "seconds": Fit(TRUE_ROLLOUT)(rollout_work(EVALUATED, FLOORS)),
+}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return fit_points([point(step) for step in STEPS], FLOORS)
+    return fit_points([point(step) for step in STEPS], EVALUATION, FLOORS)
 
 
 @pytest.fixture
@@ -76,25 +97,27 @@ def test_work_is_counted_as_by_hand():
     step = Step(SHAPE, group=4, prompt_tokens=10, tokens=6)
     blocks = 8 * (2 * 512 * (512 + 128) + 3 * 512 * 2048)
     head = 16_384 * 512
+    many = rollout_work(replace(step, prompts=100), FLOORS)  # two batches of at most 256 rows
+    assert many["calls"] == pytest.approx(2 * 6 * 8 * 1e-5) and many["prompts"] == 100 * 1e-5
     assert (step.blocks, step.head, step.rows) == (blocks, head, 4)
     work = rollout_work(step, FLOORS)
-    assert work["calls"] == pytest.approx(7 * 8 * 1e-5)
-    assert work["weights"] == pytest.approx(6 * (blocks + head) / 15e9)
+    assert work["calls"] == pytest.approx(6 * 8 * 1e-5)
+    assert work["int8 weights"] == pytest.approx(6 * (blocks + head) / 15e9)
     assert work["operations"] == pytest.approx(2 * (24 * (blocks + head) + 10 * blocks) / 300e9)
     floating = rollout_work(replace(step, frozen=False), FLOORS)
-    assert floating["weights"] == pytest.approx(6 * 4 * (blocks + head) / 20e9)
+    assert floating["float32 weights"] == pytest.approx(6 * 4 * (blocks + head) / 20e9)
     # Full fine-tuning in float32: forward, and backward to inputs and weights
     full = training_work(replace(step, frozen=False, lora_rank=0), FLOORS)
     attention = 4 * 3 * 4 * 16**2 * 8 * 512
-    assert full["operations"] == pytest.approx((2 * 3 * 64 * blocks + attention) / 100e9)
+    assert full["float32 operations"] == pytest.approx((2 * 3 * 64 * blocks + attention) / 100e9)
     assert full["optimizer"] == pytest.approx(32 * SHAPE.parameters / 20e9)
 
 
 def test_the_fit_recovers_the_coefficients_it_was_given(model):
     assert model.rollout.coefficients == pytest.approx(TRUE_ROLLOUT, rel=1e-4)
     assert model.training.coefficients == pytest.approx(TRUE_TRAINING, rel=1e-4)
-    assert model.error < 1e-3 and max(map(abs, model.memory_errors)) < 1e-6
-    assert model.libraries == pytest.approx(LIBRARIES)
+    assert model.memory.coefficients == pytest.approx(TRUE_MEMORY, rel=1e-4)
+    assert model.error < 1e-3 and model.memory.error < 1e-3
 
 
 def test_errors_are_of_points_left_out():
@@ -183,20 +206,36 @@ def test_estimate_of_a_run(recorded):
     assert set(less.parts) == {"load", "rollouts", "training"}
 
 
-def test_recorded_runs_tell_lengths_and_memory(recorded):
+def recorded_run(folder, seconds, machine, seed=0):
     results = {
         "steps": [{"completion_length": 8.0}, {"completion_length": 12.0}],
         "evaluations": [{"table": {"by_difficulty": {"basic": {"tokens": 5.0}}}}],
         "peak_rss_bytes": 1e9,
+        "seconds": {"total": seconds},
     }
     config = asdict(RunConfig())
-    record = RunRecord("run", "", 0, "", "", {}, {}, config, results)
-    record.save(recorded.parent / "run-seed0-ewc.json")
-    known = estimate.recorded_runs()
-    assert (known.sampled, known.evaluated) == (10.0, 5.0) and 0 < known.beside < 1e9
+    record = RunRecord("run", "", seed, "", "", machine, {}, config, results)
+    record.save(folder / f"run-seed{seed}-ewc.json")
+
+
+def test_recorded_runs_tell_lengths_memory_and_time(recorded, model):
+    machine = {"cpu": "A", "usable_cores": 2}
+    recorded_run(recorded.parent, 50.0, machine)
+    known = estimate.recorded_runs(model)
+    assert (known.sampled, known.evaluated) == (10.0, 5.0) and known.peak_ratio > 0
+    assert known.time_ratio == 1  # from another machine than the sweep's
     short, long = estimate_run(RunConfig()), estimate_run(RunConfig(data="other.jsonl"))
     assert short.assumption == "" and short.parts["training"] < long.parts["training"]
+    assert "evaluations come on top" in long.assumption
     assert short.peak_bytes == pytest.approx(1e9)
+    same = replace(model, machine="A, 2 usable cores")
+    assert estimate_run(RunConfig(), same).seconds == pytest.approx(50.0)
+    for seed, seconds in ((1, 40.0), (2, 60.0)):
+        recorded_run(recorded.parent, seconds, machine, seed)
+    found = estimate_run(RunConfig(), same)
+    assert found.seconds == pytest.approx(50.0) and found.error == pytest.approx(0.2)
+    twice = {k: v / 2 if k != "call_seconds" else 2 * v for k, v in FLOORS.items()}
+    assert estimate_run(RunConfig(), replace(same, floors=twice)).seconds == pytest.approx(100.0)
 
 
 def test_text_of_an_estimate():

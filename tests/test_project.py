@@ -20,11 +20,6 @@ from cpugrpo_edu.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DECLARED = [
-    Requirement(text)
-    for texts in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
-    for text in texts
-]
 PINS = [
     Requirement(line)
     for line in (ROOT / "requirements.lock").read_text().splitlines()
@@ -46,6 +41,9 @@ def load_tool(name: str):
 
 
 install = load_tool("install")
+# What the environment gets; "benchmark" is built from source by who wants it.
+INSTALLED = [PROJECT["optional-dependencies"][extra] for extra in install.EXTRAS.split(",")]
+DECLARED = [Requirement(text) for texts in (PROJECT["dependencies"], *INSTALLED) for text in texts]
 
 
 def files() -> list[Path]:

@@ -1,7 +1,8 @@
 """Write requirements.lock from pyproject.toml: one pin per package and Python version.
 
 Existing pins are kept where they still fit; `--upgrade` renews them all. The
-solver is uv, because it solves for every Python version and system at once.
+solver is uv, because it solves for every Python version and system at once. Only the extras
+that tools/install.py installs are pinned: "benchmark" builds llama.cpp from source.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+from install import EXTRAS
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
@@ -24,7 +27,8 @@ CUDA = re.compile(r"^(nvidia-|cuda-|triton)")
 
 def main() -> None:
     command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--quiet"]
-    command += ["--all-extras", "--universal", "--python-version", "3.11"]
+    command += ["--universal", "--python-version", "3.11"]
+    command += [f"--extra={extra}" for extra in EXTRAS.split(",")]
     command += ["--no-header", "--no-annotate", "--output-file", str(LOCK), *sys.argv[1:]]
     environment = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
