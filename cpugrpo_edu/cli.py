@@ -186,7 +186,10 @@ def run(
     micro_batch: Annotated[
         int | None, typer.Option(help="Completions a backward pass; default from memory.")
     ] = None,
-    memory_gib: Annotated[float | None, typer.Option(help="Memory budget.")] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option("--memory-budget", help="Most memory to take in all, such as 4GB."),
+    ] = None,
     cleanup: Annotated[bool, typer.Option(help="Give memory back after each stage.")] = True,
     threads: Annotated[int | None, typer.Option(help="Default: all physical cores.")] = None,
     engine: Annotated[str | None, typer.Option(help="Rollouts: fast, or generate.")] = None,
@@ -218,9 +221,10 @@ def run(
 
     `cpugrpo run --model Qwen/Qwen2-0.5B-Instruct --lora 16 --dtype int8 --data openai/gsm8k`
     """
-    from cpugrpo_edu.hardware import configure_threads
+    from cpugrpo_edu.hardware import GIB, configure_threads
 
     configure_threads(threads)
+    from cpugrpo_edu.memory import parse_bytes
     from cpugrpo_edu.monitor import ProgressDisplay
     from cpugrpo_edu.pipeline import Interrupted, RunConfig
     from cpugrpo_edu.pipeline import run as run_pipeline
@@ -259,7 +263,7 @@ def run(
         system=system,
         order=order,
         micro_batch=micro_batch,
-        memory_budget_gib=memory_gib,
+        memory_budget_gib=None if memory_budget is None else parse_bytes(memory_budget) / GIB,
         cleanup=cleanup,
         threads=threads,
         int8_evaluation=int8_evaluation,

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback
@@ -71,7 +72,11 @@ from cpugrpo_edu.memory import (
     checkpointing_policy,
     ensure_fits,
     estimate_training_memory,
+    fits,
+    free_memory,
+    memory_alarm,
     release_memory,
+    retry_smaller,
 )
 from cpugrpo_edu.models import (
     FROZEN,
@@ -253,6 +258,12 @@ class Run:
         """Whether LoRA trains on a frozen INT8 base."""
         return self.config.dtype == FROZEN
 
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that this process may hold in all."""
+        budget = self.config.memory_budget_gib
+        return None if budget is None else int(budget * GIB)
+
     # Beginning
 
     def prepare(self, resume: bool) -> None:
@@ -364,21 +375,34 @@ class Run:
         """Whether to checkpoint; refuses a run that cannot fit one completion at a time."""
         config = self.config
 
-        def need(checkpointing: bool, micro_batch: int) -> int:
-            return estimate_training_memory(
+        def need(checkpointing: bool) -> int:
+            """Bytes on top of what the process holds now, with the model loaded."""
+            parts = estimate_training_memory(
                 self.policy.model.config,
                 mode="lora" if config.lora_rank else "full",
                 lora_rank=config.lora_rank or 16,
                 dtype_bytes=2 if self.frozen else self.policy.model.dtype.itemsize,
                 tokens_per_sequence=config.max_completion + 64,
-                micro_batch=micro_batch,
+                micro_batch=config.micro_batch or 1,
                 checkpointing=checkpointing,
                 reference=config.beta > 0,
-            )["total"]
+            )
+            consolidation = 4 if config.fisher_examples else 0  # anchor, Fisher, one gradient
+            int8 = parts["weights"] // 4 if config.int8_rollouts and not self.frozen else 0
+            extra = consolidation * parts["gradients"] + int8
+            return parts["total"] - parts["weights"] + extra
 
-        rows = config.micro_batch or 1
-        on = checkpointing_policy(config.checkpointing, need(False, rows), self.available)
-        ensure_fits(f"training {config.model}", need(on, rows), self.available)
+        free = free_memory(self.memory_limit)
+        on = checkpointing_policy(config.checkpointing, need(False), free)
+        if self.memory_limit is not None and not fits(need(on), free):
+            held = psutil.Process().memory_info().rss
+            raise UserError(
+                f"training {config.model} needs about {(held + need(on) / 0.8) / GIB:.2f} GiB, "
+                f"{held / GIB:.2f} of them for the program and the weights, but the memory budget "
+                f"is {config.memory_budget_gib:.4g} GiB; raise it, or choose a smaller model, LoRA "
+                "or shorter completions"
+            )
+        ensure_fits(f"training {config.model}", need(on), free)
         return on
 
     # Stages
@@ -422,6 +446,8 @@ class Run:
                 "ewc_penalty_last": history[-1].get("ewc_penalty") if history else None,
                 "micro_batch_smallest": min(tally.micro_batches, default=None),
                 "micro_batch_largest": max(tally.micro_batches, default=None),
+                "steps_short_of_memory": tally.shrunk,
+                "memory_refusals": tally.refusals,
                 "fisher": detail,
             }
         )
@@ -467,7 +493,7 @@ class Run:
             importance_correction=config.importance_correction,
             engine=config.engine,
             micro_batch=config.micro_batch,
-            memory_limit=int(config.memory_budget_gib * GIB) if config.memory_budget_gib else None,
+            memory_limit=self.memory_limit,
             share_prefix=self.frozen if config.share_prefix is None else config.share_prefix,
             compact=self.frozen,
             ewc_strength=config.ewc_strength,
@@ -490,6 +516,7 @@ class Run:
             options,
             self.anchor,
             on_step,
+            self.display.message,
         )
         saver = Checkpoints(trainer, self.checkpoints(index), config.save_minutes)
         last = saver.restore()
@@ -528,14 +555,21 @@ class Run:
                 eos_ids=self.policy.eos_ids,
                 pad_id=self.policy.pad_id,
                 engine=config.engine,
+                memory_limit=self.memory_limit,
             )
             examples = examples_from_groups(groups)
-        fisher = fisher_diagonal(
-            self.policy.model,
-            examples,
-            config.fisher,  # type: ignore[arg-type]
-            seed=config.seed,
-        )
+
+        def estimate(batch_size: int) -> dict[str, torch.Tensor]:
+            return fisher_diagonal(
+                self.policy.model,
+                examples,
+                config.fisher,  # type: ignore[arg-type]
+                batch_size=batch_size,
+                seed=config.seed,
+                memory_limit=self.memory_limit,
+            )
+
+        fisher = retry_smaller(estimate, 8, self.display.message)
         values = torch.cat([f.flatten() for f in fisher.values()])
         mean = float(values.mean())
         if mean > 0:
@@ -570,6 +604,7 @@ class Run:
             model=model,
             max_new_tokens=self.config.max_completion,
             engine=self.config.engine,
+            memory_limit=self.memory_limit,
             on_done=bar,
         )
         save_evaluation(evaluation, path)
@@ -839,6 +874,7 @@ class Checkpoints(TrainerCallback):
 
     Optimizer, scheduler and random states are TRL's; ``complete.json``, written last,
     says that all of it is on disk, and keeps what TRL does not. Then older ones go.
+    When memory is about to run out one is written at once.
     """
 
     MARK = "complete.json"
@@ -846,11 +882,17 @@ class Checkpoints(TrainerCallback):
     def __init__(self, trainer: CPUGRPOTrainer, folder: Path, minutes: float):
         self.trainer, self.folder, self.minutes = trainer, folder, minutes
         self.saved = time.monotonic()
+        self.alarmed = False
         trainer.add_callback(self)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if time.monotonic() - self.saved >= 60 * self.minutes:
             control.should_save = True
+        alarm = memory_alarm()
+        if alarm and not self.alarmed:
+            self.trainer.say(f"{alarm}; saving a checkpoint now")
+            control.should_save = True
+        self.alarmed = alarm is not None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = self.folder / f"checkpoint-{state.global_step}"

@@ -228,7 +228,7 @@ def test_an_interrupted_run_says_how_to_go_on(tiny_run, tmp_path, monkeypatch):
         (["--domains", "lists,poetry"], "unknown domains poetry"),
         (["--num-generations", 1], "num_generations is 1"),
         (["--threads", 0], "threads"),
-        (["--memory-gib", -1], "memory"),
+        (["--memory-budget", -1], "memory budget"),
         (["--data", "./nowhere.jsonl"], "nowhere.jsonl"),
         (["--verifier", "judge.py:judge"], "--data"),
     ],
