@@ -444,6 +444,74 @@ def report(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The output folder of a complete run.")],
+    to: Annotated[str, typer.Option(help="merged, adapter, int8 or gguf.")] = "merged",
+    output: Annotated[
+        Path | None, typer.Option(help="New folder; default <run>/export-<to>.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Hand a trained model over, loaded back and compared, with a model card and the record.
+
+    Example: `cpugrpo export runs/first --to gguf`
+    """
+    from cpugrpo_edu.hardware import configure_threads
+
+    configure_threads()
+    from transformers.utils import logging
+
+    from cpugrpo_edu.export import export as export_run
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    done = export_run(run, to, output or run / f"export-{to}")
+    text = (
+        f"Exported to {done['folder']} ({done['bytes'] / 1e6:.1f} MB); loaded back, "
+        f"{done['agree']} of {done['compared']} greedy answers are those of the trained model"
+    )
+    say(done, as_json, text)
+
+
+checkpoints = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
+app.add_typer(checkpoints, name="checkpoints")
+RunFolder = Annotated[Path, typer.Argument(help="The output folder of a run.")]
+
+
+@checkpoints.command("list")
+def checkpoints_list(run: RunFolder, as_json: Json = False) -> None:
+    """What a run can go on from, oldest first.
+
+    Example: `cpugrpo checkpoints list runs/first`
+    """
+    from cpugrpo_edu.checkpoints import list_checkpoints
+
+    found = list_checkpoints(run)
+    lines = [f"{c.kind:5} {c.name:24} {c.size / 1e6:8.1f} MB  {c.fault or 'good'}" for c in found]
+    say([c.to_json() for c in found], as_json, "\n".join(lines) or "no checkpoints")
+
+
+@checkpoints.command("prune")
+def checkpoints_prune(
+    run: RunFolder,
+    keep: Annotated[int, typer.Option(help="Newest good ones of each kind that stay.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete older checkpoints of a run that is not going on; the last good one always stays.
+
+    Example: `cpugrpo checkpoints prune runs/first --dry-run`
+    """
+    from cpugrpo_edu.checkpoints import prune
+
+    gone = prune(run, keep, dry_run=dry_run)
+    size = sum(c.size for c in gone) / 1e6
+    verb = "Would delete" if dry_run else "Deleted"
+    lines = [f"{verb} {len(gone)} checkpoints, {size:.1f} MB", *(f"  {c.path}" for c in gone)]
+    say([c.to_json() for c in gone], as_json, "\n".join(lines))
+
+
+@app.command()
 def pretrain(
     output: Annotated[Path, typer.Option(help="Folder for the new model.")] = Path(
         "runs/pretrained"
