@@ -90,6 +90,16 @@ def failing_clearly() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
+PROFILES: dict[str, dict[str, Any]] = {
+    "balanced": {},
+    # recompute activations only where they would not fit
+    "fast": {"checkpointing": "auto"},
+    # leave the machine to others: one thread, little memory at a time, checkpoints more often
+    "frugal": {"threads": 1, "checkpointing": "on", "micro_batch": 4, "save_minutes": 0.5},
+}
+"""Settings of ``cpugrpo run --profile``; a setting given beside it counts more."""
+
+
 def say(data: Any, as_json: bool, text: str) -> None:
     print(json.dumps(data) if as_json else text)
 
@@ -121,7 +131,7 @@ def comma_numbers(text: str, kind: type, what: str) -> tuple[Any, Any, Any]:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: Python, packages, cores, memory, disk, the bundled model.
+    """Check this machine: Python, packages, cores, limits, BLAS, memory, disk, the bundled model.
 
     Exit code 1 if something is missing that a run needs.
 
@@ -130,9 +140,9 @@ def doctor(as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cpugrpo_edu import hardware
+    from cpugrpo_edu.doctor import examine
 
-    checks = hardware.doctor()
+    checks = examine()
     if as_json:
         print(json.dumps([asdict(check) for check in checks]))
     else:
@@ -208,6 +218,9 @@ def run(
     save_minutes: Annotated[
         float | None, typer.Option(help="Between two checkpoints within a stage; 0: every step.")
     ] = None,
+    profile: Annotated[
+        str, typer.Option(help="balanced, fast (more memory) or frugal (less, one thread).")
+    ] = "balanced",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -223,13 +236,19 @@ def run(
     """
     from cpugrpo_edu.hardware import GIB, configure_threads
 
+    if profile not in PROFILES:
+        raise UserError(f"unknown profile {profile!r}; allowed are {', '.join(PROFILES)}")
+    if threads is None:
+        threads = PROFILES[profile].get("threads")
     configure_threads(threads)
     from cpugrpo_edu.memory import parse_bytes
     from cpugrpo_edu.monitor import ProgressDisplay
     from cpugrpo_edu.pipeline import Interrupted, RunConfig
     from cpugrpo_edu.pipeline import run as run_pipeline
 
-    given = {
+    given: dict[str, Any] = {
+        "threads": threads,
+        "micro_batch": micro_batch,
         "steps": None if steps is None else comma_numbers(steps, int, "--steps"),
         "learning_rates": None if lr is None else comma_numbers(lr, float, "--lr"),
         "domains": None if domains is None else tuple(part.strip() for part in domains.split(",")),
@@ -255,6 +274,7 @@ def run(
         "patience": patience,
         "save_minutes": save_minutes,
     }
+    given = {k: v for k, v in given.items() if v is not None}
     config = RunConfig(
         model=model,
         seed=seed,
@@ -262,12 +282,10 @@ def run(
         verifier=verifier,
         system=system,
         order=order,
-        micro_batch=micro_batch,
         memory_budget_gib=None if memory_budget is None else parse_bytes(memory_budget) / GIB,
         cleanup=cleanup,
-        threads=threads,
         int8_evaluation=int8_evaluation,
-        **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
+        **{**PROFILES[profile], **given},
     )
     if resume and output is None:
         raise UserError("--resume needs the --output folder of the interrupted run")

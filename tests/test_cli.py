@@ -114,7 +114,7 @@ def test_doctor_fails_with_code_1(monkeypatch):
     from cpugrpo_edu.hardware import Check
 
     monkeypatch.setattr(
-        "cpugrpo_edu.hardware.doctor",
+        "cpugrpo_edu.doctor.examine",
         lambda: [Check("cores", "ok", "2"), Check("disk", "fail", "none left", "free some")],
     )
     code, out, _ = invoke("doctor")
