@@ -30,7 +30,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cpugrpo_edu.frozen import is_frozen
-from cpugrpo_edu.memory import drop_input_grad_hooks, free_memory
+from cpugrpo_edu.memory import drop_input_grad_hooks, free_memory, trim_heap
 from cpugrpo_edu.packing import packed_log_probs
 from cpugrpo_edu.policy import completion_logits, gather_log_probs
 from cpugrpo_edu.types import Group, UserError
@@ -151,6 +151,9 @@ def fisher_diagonal(
                     fisher[name] += score.float().mean(dim=0).square()
                 else:
                     fisher[name] += torch.tensordot(weights, score.float().square(), dims=1)
+            if memory_limit is not None:
+                del scores
+                trim_heap()
     finally:
         model.train(was_training)
 
@@ -165,8 +168,10 @@ def rows_at_a_time(model: Any, rows: Sequence[Row], memory_limit: int | None = N
     layer = length * (10 * config.hidden_size + 4 * config.intermediate_size)
     scores = 3 * config.num_attention_heads * length**2  # the plain attention keeps them
     activations = 4 * (config.num_hidden_layers * (layer + scores) + 3 * config.vocab_size * length)
-    free = int(0.8 * free_memory(memory_limit)) // (2 * parameters + 2 * activations)
-    return max(1, min(GRADIENT_MEMORY // parameters, free))
+    # the sums take a copy of the parameters, and each row two, and its activations with their
+    # derivatives and the copies that vmap makes
+    free = int(0.8 * free_memory(memory_limit)) - parameters
+    return max(1, min(GRADIENT_MEMORY // parameters, free // (2 * parameters + 6 * activations)))
 
 
 def _check_exact_is_affordable(model: Any, examples: Sequence[Example]) -> None:

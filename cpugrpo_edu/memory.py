@@ -306,6 +306,7 @@ def free_memory(limit: int | None = None) -> int:
     and with ``limit`` no more than holds all of the process below it."""
     free = available_memory()
     if limit is not None:
+        trim_heap()  # what was freed, but not given back, still counts as held
         free = min(free, max(0, limit - psutil.Process().memory_info().rss))
     return free
 

@@ -57,6 +57,11 @@ MIN_TOKENS = 512
 """Fewer tokens than this in a micro-batch would read the weights too often."""
 
 
+WORKING_SPACE = 2.5
+"""What a micro-batch takes at its peak, over the activations it keeps: their derivatives,
+short-lived copies and holes in the heap. Decides only where memory is short."""
+
+
 @dataclass(frozen=True)
 class CPUOptions:
     """What the subclass adds to TRL's configuration."""
@@ -406,7 +411,9 @@ class CPUGRPOTrainer(GRPOTrainer):
         live = self.accelerator.unwrap_model(model)
         frozen = is_frozen(live)
         if not torch.is_grad_enabled():  # log-probs of the whole batch, before it is split
-            rows = self.free_memory() // (2 * self.sequence_bytes(input_ids.shape[1], True))
+            rows = self.free_memory() // int(
+                WORKING_SPACE * self.sequence_bytes(input_ids.shape[1], True)
+            )
             kwargs["batch_size"] = max(1, min(kwargs.get("batch_size") or 2**20, rows))
         if not (self.options.share_prefix or frozen) or self.accelerator.num_processes > 1:
             return super()._get_per_token_logps_and_entropies(
@@ -456,9 +463,10 @@ class CPUGRPOTrainer(GRPOTrainer):
             least = self.num_generations if self.options.share_prefix else 1
             per_sequence = self.sequence_bytes(length, bool(self.args.gradient_checkpointing))
             best = max(least, CACHE_BYTES // per_sequence, MIN_TOKENS // length)
-            free = max(self.free_memory(), 2 * per_sequence)
             wanted = plan_micro_batch(2**62, per_sequence, rows, maximum=best)
-            size = plan_micro_batch(free, per_sequence, rows, maximum=best)
+            need = int(WORKING_SPACE * per_sequence)
+            free = self.free_memory()
+            size = plan_micro_batch(max(free, 2 * need), need, rows, maximum=best)
             if size < wanted:
                 self.tally.shrunk += 1
                 last = self.tally.micro_batches[-1:]

@@ -46,7 +46,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_a_full_and_a_read_only_disk_lose_nothing(small_disk):
     run = small_disk / "run"
     settings = (
-        "--steps 1,1,1 --prompts-per-step 2 --num-generations 4 --max-completion 24 --patience 0 "
+        "--steps 2,1,1 --prompts-per-step 2 --num-generations 4 --max-completion 24 --patience 0 "
         "--fisher-examples 2 --per-cell 1 --threads 1 --quiet"
     )
 
@@ -76,7 +76,7 @@ def test_a_full_and_a_read_only_disk_lose_nothing(small_disk):
     remount("rw,size=200m")
     resumed = go("--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
     assert saved.items() <= contents().items()
 
 

@@ -15,6 +15,7 @@ from cpugrpo_edu.models import fingerprint, load_policy
 from cpugrpo_edu.rewards import guarded
 from cpugrpo_edu.trainer import (
     LOSS_TYPES,
+    WORKING_SPACE,
     CPUGRPOTrainer,
     CPUOptions,
     Guard,
@@ -209,7 +210,11 @@ def test_the_plan_follows_the_memory_says_so_and_keeps_the_gradient(trainer, bat
     monkeypatch.setattr(trainer, "free_memory", lambda: free["bytes"])
     _, whole = gradient(trainer, batch, monkeypatch)
     one = trainer.sequence_bytes(9, False)
-    for free["bytes"], size in ((int(one * 2 / 0.8) + 1, 2), (int(one * 2 / 0.8) + 1, 2), (0, 1)):
+    for free["bytes"], size in (
+        (int(WORKING_SPACE * one * 2 / 0.8) + 9, 2),
+        (int(WORKING_SPACE * one * 2 / 0.8) + 9, 2),
+        (0, 1),
+    ):
         _, parts = gradient(trainer, batch, monkeypatch)
         assert trainer.tally.micro_batches[-1] == size
         torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)

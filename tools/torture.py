@@ -187,7 +187,10 @@ def measure(arguments: list[str]) -> tuple[int, int, str]:
         peak = 0
         while True:
             try:
-                tree = [process, *process.children(recursive=True)]
+                # A child just forked, before it becomes a program of its own, lives in its
+                # parent's memory, which would count twice.
+                children = process.children(recursive=True)
+                tree = [process, *(c for c in children if c.cmdline() != process.cmdline())]
                 peak = max(peak, sum(p.memory_info().rss for p in tree))
             except psutil.Error:
                 pass  # one has just ended
