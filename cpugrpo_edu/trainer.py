@@ -34,6 +34,7 @@ from cpugrpo_edu.memory import (
     free_memory,
     plan_micro_batch,
     retry_smaller,
+    trim_heap,
 )
 from cpugrpo_edu.models import Policy
 from cpugrpo_edu.packing import group_rows, packed_log_probs
@@ -57,9 +58,10 @@ MIN_TOKENS = 512
 """Fewer tokens than this in a micro-batch would read the weights too often."""
 
 
-WORKING_SPACE = 2.5
+WORKING_SPACE = 4
 """What a micro-batch takes at its peak, over the activations it keeps: their derivatives,
-short-lived copies and holes in the heap. Decides only where memory is short."""
+short-lived copies and holes in the heap (measured: 2.5, and 4 in the first step of a process).
+Decides only where memory is short."""
 
 
 @dataclass(frozen=True)
@@ -373,6 +375,8 @@ class CPUGRPOTrainer(GRPOTrainer):
                 if alone or not last:
                     self.accelerator.backward(loss)
                     loss = loss.detach()
+                if self.options.memory_limit is not None:
+                    trim_heap()  # else each micro-batch leaves holes that the next cannot use
             total = total + loss
         assert isinstance(total, Tensor)
         # A leaf: the caller's backward then adds nothing to the gradients, which are complete.
@@ -411,9 +415,8 @@ class CPUGRPOTrainer(GRPOTrainer):
         live = self.accelerator.unwrap_model(model)
         frozen = is_frozen(live)
         if not torch.is_grad_enabled():  # log-probs of the whole batch, before it is split
-            rows = self.free_memory() // int(
-                WORKING_SPACE * self.sequence_bytes(input_ids.shape[1], True)
-            )
+            one = WORKING_SPACE * self.sequence_bytes(input_ids.shape[1], True)
+            rows = self.free_memory() // one
             kwargs["batch_size"] = max(1, min(kwargs.get("batch_size") or 2**20, rows))
         if not (self.options.share_prefix or frozen) or self.accelerator.num_processes > 1:
             return super()._get_per_token_logps_and_entropies(
@@ -464,7 +467,7 @@ class CPUGRPOTrainer(GRPOTrainer):
             per_sequence = self.sequence_bytes(length, bool(self.args.gradient_checkpointing))
             best = max(least, CACHE_BYTES // per_sequence, MIN_TOKENS // length)
             wanted = plan_micro_batch(2**62, per_sequence, rows, maximum=best)
-            need = int(WORKING_SPACE * per_sequence)
+            need = WORKING_SPACE * per_sequence
             free = self.free_memory()
             size = plan_micro_batch(max(free, 2 * need), need, rows, maximum=best)
             if size < wanted:

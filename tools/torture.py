@@ -187,11 +187,12 @@ def measure(arguments: list[str]) -> tuple[int, int, str]:
         peak = 0
         while True:
             try:
+                own = process.memory_info()
+                others = [c.memory_info() for c in process.children(recursive=True)]
                 # A child just forked, before it becomes a program of its own, lives in its
                 # parent's memory, which would count twice.
-                children = process.children(recursive=True)
-                tree = [process, *(c for c in children if c.cmdline() != process.cmdline())]
-                peak = max(peak, sum(p.memory_info().rss for p in tree))
+                apart = [o.rss for o in others if abs(o.vms - own.vms) > 0.02 * own.vms]
+                peak = max(peak, own.rss + sum(apart))
             except psutil.Error:
                 pass  # one has just ended
             pid, status, used = os.wait4(process.pid, os.WNOHANG)
