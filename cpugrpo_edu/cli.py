@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -45,8 +44,6 @@ Model = Annotated[
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: turns known mistakes into one sentence on stderr."""
-    # TRL 1.16 uses names that transformers renames in version 6: nothing a user can mend.
-    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     with failing_clearly():
         code = app(arguments, prog_name="cpugrpo", standalone_mode=False)
         if code == 130:  # how typer reports Ctrl-C

@@ -13,7 +13,6 @@ import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from cpugrpo_edu.checkpoints import MARK
 from cpugrpo_edu.curriculum import (
     Stage,
     make_stages,
@@ -336,8 +336,6 @@ class Run:
 
     def load(self) -> None:
         transformers_logging.set_verbosity_error()
-        # TRL 1.16 uses names that transformers renames in version 6: nothing a user can mend.
-        warnings.filterwarnings("ignore", "`.*gradient_checkpointing.*deprecated", FutureWarning)
         transformers_logging.disable_progress_bar()
         config = self.config
         done = len(self.state["stages"])
@@ -877,8 +875,6 @@ class Checkpoints(TrainerCallback):
     When memory is about to run out one is written at once.
     """
 
-    MARK = "complete.json"
-
     def __init__(self, trainer: CPUGRPOTrainer, folder: Path, minutes: float):
         self.trainer, self.folder, self.minutes = trainer, folder, minutes
         self.saved = time.monotonic()
@@ -900,7 +896,7 @@ class Checkpoints(TrainerCallback):
         (checkpoint / "training_args.bin").unlink(missing_ok=True)
         flush(checkpoint)
         kept = {"tally": asdict(self.trainer.tally), "guard": asdict(self.trainer.guard)}
-        write_text(checkpoint / self.MARK, json.dumps(kept))
+        write_text(checkpoint / MARK, json.dumps(kept))
         for other in self.folder.glob("checkpoint-*"):
             if other != checkpoint:
                 shutil.rmtree(other, ignore_errors=True)
@@ -910,13 +906,13 @@ class Checkpoints(TrainerCallback):
         """The last complete checkpoint, its tallies back in the trainer; half ones are deleted."""
         complete = []
         for checkpoint in self.folder.glob("checkpoint-*"):
-            if (checkpoint / self.MARK).exists():
+            if (checkpoint / MARK).exists():
                 complete.append(checkpoint)
             else:
                 shutil.rmtree(checkpoint, ignore_errors=True)
         last = max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
         if last is not None:
-            kept = json.loads((last / self.MARK).read_text(encoding="utf-8"))
+            kept = json.loads((last / MARK).read_text(encoding="utf-8"))
             self.trainer.tally = RolloutTally(**kept["tally"])
             self.trainer.guard = Guard(**kept["guard"])
         return last

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,9 @@ from cpugrpo_edu.packing import group_rows, packed_log_probs
 from cpugrpo_edu.quantization import quantize_for_rollout, refresh
 from cpugrpo_edu.rollout import Sampling, rollout
 from cpugrpo_edu.types import Group, UserError
+
+# TRL 1.16 uses names that transformers renames in version 6: nothing a user can mend.
+warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
 
 IMPORTANCE_LEVELS = ("token", "sequence")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")

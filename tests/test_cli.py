@@ -293,3 +293,41 @@ def test_known_failures_end_in_one_line(error, code, words, capsys):
 def test_unknown_failures_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), cli.failing_clearly():
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"checkpointing": "on", "threads": None, "micro_batch": None}),
+        (["--profile", "fast"], {"checkpointing": "auto"}),
+        (["--profile", "frugal"], {"threads": 1, "micro_batch": 4, "save_minutes": 0.5}),
+        (["--profile", "frugal", "--micro-batch", 9], {"threads": 1, "micro_batch": 9}),
+    ],
+)
+def test_profiles_and_what_counts_more(monkeypatch, tmp_path, arguments, expected):
+    from cpugrpo_edu.pipeline import Interrupted
+
+    asked = []
+
+    def stop(config, folder, **named):
+        asked.append(config)
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr("cpugrpo_edu.pipeline.run", stop)
+    code, _, _ = invoke("run", "--output", tmp_path, *arguments)
+    assert code == 130
+    for name, value in expected.items():
+        assert getattr(asked[0], name) == value
+
+
+def test_an_unknown_profile():
+    assert "unknown profile 'hasty'; allowed are balanced, fast, frugal" in refused(
+        "run", "--profile", "hasty"
+    )
+
+
+def test_export_and_checkpoints_of_a_folder_that_holds_no_run(tmp_path):
+    assert "cannot read a run record" in refused("export", tmp_path)
+    assert "cannot export to 'pickle'" in refused("export", tmp_path, "--to", "pickle")
+    assert "holds no run" in refused("checkpoints", "list", tmp_path)
+    assert "keep is 0" in refused("checkpoints", "prune", tmp_path, "--keep", 0)
