@@ -234,6 +234,7 @@ def per_sequence_scores(
     ``backward()`` only gives the sum over the batch, and the square of a sum is not the sum
     of the squares. Here ``vmap`` carries the batch dimension through ``grad``. Memory is
     B x trainable parameters. A frozen INT8 base, which ``vmap`` cannot enter, goes row by row.
+    A single row needs no ``vmap``, so it has the fused attention, in a fraction of the memory.
     """
     if is_frozen(model):
         one_by_one = [frozen_scores(model, row, temperature) for row in rows]
@@ -256,6 +257,11 @@ def per_sequence_scores(
         logits = functional_call(model, parameters, args=(), kwargs=inputs).logits[0]
         return (gather_log_probs(logits.float() / temperature, labels) * mask).sum()
 
+    if len(rows) == 1:
+        return {
+            n: g[None]
+            for n, g in grad(log_prob)(parameters, input_ids[0], labels[0], mask[0]).items()
+        }
     # The fused CPU attention kernel has no batching rule; the plain one does.
     with sdpa_kernel(SDPBackend.MATH):
         return vmap(grad(log_prob), in_dims=(None, 0, 0, 0))(parameters, input_ids, labels, mask)
