@@ -8,6 +8,7 @@ sentence and exit code 2, an interrupted run with 130.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -237,6 +238,8 @@ def run(
         raise UserError(f"unknown profile {profile!r}; allowed are {', '.join(PROFILES)}")
     if threads is None:
         threads = PROFILES[profile].get("threads")
+    if memory_budget is not None:  # pages of 2 MiB would round every tensor up
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
     configure_threads(threads)
     from cpugrpo_edu.memory import parse_bytes
     from cpugrpo_edu.monitor import ProgressDisplay

@@ -173,7 +173,7 @@ def budget_cases() -> list[tuple[str, str, int, int, str]]:
         for model, budget in (
             *(("bundled", "800MB"), ("deep", "900MB"), ("wide", "1000MB"), ("wordy", "900MB")),
         )
-        for size, length in ((4, 64), (64, 64), (8, 400), (32, 400))
+        for size, length in ((4, 64), (64, 64), (8, 256), (32, 256))
     ]
     for more in ("--lora 8", "--beta 0.1", "--checkpointing off", "--no-int8-rollouts"):
         cases += [("900MB", "bundled", 32, 256, more), ("1GB", "deep", 32, 256, more)]
@@ -217,8 +217,8 @@ def budget_rows(place: Path, compare: bool) -> Iterator[Row]:
         budget, model, size, length, more = case
         with tempfile.TemporaryDirectory(dir=place) as folder:
             options = shlex.split(
-                f"--steps 1,1,0 --prompts-per-step 4 --num-generations {size} --threads 1 "
-                f"--max-completion {length} --patience 0 --per-cell 4 --fisher-examples 8 {more}"
+                f"--steps 1,1,0 --prompts-per-step 2 --num-generations {size} --threads 1 "
+                f"--max-completion {length} --patience 0 --per-cell 1 --fisher-examples 4 {more}"
             )
             data = ["--data", str(place / "prompts.jsonl"), "--rewards", "correct_answer=1"]
             judge = ["--verifier", f"{place / 'judge.py'}:grade"]
