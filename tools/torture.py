@@ -171,7 +171,7 @@ def budget_cases() -> list[tuple[str, str, int, int, str]]:
     cases = [
         (budget, model, size, length, "")
         for model, budget in (
-            *(("bundled", "800MB"), ("deep", "900MB"), ("wide", "1000MB"), ("wordy", "900MB")),
+            *(("bundled", "700MB"), ("deep", "850MB"), ("wide", "1000MB"), ("wordy", "900MB")),
         )
         for size, length in ((4, 64), (64, 64), (8, 256), (32, 256))
     ]
