@@ -90,7 +90,7 @@ audit: venv ## ask a vulnerability service about the pinned packages (needs the 
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/python -m pip_audit --no-deps --disable-pip -r requirements.lock
 
-torture: venv ## kill runs at random points, resume each, compare (ARGS="--points 50 --default" for the whole)
+torture: venv ## kill and resume runs, keep memory budgets, refuse bad input (ARGS="--points 50 --default" for all)
 	$(BIN)/python tools/torture.py $(ARGS)
 
 clean: ## delete what the targets built, and the environment

@@ -8,8 +8,8 @@ sentence and exit code 2, an interrupted run with 130.
 from __future__ import annotations
 
 import json
+import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -45,8 +45,6 @@ Model = Annotated[
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: turns known mistakes into one sentence on stderr."""
-    # TRL 1.16 uses names that transformers renames in version 6: nothing a user can mend.
-    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     with failing_clearly():
         code = app(arguments, prog_name="cpugrpo", standalone_mode=False)
         if code == 130:  # how typer reports Ctrl-C
@@ -90,6 +88,16 @@ def failing_clearly() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
+PROFILES: dict[str, dict[str, Any]] = {
+    "balanced": {},
+    # recompute activations only where they would not fit
+    "fast": {"checkpointing": "auto"},
+    # leave the machine to others: one thread, little memory at a time, checkpoints more often
+    "frugal": {"threads": 1, "checkpointing": "on", "micro_batch": 4, "save_minutes": 0.5},
+}
+"""Settings of ``cpugrpo run --profile``; a setting given beside it counts more."""
+
+
 def say(data: Any, as_json: bool, text: str) -> None:
     print(json.dumps(data) if as_json else text)
 
@@ -121,7 +129,7 @@ def comma_numbers(text: str, kind: type, what: str) -> tuple[Any, Any, Any]:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: Python, packages, cores, memory, disk, the bundled model.
+    """Check this machine: Python, packages, cores, limits, BLAS, memory, disk, the bundled model.
 
     Exit code 1 if something is missing that a run needs.
 
@@ -130,9 +138,9 @@ def doctor(as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cpugrpo_edu import hardware
+    from cpugrpo_edu.doctor import examine
 
-    checks = hardware.doctor()
+    checks = examine()
     if as_json:
         print(json.dumps([asdict(check) for check in checks]))
     else:
@@ -186,7 +194,10 @@ def run(
     micro_batch: Annotated[
         int | None, typer.Option(help="Completions a backward pass; default from memory.")
     ] = None,
-    memory_gib: Annotated[float | None, typer.Option(help="Memory budget.")] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option("--memory-budget", help="Most memory to take in all, such as 4GB."),
+    ] = None,
     cleanup: Annotated[bool, typer.Option(help="Give memory back after each stage.")] = True,
     threads: Annotated[int | None, typer.Option(help="Default: all physical cores.")] = None,
     engine: Annotated[str | None, typer.Option(help="Rollouts: fast, or generate.")] = None,
@@ -208,6 +219,9 @@ def run(
     report_to: Annotated[
         str, typer.Option(help="none, tensorboard or wandb, besides metrics.jsonl.")
     ] = "none",
+    profile: Annotated[
+        str, typer.Option(help="balanced, fast (more memory) or frugal (less, one thread).")
+    ] = "balanced",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -221,15 +235,24 @@ def run(
 
     `cpugrpo run --model Qwen/Qwen2-0.5B-Instruct --lora 16 --dtype int8 --data openai/gsm8k`
     """
-    from cpugrpo_edu.hardware import configure_threads
+    from cpugrpo_edu.hardware import GIB, configure_threads
 
+    if profile not in PROFILES:
+        raise UserError(f"unknown profile {profile!r}; allowed are {', '.join(PROFILES)}")
+    if threads is None:
+        threads = PROFILES[profile].get("threads")
+    if memory_budget is not None:  # pages of 2 MiB would round every tensor up
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
     configure_threads(threads)
     from cpugrpo_edu.estimate import estimate_text
+    from cpugrpo_edu.memory import parse_bytes
     from cpugrpo_edu.monitor import ProgressDisplay
     from cpugrpo_edu.pipeline import Interrupted, RunConfig, check_settings
     from cpugrpo_edu.pipeline import run as run_pipeline
 
-    given = {
+    given: dict[str, Any] = {
+        "threads": threads,
+        "micro_batch": micro_batch,
         "steps": None if steps is None else comma_numbers(steps, int, "--steps"),
         "learning_rates": None if lr is None else comma_numbers(lr, float, "--lr"),
         "domains": None if domains is None else tuple(part.strip() for part in domains.split(",")),
@@ -255,6 +278,7 @@ def run(
         "patience": patience,
         "save_minutes": save_minutes,
     }
+    given = {k: v for k, v in given.items() if v is not None}
     config = RunConfig(
         model=model,
         seed=seed,
@@ -262,12 +286,10 @@ def run(
         verifier=verifier,
         system=system,
         order=order,
-        micro_batch=micro_batch,
-        memory_budget_gib=memory_gib,
+        memory_budget_gib=None if memory_budget is None else parse_bytes(memory_budget) / GIB,
         cleanup=cleanup,
-        threads=threads,
         int8_evaluation=int8_evaluation,
-        **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
+        **{**PROFILES[profile], **given},
     )
     if resume and output is None:
         raise UserError("--resume needs the --output folder of the interrupted run")
@@ -450,6 +472,74 @@ def report(
     markdown, page = write_report(record, folder)
     data = {"markdown": str(markdown), "html": str(page), "headline": headline(record)}
     say(data, as_json, f"{headline(record)}\nReport: {page}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The output folder of a complete run.")],
+    to: Annotated[str, typer.Option(help="merged, adapter, int8 or gguf.")] = "merged",
+    output: Annotated[
+        Path | None, typer.Option(help="New folder; default <run>/export-<to>.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Hand a trained model over, loaded back and compared, with a model card and the record.
+
+    Example: `cpugrpo export runs/first --to gguf`
+    """
+    from cpugrpo_edu.hardware import configure_threads
+
+    configure_threads()
+    from transformers.utils import logging
+
+    from cpugrpo_edu.export import export as export_run
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    done = export_run(run, to, output or run / f"export-{to}")
+    text = (
+        f"Exported to {done['folder']} ({done['bytes'] / 1e6:.1f} MB); loaded back, "
+        f"{done['agree']} of {done['compared']} greedy answers are those of the trained model"
+    )
+    say(done, as_json, text)
+
+
+checkpoints = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
+app.add_typer(checkpoints, name="checkpoints")
+RunFolder = Annotated[Path, typer.Argument(help="The output folder of a run.")]
+
+
+@checkpoints.command("list")
+def checkpoints_list(run: RunFolder, as_json: Json = False) -> None:
+    """What a run can go on from, oldest first.
+
+    Example: `cpugrpo checkpoints list runs/first`
+    """
+    from cpugrpo_edu.checkpoints import list_checkpoints
+
+    found = list_checkpoints(run)
+    lines = [f"{c.kind:5} {c.name:24} {c.size / 1e6:8.1f} MB  {c.fault or 'good'}" for c in found]
+    say([c.to_json() for c in found], as_json, "\n".join(lines) or "no checkpoints")
+
+
+@checkpoints.command("prune")
+def checkpoints_prune(
+    run: RunFolder,
+    keep: Annotated[int, typer.Option(help="Newest good ones of each kind that stay.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete older checkpoints of a run that is not going on; the last good one always stays.
+
+    Example: `cpugrpo checkpoints prune runs/first --dry-run`
+    """
+    from cpugrpo_edu.checkpoints import prune
+
+    gone = prune(run, keep, dry_run=dry_run)
+    size = sum(c.size for c in gone) / 1e6
+    verb = "Would delete" if dry_run else "Deleted"
+    lines = [f"{verb} {len(gone)} checkpoints, {size:.1f} MB", *(f"  {c.path}" for c in gone)]
+    say([c.to_json() for c in gone], as_json, "\n".join(lines))
 
 
 @app.command()

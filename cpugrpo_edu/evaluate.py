@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def evaluate(
     max_new_tokens: int = 128,
     seed: int = 0,
     engine: str = "fast",
+    memory_limit: int | None = None,
     on_done: Callable[[int], None] = lambda problems: None,
 ) -> Evaluation:
     """One completion a problem, verified. ``model`` stands in for the policy's, e.g. INT8.
@@ -65,6 +67,7 @@ def evaluate(
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
         engine=engine,
+        memory_limit=memory_limit,
         on_done=on_done,
     )
     episodes = [group.episodes[0] for group in groups]
@@ -100,7 +103,7 @@ def load_evaluation(path: str | Path) -> Evaluation:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             return Evaluation.from_json(json.load(file))
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
         raise UserError(
             f"cannot read an evaluation from {path}: {error}; "
             "give a file that cpugrpo evaluate or cpugrpo run wrote"

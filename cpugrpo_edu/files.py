@@ -96,15 +96,6 @@ def check_output_folder(folder: str | Path) -> Path:
     return folder
 
 
-def inside(folder: str | Path, name: str) -> Path:
-    """``folder / name``; UserError if that would lie outside of the folder."""
-    folder = Path(folder).resolve()
-    path = (folder / name).resolve()
-    if path == folder or not path.is_relative_to(folder):
-        raise UserError(f"{name!r} lies outside of {folder}; give a name within it")
-    return path
-
-
 def write_failure(error: BaseException) -> str | None:
     """Why a write failed, if that is what ``error`` (or its cause) is about, else None.
 

@@ -30,7 +30,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cpugrpo_edu.frozen import is_frozen
-from cpugrpo_edu.memory import drop_input_grad_hooks
+from cpugrpo_edu.memory import drop_input_grad_hooks, free_memory, trim_heap
 from cpugrpo_edu.packing import packed_log_probs
 from cpugrpo_edu.policy import completion_logits, gather_log_probs
 from cpugrpo_edu.types import Group, UserError
@@ -81,6 +81,7 @@ def fisher_diagonal(
     n_examples: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    memory_limit: int | None = None,
 ) -> dict[str, Tensor]:
     """Estimate the diagonal Fisher of a causal LM over its trainable parameters.
 
@@ -105,10 +106,12 @@ def fisher_diagonal(
     - "lightning": see ``lightning_fisher``; looks at no data, ``examples`` may be empty.
 
     ``n_examples`` takes a random subset, chosen by ``seed``, which also drives the sampled
-    labels. ``batch_size`` sequences are differentiated at a time; for "batched" it changes
-    the result (default 8), otherwise only speed and memory. The model runs in eval mode
-    (no dropout) and gets its mode back; ``.grad`` is not touched. Raises ``UserError`` on
-    an unknown variant, empty examples or completions, or an "exact" that is too large.
+    labels. ``batch_size`` sequences (default 8) are differentiated at a time. For "batched"
+    that changes the result; otherwise only speed and memory, and they are fewer where
+    memory is short or the process would hold more than ``memory_limit`` bytes. The model
+    runs in eval mode (no dropout) and gets its mode back; ``.grad`` is not touched. Raises
+    ``UserError`` on an unknown variant, empty examples or completions, or an "exact" that is
+    too large.
     """
     if variant not in get_args(Variant):
         raise UserError(f"variant is {variant!r}; allowed are {get_args(Variant)}: choose one")
@@ -128,9 +131,6 @@ def fisher_diagonal(
         _check_exact_is_affordable(model, examples)
 
     parameters = trainable_parameters(model)
-    if batch_size is None:
-        row_bytes = sum(4 * p.numel() for p in parameters.values())
-        batch_size = 8 if variant == "batched" else max(1, min(8, GRADIENT_MEMORY // row_bytes))
     generator = torch.Generator().manual_seed(seed)
     fisher = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
 
@@ -139,7 +139,10 @@ def fisher_diagonal(
     drop_input_grad_hooks(model)  # vmap rejects them
     try:
         rows = [r for e in examples for r in _rows(model, e, variant, temperature, generator)]
-        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        size = batch_size or 8
+        if variant != "batched":
+            size = min(size, rows_at_a_time(model, rows, memory_limit))
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         for batch in batches:
             scores = per_sequence_scores(model, batch, temperature)
             weights = torch.tensor([row.weight for row in batch])
@@ -148,11 +151,27 @@ def fisher_diagonal(
                     fisher[name] += score.float().mean(dim=0).square()
                 else:
                     fisher[name] += torch.tensordot(weights, score.float().square(), dims=1)
+            if memory_limit is not None:
+                del scores
+                trim_heap()
     finally:
         model.train(was_training)
 
     count = len(batches) if variant == "batched" else len(examples)
     return {name: total.div_(count) for name, total in fisher.items()}
+
+
+def rows_at_a_time(model: Any, rows: Sequence[Row], memory_limit: int | None = None) -> int:
+    """Rows whose gradients are taken together: each has its own copy of the parameters."""
+    parameters = sum(4 * p.numel() for p in trainable_parameters(model).values())
+    length, config = max(len(row.input_ids) for row in rows), model.config
+    layer = length * (10 * config.hidden_size + 4 * config.intermediate_size)
+    scores = 3 * config.num_attention_heads * length**2  # the plain attention keeps them
+    activations = 4 * (config.num_hidden_layers * (layer + scores) + 3 * config.vocab_size * length)
+    # the sums take a copy of the parameters, and each row two, and its activations with their
+    # derivatives and the copies that vmap makes
+    free = int(0.8 * free_memory(memory_limit)) - parameters
+    return max(1, min(GRADIENT_MEMORY // parameters, free // (2 * parameters + 6 * activations)))
 
 
 def _check_exact_is_affordable(model: Any, examples: Sequence[Example]) -> None:
@@ -215,6 +234,7 @@ def per_sequence_scores(
     ``backward()`` only gives the sum over the batch, and the square of a sum is not the sum
     of the squares. Here ``vmap`` carries the batch dimension through ``grad``. Memory is
     B x trainable parameters. A frozen INT8 base, which ``vmap`` cannot enter, goes row by row.
+    A single row needs no ``vmap``, so it has the fused attention, in a fraction of the memory.
     """
     if is_frozen(model):
         one_by_one = [frozen_scores(model, row, temperature) for row in rows]
@@ -237,6 +257,11 @@ def per_sequence_scores(
         logits = functional_call(model, parameters, args=(), kwargs=inputs).logits[0]
         return (gather_log_probs(logits.float() / temperature, labels) * mask).sum()
 
+    if len(rows) == 1:
+        return {
+            n: g[None]
+            for n, g in grad(log_prob)(parameters, input_ids[0], labels[0], mask[0]).items()
+        }
     # The fused CPU attention kernel has no batching rule; the plain one does.
     with sdpa_kernel(SDPBackend.MATH):
         return vmap(grad(log_prob), in_dims=(None, 0, 0, 0))(parameters, input_ids, labels, mask)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
 
@@ -25,6 +27,7 @@ from .types import UserError
 __all__ = [
     "Architecture",
     "PeakMemory",
+    "allocation_failed",
     "available_memory",
     "checkpointing_policy",
     "count_parameters",
@@ -33,9 +36,14 @@ __all__ = [
     "estimate_model_bytes",
     "estimate_training_memory",
     "fits",
+    "free_memory",
+    "memory_alarm",
     "models_that_fit",
+    "parse_bytes",
     "plan_micro_batch",
     "release_memory",
+    "retry_smaller",
+    "rows_that_fit",
     "saved_activation_bytes",
     "swap_pressure",
     "trim_heap",
@@ -43,6 +51,8 @@ __all__ = [
 
 Mode = Literal["full", "lora"]
 RESCAN = 10  # samples between two looks for new child processes
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 # --- measuring ---------------------------------------------------------------------------
@@ -193,6 +203,80 @@ def swap_pressure() -> str | None:
             "free: close other programs, or lower the micro-batch or the model's size"
         )
     return None
+
+
+LAST_RESERVE = 256 * 2**20
+"""With less than this left, the next allocation may end the process without a word."""
+
+
+def memory_alarm() -> str | None:
+    """Why a run should save itself now: memory is about to run out, or the system swaps."""
+    free = available_memory()
+    if free < LAST_RESERVE:
+        return f"only {free / 2**20:.0f} MiB of memory are left; close other programs"
+    return swap_pressure()
+
+
+# --- a budget, and what happens when memory is refused -----------------------------------
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "4GB" (10**9 each), "500 MiB" (2**20 each) or "4" (GiB). UserError otherwise."""
+    match = re.fullmatch(r"\s*([-+.\deE]+|nan|inf)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
+    try:
+        number = float(match[1]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or not 0 < number < 2**40:
+        raise UserError(
+            f"cannot use a memory budget of {text!r}; give a finite size above 0, "
+            "such as 4GB, 500MB or 3.5GiB"
+        )
+    if not match[2]:
+        return int(number * GIB)
+    return int(number * (1024 if match[3] else 1000) ** ("kmgt".index(match[2].lower()) + 1))
+
+
+def free_memory(limit: int | None = None) -> int:
+    """Bytes this process can still take: what the machine (or its control group) has left,
+    and with ``limit`` no more than holds all of the process below it."""
+    free = available_memory()
+    if limit is not None:
+        trim_heap()  # what was freed, but not given back, still counts as held
+        free = min(free, max(0, limit - psutil.Process().memory_info().rss))
+    return free
+
+
+def allocation_failed(error: BaseException) -> bool:
+    """Whether memory was refused: Python's MemoryError, or what torch says instead."""
+    words = r"can't allocate memory|not enough memory|Cannot allocate memory|out of memory"
+    refused = isinstance(error, RuntimeError) and re.search(words, str(error))
+    return isinstance(error, MemoryError) or bool(refused)
+
+
+def retry_smaller(
+    work: Callable[[int], T], size: int, say: Callable[[str], None] = log.warning
+) -> T:
+    """``work(size)``; where memory is refused, again with half the size, down to 1.
+
+    ``work`` begins anew each time, so it has to undo what a failed attempt left. UserError
+    when even a size of 1 is refused.
+    """
+    while True:
+        try:
+            return work(size)
+        except (MemoryError, RuntimeError) as error:
+            if not allocation_failed(error):
+                raise
+            if size == 1:
+                raise UserError(
+                    "the system refused memory for a single completion; free some memory, or "
+                    "choose a smaller model, LoRA, checkpointing or shorter completions"
+                ) from error
+        # Only here, with the error gone, are the tensors of the failed attempt free as well.
+        release_memory()
+        size = (size + 1) // 2
+        say(f"the system refused memory; trying again with {size} at a time")
 
 
 # --- estimating --------------------------------------------------------------------------
@@ -367,6 +451,21 @@ def estimate_training_memory(
         "logits": 3 * 4 * a.vocab * min(tokens, logits_tile or tokens),
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def rows_that_fit(config: Any, tokens: int, free: int, *, dtype_bytes: int = 4) -> int:
+    """Completions of ``tokens`` (prompt included) to decode at a time in ``free`` bytes, >= 1.
+
+    A power of two, so that a little more or less memory draws the same completions. A row
+    holds its keys and values twice, since the cache is copied when finished rows retire;
+    the distribution over the vocabulary (logits, scaled, and 64-bit sums); and one layer's
+    activations of its prompt.
+    """
+    a = Architecture.from_config(config)
+    cache = 2 * 2 * a.layers * a.kv * tokens * dtype_bytes
+    prompt = tokens * (6 * a.hidden + 4 * a.attention + 4 * a.ffn) * dtype_bytes
+    rows = max(1, int(0.8 * free) // (cache + 24 * a.vocab + prompt))
+    return int(2 ** (rows.bit_length() - 1))
 
 
 # --- deciding ----------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,11 +22,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from cpugrpo_edu.checkpoints import MARK
 from cpugrpo_edu.control import Control
 from cpugrpo_edu.curriculum import (
     Stage,
@@ -74,7 +75,11 @@ from cpugrpo_edu.memory import (
     checkpointing_policy,
     ensure_fits,
     estimate_training_memory,
+    fits,
+    free_memory,
+    memory_alarm,
     release_memory,
+    retry_smaller,
 )
 from cpugrpo_edu.models import (
     FROZEN,
@@ -270,6 +275,12 @@ class Run:
         """Whether LoRA trains on a frozen INT8 base."""
         return self.config.dtype == FROZEN
 
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that this process may hold in all."""
+        budget = self.config.memory_budget_gib
+        return None if budget is None else int(budget * GIB)
+
     # Beginning
 
     def prepare(self, resume: bool) -> None:
@@ -343,8 +354,6 @@ class Run:
 
     def load(self) -> None:
         transformers_logging.set_verbosity_error()
-        # TRL 1.16 uses names that transformers renames in version 6: nothing a user can mend.
-        warnings.filterwarnings("ignore", "`.*gradient_checkpointing.*deprecated", FutureWarning)
         transformers_logging.disable_progress_bar()
         config = self.config
         done = len(self.state["stages"])
@@ -382,21 +391,34 @@ class Run:
         """Whether to checkpoint; refuses a run that cannot fit one completion at a time."""
         config = self.config
 
-        def need(checkpointing: bool, micro_batch: int) -> int:
-            return estimate_training_memory(
+        def need(checkpointing: bool) -> int:
+            """Bytes on top of what the process holds now, with the model loaded."""
+            parts = estimate_training_memory(
                 self.policy.model.config,
                 mode="lora" if config.lora_rank else "full",
                 lora_rank=config.lora_rank or 16,
                 dtype_bytes=2 if self.frozen else self.policy.model.dtype.itemsize,
                 tokens_per_sequence=config.max_completion + 64,
-                micro_batch=micro_batch,
+                micro_batch=config.micro_batch or 1,
                 checkpointing=checkpointing,
                 reference=config.beta > 0,
-            )["total"]
+            )
+            consolidation = 4 if config.fisher_examples else 0  # anchor, Fisher, one gradient
+            int8 = parts["weights"] // 4 if config.int8_rollouts and not self.frozen else 0
+            extra = consolidation * parts["gradients"] + int8
+            return parts["total"] - parts["weights"] + extra
 
-        rows = config.micro_batch or 1
-        on = checkpointing_policy(config.checkpointing, need(False, rows), self.available)
-        ensure_fits(f"training {config.model}", need(on, rows), self.available)
+        free = free_memory(self.memory_limit)
+        on = checkpointing_policy(config.checkpointing, need(False), free)
+        if self.memory_limit is not None and not fits(need(on), free):
+            held = psutil.Process().memory_info().rss
+            raise UserError(
+                f"training {config.model} needs about {(held + need(on) / 0.8) / GIB:.2f} GiB, "
+                f"{held / GIB:.2f} of them for the program and the weights, but the memory budget "
+                f"is {config.memory_budget_gib:.4g} GiB; raise it, or choose a smaller model, LoRA "
+                "or shorter completions"
+            )
+        ensure_fits(f"training {config.model}", need(on), free)
         return on
 
     # Stages
@@ -440,6 +462,8 @@ class Run:
                 "ewc_penalty_last": history[-1].get("ewc_penalty") if history else None,
                 "micro_batch_smallest": min(tally.micro_batches, default=None),
                 "micro_batch_largest": max(tally.micro_batches, default=None),
+                "steps_short_of_memory": tally.shrunk,
+                "memory_refusals": tally.refusals,
                 "fisher": detail,
             }
         )
@@ -487,7 +511,7 @@ class Run:
             importance_correction=config.importance_correction,
             engine=config.engine,
             micro_batch=config.micro_batch,
-            memory_limit=int(config.memory_budget_gib * GIB) if config.memory_budget_gib else None,
+            memory_limit=self.memory_limit,
             share_prefix=self.frozen if config.share_prefix is None else config.share_prefix,
             recompute=self.frozen,
             ewc_strength=config.ewc_strength,
@@ -516,6 +540,7 @@ class Run:
                 options,
                 self.anchor,
                 on_step,
+                self.display.message,
             )
         saver = Checkpoints(trainer, self.checkpoints(index), config.save_minutes)
         last = saver.restore()
@@ -554,14 +579,21 @@ class Run:
                 eos_ids=self.policy.eos_ids,
                 pad_id=self.policy.pad_id,
                 engine=config.engine,
+                memory_limit=self.memory_limit,
             )
             examples = examples_from_groups(groups)
-        fisher = fisher_diagonal(
-            self.policy.model,
-            examples,
-            config.fisher,  # type: ignore[arg-type]
-            seed=config.seed,
-        )
+
+        def estimate(batch_size: int) -> dict[str, torch.Tensor]:
+            return fisher_diagonal(
+                self.policy.model,
+                examples,
+                config.fisher,  # type: ignore[arg-type]
+                batch_size=batch_size,
+                seed=config.seed,
+                memory_limit=self.memory_limit,
+            )
+
+        fisher = retry_smaller(estimate, 8, self.display.message)
         values = torch.cat([f.flatten() for f in fisher.values()])
         mean = float(values.mean())
         if mean > 0:
@@ -602,6 +634,7 @@ class Run:
             model=model,
             max_new_tokens=self.config.max_completion,
             engine=self.config.engine,
+            memory_limit=self.memory_limit,
             on_done=on_done,
         )
         save_evaluation(evaluation, path)
@@ -920,18 +953,23 @@ class Checkpoints(TrainerCallback):
 
     Optimizer, scheduler and random states are TRL's; ``complete.json``, written last,
     says that all of it is on disk, and keeps what TRL does not. Then older ones go.
+    When memory is about to run out one is written at once.
     """
-
-    MARK = "complete.json"
 
     def __init__(self, trainer: CPUGRPOTrainer, folder: Path, minutes: float):
         self.trainer, self.folder, self.minutes = trainer, folder, minutes
         self.saved = time.monotonic()
+        self.alarmed = False
         trainer.add_callback(self)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if time.monotonic() - self.saved >= 60 * self.minutes:
             control.should_save = True
+        alarm = memory_alarm()
+        if alarm and not self.alarmed:
+            self.trainer.say(f"{alarm}; saving a checkpoint now")
+            control.should_save = True
+        self.alarmed = alarm is not None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
@@ -939,7 +977,7 @@ class Checkpoints(TrainerCallback):
         (checkpoint / "training_args.bin").unlink(missing_ok=True)
         flush(checkpoint)
         kept = {"tally": asdict(self.trainer.tally), "guard": asdict(self.trainer.guard)}
-        write_text(checkpoint / self.MARK, json.dumps(kept))
+        write_text(checkpoint / MARK, json.dumps(kept))
         for other in self.folder.glob("checkpoint-*"):
             if other != checkpoint:
                 shutil.rmtree(other, ignore_errors=True)
@@ -949,13 +987,13 @@ class Checkpoints(TrainerCallback):
         """The last complete checkpoint, its tallies back in the trainer; half ones are deleted."""
         complete = []
         for checkpoint in self.folder.glob("checkpoint-*"):
-            if (checkpoint / self.MARK).exists():
+            if (checkpoint / MARK).exists():
                 complete.append(checkpoint)
             else:
                 shutil.rmtree(checkpoint, ignore_errors=True)
         last = max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
         if last is not None:
-            kept = json.loads((last / self.MARK).read_text(encoding="utf-8"))
+            kept = json.loads((last / MARK).read_text(encoding="utf-8"))
             self.trainer.tally = RolloutTally(**kept["tally"])
             self.trainer.guard = Guard(**kept["guard"])
         return last

@@ -28,6 +28,9 @@ from cpugrpo_edu.types import ANSWER_MARK, Problem, Task, UserError
 
 RewardFunction = Callable[..., list[float]]
 
+LARGEST = 1e18
+"""A reward beyond this, squared for the standard deviation in float32, would be infinite."""
+
 
 @dataclass(frozen=True)
 class Reward:
@@ -61,9 +64,9 @@ def guarded(function: RewardFunction) -> RewardFunction:
                 "numbers, one per completion"
             )
         for i, reward in enumerate(rewards):
-            if not isinstance(reward, Real) or not math.isfinite(reward):
+            if not isinstance(reward, Real) or not abs(reward) <= LARGEST:  # so for NaN too
                 raise UserError(
-                    f"reward {name} gave {reward!r} for completion {i}; "
+                    f"reward {name} gave {reward!r:.80} for completion {i}; "
                     "return a finite number for each completion"
                 )
         return [float(reward) for reward in rewards]

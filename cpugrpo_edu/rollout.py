@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cpugrpo_edu.memory import trim_heap
+from cpugrpo_edu.memory import free_memory, retry_smaller, rows_that_fit, trim_heap
 from cpugrpo_edu.types import Episode, Group, UserError
 
 ENGINES = ("fast", "generate")
@@ -514,13 +514,16 @@ def rollout(
     eos_ids: set[int],
     pad_id: int,
     engine: str = "fast",
+    memory_limit: int | None = None,
     on_done: Callable[[int], None] = lambda rows: None,
 ) -> list[Group]:
     """Sample ``copies`` completions of each tokenized prompt, in the order given.
 
     Prompts of like length are decoded together, at most ``sampling.max_rows``
-    rows at a time. ``engine`` is "fast" or "generate" (the reference); ``eos_ids``
-    may be empty, which forces completions of full length. Completions keep their
+    rows at a time, or fewer where memory is short or the process would come to
+    hold more than ``memory_limit`` bytes; where memory is refused, half as many are
+    tried. ``engine`` is "fast" or "generate" (the reference); ``eos_ids`` may be
+    empty, which forces completions of full length. Completions keep their
     end-of-text token. Raises UserError for an empty prompt or an unknown engine.
     """
     if engine not in ENGINES:
@@ -533,16 +536,31 @@ def rollout(
     model.eval()  # dropout must not act on rollouts
     generator = torch.Generator().manual_seed(sampling.seed)
     groups: list[Group | None] = [None] * len(prompts)
+    fast = engine == "fast" and is_supported(model)
+    lm, decoding = (causal_lm(model), decode) if fast else (model, decode_with_generate)
+    rows = sampling.max_rows
+    if is_supported(model) and prompts:
+        longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
+        rows = min(rows, rows_that_fit(lm.config, longest, free_memory(memory_limit)))
+
+    def complete(texts: Sequence[Sequence[int]], rows: int, state: Tensor) -> list[Group]:
+        generator.set_state(state)
+        done = [Group(list(text), []) for text in texts]
+        together, times = max(1, rows // copies), min(rows, copies)
+        for start in range(0, len(texts), together):
+            part = done[start : start + together]
+            for first in range(0, copies, times):
+                some = min(times, copies - first)
+                prompt_ids = [group.prompt_ids for group in part]
+                more = decoding(lm, prompt_ids, some, sampling, eos_ids, pad_id, generator)
+                for group, addition in zip(part, more, strict=True):
+                    group.episodes.extend(addition.episodes)
+        return done
+
     try:
-        for chunk in chunks_by_length(prompts, max(1, sampling.max_rows // copies)):
-            texts = [prompts[i] for i in chunk]
-            if engine == "fast" and is_supported(model):
-                lm = causal_lm(model)
-                done = decode(lm, texts, copies, sampling, eos_ids, pad_id, generator)
-            else:
-                done = decode_with_generate(
-                    model, texts, copies, sampling, eos_ids, pad_id, generator
-                )
+        for chunk in chunks_by_length(prompts, max(1, rows // copies)):
+            texts, state = [prompts[i] for i in chunk], generator.get_state()
+            done = retry_smaller(functools.partial(complete, texts, state=state), rows)
             for i, group in zip(chunk, done, strict=True):
                 groups[i] = group
             on_done(len(chunk))

@@ -7,6 +7,7 @@ CPU needs, by calling ``super()`` and adding to it:
 * the batch is trained in micro-batches, sorted by length, trimmed and planned by memory;
 * completions whose advantage is zero are skipped where that is exact;
 * the EWC gradient is added once per optimizer step;
+* where memory is refused, micro-batches are halved and the step is done again;
 * every step is reported, and a run that cannot learn is stopped with a sentence.
 """
 
@@ -14,12 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import trl.trainer.utils
 from datasets import Dataset
@@ -29,13 +30,21 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
 from cpugrpo_edu.frozen import is_frozen
-from cpugrpo_edu.hardware import available_memory
-from cpugrpo_edu.memory import estimate_training_memory, plan_micro_batch
+from cpugrpo_edu.memory import (
+    estimate_training_memory,
+    free_memory,
+    plan_micro_batch,
+    retry_smaller,
+    trim_heap,
+)
 from cpugrpo_edu.models import Policy
 from cpugrpo_edu.packing import group_rows, packed_log_probs
 from cpugrpo_edu.quantization import quantize_for_rollout, refresh
 from cpugrpo_edu.rollout import Sampling, rollout
 from cpugrpo_edu.types import Group, UserError
+
+# TRL 1.16 uses names that transformers renames in version 6: nothing a user can mend.
+warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
 
 IMPORTANCE_LEVELS = ("token", "sequence")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -51,6 +60,12 @@ last cache. Larger ones were slower (128 completions of the bundled model: by ha
 
 MIN_TOKENS = 512
 """Fewer tokens than this in a micro-batch would read the weights too often."""
+
+
+WORKING_SPACE = 4
+"""What a micro-batch takes at its peak, over the activations it keeps: their derivatives,
+short-lived copies and holes in the heap (measured: 2.5, and 4 in the first step of a process).
+Decides only where memory is short."""
 
 
 @dataclass(frozen=True)
@@ -185,13 +200,17 @@ class RolloutTally:
     skipped: int = 0
     rows: int = 0
     micro_batches: list[int] = field(default_factory=list)
+    shrunk: int = 0
+    """Steps whose micro-batches the memory made smaller than they would have been."""
+    refusals: int = 0
+    """Times the system refused memory, and the step was done again in smaller parts."""
 
 
 class CPUGRPOTrainer(GRPOTrainer):
     """GRPO (Shao et al. 2024, arXiv:2402.03300) on a CPU.
 
     ``policy.model`` is trained in place; ``anchor`` holds what EWC protects.
-    ``on_step`` receives every optimizer step's metrics.
+    ``on_step`` receives every optimizer step's metrics, ``say`` a sentence when memory is short.
     """
 
     def __init__(
@@ -203,6 +222,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         options: CPUOptions | None = None,
         anchor: Anchor | None = None,
         on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
+        say: Callable[[str], None] = lambda sentence: None,
     ):
         if len(dataset) == 0:
             raise UserError("the training data is empty; give at least one problem")
@@ -213,6 +233,8 @@ class CPUGRPOTrainer(GRPOTrainer):
         self.policy = policy
         self.anchor = anchor
         self.on_step = on_step
+        self.say = say
+        self.most: int | None = None  # completions a micro-batch, once memory was refused
         self.guard = Guard(self.options.patience)
         self.stop_request = StopRequest()
         self.tally = RolloutTally()
@@ -275,6 +297,7 @@ class CPUGRPOTrainer(GRPOTrainer):
             eos_ids=self.policy.eos_ids,
             pad_id=self.policy.pad_id,
             engine=self.options.engine,
+            memory_limit=self.options.memory_limit,
         )
         seconds = time.perf_counter() - start
         self.last_groups = groups
@@ -309,17 +332,37 @@ class CPUGRPOTrainer(GRPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """TRL's loss, accumulated over micro-batches; the last one is left to ``backward``."""
+        """TRL's loss, accumulated over micro-batches; halved where memory is refused."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         rows = len(inputs["completion_ids"])
-        tokens = inputs["completion_mask"].sum()
         keep = self.rows_with_signal(inputs)
         self.tally.rows += rows
         self.tally.skipped += rows - len(keep)
         if len(keep) == 0:
             return self.zero_loss()
-        size = self.plan(inputs)
+        planned = min(self.plan(inputs), len(keep))
+        if self.accelerator.num_processes > 1:  # gradients meet in the last backward: no retry
+            return self.accumulate(model, inputs, keep, planned)
+        undo = self.remember()
+
+        def attempt(size: int) -> Tensor:
+            if size < planned:  # refused before: the next step will need as much memory
+                undo()
+                self.most = size
+                self.tally.refusals += 1
+            return self.accumulate(model, inputs, keep, size)
+
+        return retry_smaller(attempt, planned, self.say)
+
+    def accumulate(self, model: Any, inputs: dict[str, Any], keep: Tensor, size: int) -> Tensor:
+        """The loss and its gradient, in micro-batches of ``size`` of the rows ``keep``.
+
+        Several processes leave the last backward pass, in which they meet, to the caller.
+        """
+        rows = len(inputs["completion_ids"])
+        tokens = inputs["completion_mask"].sum()
+        alone = self.accelerator.num_processes == 1
         total: Tensor | float = 0.0
         whole = self.options.share_prefix
         micro_batches = list(split_by_length(inputs, keep, size, groups_together=whole))
@@ -333,12 +376,34 @@ class CPUGRPOTrainer(GRPOTrainer):
             syncing = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
             with syncing:
                 loss = share * super().compute_loss(model, micro)
-                if not last:
+                if alone or not last:
                     self.accelerator.backward(loss)
                     loss = loss.detach()
+                if self.options.memory_limit is not None:
+                    trim_heap()  # else each micro-batch leaves holes that the next cannot use
             total = total + loss
         assert isinstance(total, Tensor)
-        return total
+        # A leaf: the caller's backward then adds nothing to the gradients, which are complete.
+        return total.requires_grad_() if alone else total
+
+    def remember(self) -> Callable[[], None]:
+        """A function that puts gradients and metrics back to what they are now."""
+        parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
+        # With gradient accumulation only; else they are None, and this costs nothing.
+        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+        metrics = self._metrics["train"]
+        lengths = {name: len(values) for name, values in metrics.items()}
+
+        def undo() -> None:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is None:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.copy_(gradient)
+            for name, values in metrics.items():
+                del values[lengths.get(name, 0) :]
+
+        return undo
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -353,6 +418,10 @@ class CPUGRPOTrainer(GRPOTrainer):
         their gradients meet in the wrapped model."""
         live = self.accelerator.unwrap_model(model)
         frozen = is_frozen(live)
+        if not torch.is_grad_enabled():  # log-probs of the whole batch, before it is split
+            one = WORKING_SPACE * self.sequence_bytes(input_ids.shape[1], True)
+            rows = self.free_memory() // one
+            kwargs["batch_size"] = max(1, min(kwargs.get("batch_size") or 2**20, rows))
         if not (self.options.share_prefix or frozen) or self.accelerator.num_processes > 1:
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
@@ -388,35 +457,51 @@ class CPUGRPOTrainer(GRPOTrainer):
         return (trainable[0].flatten()[0] * 0.0).float()
 
     def plan(self, inputs: dict[str, Any]) -> int:
-        """Completions per micro-batch: as given, or what the memory now available allows."""
+        """Completions per micro-batch: as given, or what the memory now available allows.
+
+        The gradient is the same for every size. Where not even one completion seems to fit,
+        one is tried: an estimate shall not end a run.
+        """
         if self.options.micro_batch is not None:
             size = self.options.micro_batch
         else:
+            rows = len(inputs["completion_ids"])
             length = inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
             least = self.num_generations if self.options.share_prefix else 1
-            parts = estimate_training_memory(
-                self.policy.model.config,
-                tokens_per_sequence=length,
-                checkpointing=bool(self.args.gradient_checkpointing),
-                dtype_bytes=self.policy.model.dtype.itemsize,
-            )
-            per_sequence = parts["activations"] + parts["logits"]
-            size = plan_micro_batch(
-                self.free_memory(),
-                per_sequence,
-                len(inputs["completion_ids"]),
-                maximum=max(least, CACHE_BYTES // per_sequence, MIN_TOKENS // length),
-            )
+            per_sequence = self.sequence_bytes(length, bool(self.args.gradient_checkpointing))
+            best = max(least, CACHE_BYTES // per_sequence, MIN_TOKENS // length)
+            wanted = plan_micro_batch(2**62, per_sequence, rows, maximum=best)
+            need = WORKING_SPACE * per_sequence
+            free = self.free_memory()
+            size = plan_micro_batch(max(free, 2 * need), need, rows, maximum=best)
+            if size < wanted:
+                self.tally.shrunk += 1
+                last = self.tally.micro_batches[-1:]
+                if last != [size]:
+                    self.say(
+                        f"memory is short ({free / 2**20:.0f} MiB left): micro-batches of {size} "
+                        f"instead of {wanted} completions; the gradient stays the same"
+                    )
+        size = min(size, self.most or size)
         self.tally.micro_batches.append(size)
         return size
 
     def free_memory(self) -> int:
-        """Bytes left: what the machine (or its control group) has, within the budget if any."""
-        free = available_memory()
-        if self.options.memory_limit is not None:
-            held = psutil.Process().memory_info().rss
-            free = min(free, max(0, self.options.memory_limit - held))
-        return free
+        """Bytes left for activations: gradients and optimizer states still to come are not."""
+        trained = [p for p in self.policy.model.parameters() if p.requires_grad]
+        gradients = sum(p.nbytes for p in trained if p.grad is None)
+        moments = 0 if self.state.global_step else 2 * sum(p.nbytes for p in trained)
+        return max(0, free_memory(self.options.memory_limit) - gradients - moments)
+
+    def sequence_bytes(self, tokens: int, checkpointing: bool) -> int:
+        """Estimated bytes of one sequence's activations and logits."""
+        parts = estimate_training_memory(
+            self.policy.model.config,
+            tokens_per_sequence=tokens,
+            checkpointing=checkpointing,
+            dtype_bytes=self.policy.model.dtype.itemsize,
+        )
+        return parts["activations"] + parts["logits"]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -154,13 +154,10 @@ class RunRecord:
     results: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write as JSON, through a temporary file so that a crash leaves no half record."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(path.suffix + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
-        temporary.replace(path)
-        return path
+        """Write as JSON; a crash leaves the old record or the new one, never half of one."""
+        from cpugrpo_edu.files import write_text  # which imports this module
+
+        return write_text(path, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:

@@ -125,7 +125,7 @@ NO_NUMBER: list[Case] = [
         *[
             (["run"], option, "much")
             for option in (
-                *("--replay", "--temperature", "--beta", "--memory-gib", "--ewc"),
+                *("--replay", "--temperature", "--beta", "--ewc"),
                 "--save-minutes",
             )
         ],
@@ -202,11 +202,12 @@ SETTINGS: list[Case] = [
         ("add --lora", ["--dtype", "int8"]),
         ("unknown checkpointing 'maybe'", ["--checkpointing", "maybe"]),
         ("micro_batch is 0", ["--micro-batch", "0"]),
-        ("the memory budget is 0.0 GiB", ["--memory-gib", "0"]),
-        ("the memory budget is -2.0 GiB", ["--memory-gib", "-2"]),
-        ("the memory budget is nan GiB", ["--memory-gib", "nan"]),
-        ("the memory budget is inf GiB", ["--memory-gib", "inf"]),
-        ("needs about", ["--memory-gib", "0.0001"]),
+        ("a memory budget of '0'", ["--memory-budget", "0"]),
+        ("a memory budget of '-2'", ["--memory-budget", "-2"]),
+        ("a memory budget of 'nan'", ["--memory-budget", "nan"]),
+        ("a memory budget of 'inf'", ["--memory-budget", "inf"]),
+        ("a memory budget of 'much'", ["--memory-budget", "much"]),
+        ("needs about", ["--memory-budget", "1MB"]),
         ("threads is 0", ["--threads", "0"]),
         ("threads is -3", ["--threads", "-3"]),
         ("threads is 100000", ["--threads", "100000"]),

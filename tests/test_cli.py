@@ -115,7 +115,7 @@ def test_doctor_fails_with_code_1(monkeypatch):
     from cpugrpo_edu.hardware import Check
 
     monkeypatch.setattr(
-        "cpugrpo_edu.hardware.doctor",
+        "cpugrpo_edu.doctor.examine",
         lambda: [Check("cores", "ok", "2"), Check("disk", "fail", "none left", "free some")],
     )
     code, out, _ = invoke("doctor")
@@ -229,7 +229,7 @@ def test_an_interrupted_run_says_how_to_go_on(tiny_run, tmp_path, monkeypatch):
         (["--domains", "lists,poetry"], "unknown domains poetry"),
         (["--num-generations", 1], "num_generations is 1"),
         (["--threads", 0], "threads"),
-        (["--memory-gib", -1], "memory"),
+        (["--memory-budget", -1], "memory budget"),
         (["--data", "./nowhere.jsonl"], "nowhere.jsonl"),
         (["--verifier", "judge.py:judge"], "--data"),
     ],
@@ -319,3 +319,41 @@ def test_models_show_what_a_step_takes(monkeypatch):
     monkeypatch.setattr(estimate, "catalogue_steps", lambda: ({}, "No estimate of time: why."))
     code, out, _ = invoke("models")
     assert code == 0 and "No estimate of time: why." in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"checkpointing": "on", "threads": None, "micro_batch": None}),
+        (["--profile", "fast"], {"checkpointing": "auto"}),
+        (["--profile", "frugal"], {"threads": 1, "micro_batch": 4, "save_minutes": 0.5}),
+        (["--profile", "frugal", "--micro-batch", 9], {"threads": 1, "micro_batch": 9}),
+    ],
+)
+def test_profiles_and_what_counts_more(monkeypatch, tmp_path, arguments, expected):
+    from cpugrpo_edu.pipeline import Interrupted
+
+    asked = []
+
+    def stop(config, folder, **named):
+        asked.append(config)
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr("cpugrpo_edu.pipeline.run", stop)
+    code, _, _ = invoke("run", "--output", tmp_path, *arguments)
+    assert code == 130
+    for name, value in expected.items():
+        assert getattr(asked[0], name) == value
+
+
+def test_an_unknown_profile():
+    assert "unknown profile 'hasty'; allowed are balanced, fast, frugal" in refused(
+        "run", "--profile", "hasty"
+    )
+
+
+def test_export_and_checkpoints_of_a_folder_that_holds_no_run(tmp_path):
+    assert "cannot read a run record" in refused("export", tmp_path)
+    assert "cannot export to 'pickle'" in refused("export", tmp_path, "--to", "pickle")
+    assert "holds no run" in refused("checkpoints", "list", tmp_path)
+    assert "keep is 0" in refused("checkpoints", "prune", tmp_path, "--keep", 0)

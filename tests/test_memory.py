@@ -401,3 +401,79 @@ def test_models_that_fit(monkeypatch, tmp_path):
     config().save_pretrained(tmp_path)
     first = M.models_that_fit()[0]  # smallest first
     assert first["name"] == "bundled" and first["parameters"] == M.count_parameters(config())
+
+
+# A budget, and memory that is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        *(("4GB", 4 * 10**9), ("500MB", 500 * 10**6), ("4", 4 * M.GIB), ("1.5GiB", 3 * 2**29)),
+        *((" 2 gib ", 2 * M.GIB), ("1e3kB", 10**6), ("1t", 10**12)),
+    ],
+)
+def test_sizes_are_read(text, size):
+    assert M.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "0GB", "-1GB", "nan", "inf", "4 apples", "4GBB", "1e999"]
+)
+def test_sizes_that_are_none(text):
+    with pytest.raises(UserError, match="such as 4GB"):
+        M.parse_bytes(text)
+
+
+def test_free_memory_is_within_the_limit(monkeypatch):
+    monkeypatch.setattr(M, "available_memory", lambda: 10**12)
+    assert M.free_memory() == 10**12
+    assert 0 < M.free_memory(2**42) < 2**42
+    assert M.free_memory(1) == 0
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_refused_memory_halves_the_size(error):
+    tried, said = [], []
+
+    def work(size):
+        tried.append(size)
+        if size > 2:
+            raise error
+        return "done"
+
+    assert M.retry_smaller(work, 9, said.append) == "done"
+    assert tried == [9, 5, 3, 2] and len(said) == 3
+
+    def refuse(size):
+        raise error
+
+    with pytest.raises(UserError, match="single completion"):
+        M.retry_smaller(refuse, 4, said.append)
+
+
+def test_a_refusal_by_torch_itself_is_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55)
+    assert M.allocation_failed(caught.value)
+    assert not M.allocation_failed(RuntimeError("shapes")) and not M.allocation_failed(OSError())
+
+
+def test_rows_that_fit_grow_with_memory_and_shrink_with_length():
+    rows = [M.rows_that_fit(M.CATALOGUE[2], 400, free) for free in (0, 10**8, 10**9, 10**10)]
+    assert rows[0] == 1 and rows == sorted(rows) and rows[-1] > rows[1]
+    assert all(row & (row - 1) == 0 for row in rows)
+    assert M.rows_that_fit(M.CATALOGUE[2], 4000, 10**10) < rows[-1]
+
+
+def test_the_alarm(monkeypatch):
+    monkeypatch.setattr(M, "swap_pressure", lambda: None)
+    monkeypatch.setattr(M, "available_memory", lambda: 2**40)
+    assert M.memory_alarm() is None
+    monkeypatch.setattr(M, "available_memory", lambda: 2**26)
+    assert "only 64 MiB of memory are left" in M.memory_alarm()
+    monkeypatch.setattr(M, "available_memory", lambda: 2**40)
+    monkeypatch.setattr(M, "swap_pressure", lambda: "swapped out")
+    assert M.memory_alarm() == "swapped out"

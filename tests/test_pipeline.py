@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import cpugrpo_edu.pipeline as pipeline
 from cpugrpo_edu.evaluate import load_evaluation
 from cpugrpo_edu.ewc import load_anchor
 from cpugrpo_edu.monitor import read_metrics
-from cpugrpo_edu.pipeline import Interrupted, RunConfig, run
+from cpugrpo_edu.pipeline import Checkpoints, Interrupted, RunConfig, run
 from cpugrpo_edu.rewards import REWARDS, guarded
 from cpugrpo_edu.types import RunRecord, UserError
 
@@ -367,3 +368,27 @@ def test_data_is_split_without_overlap(config, tmp_path):
 def test_gsm8k_format_trains(config, tmp_path, no_report):
     config = small(config, data=write_lines(tmp_path / "gsm8k.jsonl", gsm8k_rows(24)))
     assert run(config, tmp_path / "out").results["weights_changed"]["changed"]
+
+
+def test_a_checkpoint_at_once_when_memory_is_about_to_run_out(tmp_path, monkeypatch):
+    said, alarm = [], {"text": None}
+    monkeypatch.setattr("cpugrpo_edu.pipeline.memory_alarm", lambda: alarm["text"])
+    trainer = SimpleNamespace(add_callback=lambda callback: None, say=said.append)
+    saver = Checkpoints(trainer, tmp_path, minutes=60)
+
+    def save_after_step(text):
+        alarm["text"], control = text, SimpleNamespace(should_save=False)
+        saver.on_step_end(None, None, control)
+        return control.should_save
+
+    assert not save_after_step(None)
+    assert save_after_step("only 9 MiB are left") and "saving a checkpoint now" in said[0]
+    assert not save_after_step("only 8 MiB are left")  # once, until it is over
+    assert not save_after_step(None)
+    assert save_after_step("only 7 MiB are left") and len(said) == 2
+
+
+def test_a_budget_that_cannot_hold_the_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"needs about .* for the program and the weights") as error:
+        run(RunConfig(memory_budget_gib=0.01), tmp_path / "out")
+    assert "raise it" in str(error.value) and not (tmp_path / "out").exists()

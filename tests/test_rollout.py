@@ -272,3 +272,32 @@ def test_sliding_windows_are_left_to_generate(model):
 def test_bad_input_is_refused(model, arguments, names):
     with pytest.raises(UserError, match=names):
         run(model, **arguments)
+
+
+# Memory
+
+
+def test_fewer_rows_where_memory_is_short_or_refused(tiny_policy, monkeypatch):
+    import cpugrpo_edu.rollout as module
+
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    sampling = Sampling(max_new_tokens=5, temperature=0)
+
+    def greedy(**more):
+        groups = rollout(tiny_policy.model, prompts, 4, sampling, eos_ids=set(), pad_id=0, **more)
+        return [[e.completion_ids for e in group.episodes] for group in groups]
+
+    whole, original, rows = greedy(), module.decode, []
+
+    def spy(lm, texts, copies, *arguments):
+        rows.append(len(texts) * copies)
+        if rows[-1] > 3:
+            raise MemoryError
+        return original(lm, texts, copies, *arguments)
+
+    monkeypatch.setattr(module, "decode", spy)
+    assert greedy() == whole
+    assert rows[0] == 12 and max(rows[-2:]) <= 3 and all(len(group) == 4 for group in whole)
+    rows.clear()
+    assert greedy(memory_limit=1) == whole  # nothing left: one row at a time
+    assert set(rows) == {1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -14,9 +15,11 @@ from cpugrpo_edu.models import fingerprint, load_policy
 from cpugrpo_edu.rewards import guarded
 from cpugrpo_edu.trainer import (
     LOSS_TYPES,
+    WORKING_SPACE,
     CPUGRPOTrainer,
     CPUOptions,
     Guard,
+    RolloutTally,
     cpu_config,
     split_by_length,
 )
@@ -24,6 +27,9 @@ from cpugrpo_edu.types import UserError
 
 PROMPTS = ["a", "a b c", "Compute 1 + 2.", "x"]
 LENGTHS = torch.tensor([5, 2, 4, 1, 3, 5, 1, 2])
+REFUSED = (
+    "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"
+)
 ADVANTAGES = torch.tensor([1.1, -0.6, 0.0, -0.9, 0.7, 0.4, 0.0, -0.7])
 
 
@@ -196,29 +202,123 @@ def test_checkpointing_changes_no_gradient(trainer, batch, monkeypatch):
 # Memory
 
 
-def test_the_plan_keeps_to_the_memory_limit(trainer, batch, monkeypatch):
-    monkeypatch.setattr("cpugrpo_edu.trainer.available_memory", lambda: 2**40)
-    assert trainer.plan(batch) == 8
-    held = 10**9
-    monkeypatch.setattr(
-        "cpugrpo_edu.trainer.psutil.Process",
-        lambda: type("P", (), {"memory_info": lambda self: type("M", (), {"rss": held})})(),
-    )
-    needs = []
-    original = trainer.free_memory
-    for free in (10**9, 2 * 10**5, 10**4):
-        monkeypatch.setattr(trainer, "options", CPUOptions(memory_limit=held + free))
-        assert original() == free
-        try:
-            needs.append(trainer.plan(batch))
-        except UserError as error:
-            needs.append(0)
-            assert "one sequence needs" in str(error) and "checkpointing" in str(error)
-    assert needs[0] == 8 and 0 < needs[1] < 8 and needs[2] == 0
-    monkeypatch.setattr(trainer, "options", CPUOptions(memory_limit=held // 2))
-    assert original() == 0
-    monkeypatch.setattr(trainer, "options", CPUOptions(micro_batch=3, memory_limit=1))
+def test_the_plan_follows_the_memory_says_so_and_keeps_the_gradient(trainer, batch, monkeypatch):
+    said = []
+    monkeypatch.setattr(trainer, "say", said.append)
+    monkeypatch.setattr(trainer, "tally", RolloutTally())
+    free = {"bytes": 2**40}
+    monkeypatch.setattr(trainer, "free_memory", lambda: free["bytes"])
+    _, whole = gradient(trainer, batch, monkeypatch)
+    one = trainer.sequence_bytes(9, False)
+    for free["bytes"], size in (
+        (int(WORKING_SPACE * one * 2 / 0.8) + 9, 2),
+        (int(WORKING_SPACE * one * 2 / 0.8) + 9, 2),
+        (0, 1),
+    ):
+        _, parts = gradient(trainer, batch, monkeypatch)
+        assert trainer.tally.micro_batches[-1] == size
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    assert trainer.tally.micro_batches[0] == 8 and trainer.tally.shrunk == 3
+    assert len(said) == 2  # once each time it changes
+    assert "micro-batches of 2 instead of 8" in said[0] and "of 1 instead of 8" in said[1]
+    assert trainer.plan(batch) == 1
+    monkeypatch.setattr(trainer, "options", CPUOptions(micro_batch=3))
     assert trainer.plan(batch) == 3  # as asked
+
+
+def test_the_memory_limit_counts_what_is_held_and_what_will_come(trainer, monkeypatch):
+    held, limit = psutil.Process().memory_info().rss, 2**45
+    monkeypatch.setattr("cpugrpo_edu.memory.available_memory", lambda: 2**60)
+    monkeypatch.setattr(trainer, "options", CPUOptions(memory_limit=limit))
+    trainer.model.zero_grad(set_to_none=True)
+    monkeypatch.setattr(trainer.state, "global_step", 0)
+    before = trainer.free_memory()
+    monkeypatch.setattr(trainer.state, "global_step", 1)
+    weights = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+    assert trainer.free_memory() - before == pytest.approx(2 * weights, abs=2**26)
+    assert limit - trainer.free_memory() == pytest.approx(held, abs=2**28)
+    monkeypatch.setattr(trainer, "options", CPUOptions(memory_limit=held // 2))
+    assert trainer.free_memory() == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(REFUSED)])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_refused_memory_is_tried_again_in_halves(trainer, batch, monkeypatch, where, error):
+    """In the second micro-batch, after one whose gradient is already there."""
+    trainer.model.zero_grad()
+    loss, whole = gradient(trainer, batch, monkeypatch, micro_batch=4)
+    monkeypatch.setattr(trainer, "tally", RolloutTally())
+    monkeypatch.setattr(trainer, "most", None)
+    said, calls = [], []
+    monkeypatch.setattr(trainer, "say", said.append)
+    owner, name = (
+        (trainer, "_compute_loss")
+        if where == "forward"
+        else (
+            trainer.accelerator,
+            "backward",
+        )
+    )
+    original = getattr(owner, name)
+
+    def refuse_the_second(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            if where == "backward":  # half of the work is done when it fails
+                next(iter(trainer.model.parameters())).grad.add_(1.0)
+            raise error
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, refuse_the_second)
+    rows = {key: len(values) for key, values in trainer._metrics["train"].items()}
+    trainer.model.zero_grad()
+    monkeypatch.setattr(trainer, "options", CPUOptions(micro_batch=4))
+    again = trainer.compute_loss(trainer.model, dict(batch))
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    ours = torch.cat([p.grad.flatten() for p in parameters])
+    assert again.item() == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(ours, whole, atol=1e-6, rtol=1e-5)
+    assert trainer.tally.refusals == 1 and trainer.most == 2
+    assert "trying again with 2" in said[0]
+    added = {k: len(v) - rows.get(k, 0) for k, v in trainer._metrics["train"].items()}
+    assert set(added.values()) <= {0, 3}  # 6 rows with signal in micro-batches of 2, counted once
+    assert trainer.plan(batch) == 2  # the next step begins smaller
+
+
+def test_refused_memory_keeps_gradients_accumulated_before(trainer, batch, monkeypatch):
+    monkeypatch.setattr(trainer, "most", None)
+    _, once = gradient(trainer, batch, monkeypatch, micro_batch=8)
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    original, calls = trainer._compute_loss, []
+
+    def refuse_the_first(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer, "_compute_loss", refuse_the_first)
+    trainer.compute_loss(trainer.model, dict(batch))
+    ours = torch.cat([p.grad.flatten() for p in parameters])
+    torch.testing.assert_close(ours, 2 * once, atol=1e-5, rtol=1e-5)
+
+
+def test_memory_refused_for_one_completion_ends_with_a_sentence(trainer, batch, monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError(REFUSED)
+
+    monkeypatch.setattr(trainer, "most", None)
+    monkeypatch.setattr(trainer, "_compute_loss", refuse)
+    with pytest.raises(UserError, match="refused memory for a single completion"):
+        gradient(trainer, batch, monkeypatch, micro_batch=8)
+
+    def fail(*arguments):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(trainer, "most", None)
+    monkeypatch.setattr(trainer, "_compute_loss", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        gradient(trainer, batch, monkeypatch, micro_batch=8)
 
 
 # Rollouts

@@ -1,11 +1,17 @@
-"""Kill a run with SIGKILL at random moments, resume it each time, and look for any loss.
+"""Kill runs, starve them and feed them nonsense; nothing may be lost.
 
-    python tools/torture.py                       a small run, 3 points
-    python tools/torture.py --points 50 --default  the default run of `cpugrpo run`
+    python tools/torture.py                              every check, runs killed at 3 points
+    python tools/torture.py --points 50 --default --only kill   the default run, 50 points
 
-After its resumption every run must have done the same steps, with one metric row each,
-no leftover and no unreadable file, and end with the weights of the run that was never
-killed, bit for bit. Prints a table; the exit code is 1 on any difference.
+* kill: runs are killed with SIGKILL at random moments and resumed. Each must have done
+  the same steps, with one metric row each, no leftover and no unreadable file, and end
+  with the weights of the run that was never killed, bit for bit.
+* budget: runs of different models, group sizes and lengths under ``--memory-budget``.
+  The resident memory of the process and its children may exceed it by 5 % at most.
+* input: the table of malformed flags, files and data in tests/test_bad_input.py.
+* ranks: two processes train as one does (where tests/ has a test of it).
+
+Prints one table; the exit code is 1 on any loss.
 """
 
 from __future__ import annotations
@@ -13,15 +19,20 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import random
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 from safetensors.torch import load_file
 
 SMALL = shlex.split(
@@ -85,37 +96,202 @@ def losses(folder: Path, reference: Path) -> list[str]:
     return found
 
 
+Row = tuple[str, str, str, str, bool]
+"""Check, case, what was measured, result, and whether anything was lost."""
+
+
+def kill_rows(points: int, seed: int, options: list[str], place: Path) -> Iterator[Row]:
+    """Runs that are killed at ``points`` random moments, each resumed to its end."""
+    rng = random.Random(seed)
+    reference = place / "reference"
+    start = time.perf_counter()
+    if wrong := finish(reference, options):
+        yield "kill", "the run itself", "", wrong, True
+        return
+    seconds = time.perf_counter() - start
+    for point in range(1, points + 1):
+        folder = place / str(point)
+        after = rng.uniform(0.1, 1.0) * seconds
+        killed = kill_after(after, folder, options)
+        metrics = folder / "metrics.jsonl"
+        rows = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+        wrong = "" if (folder / "record.json").exists() else finish(folder, options)
+        found = [wrong] if wrong else losses(folder, reference)
+        when = f"after {after:.1f} s" if killed else "not killed (done before)"
+        yield (
+            "kill",
+            f"{point}: {when}",
+            f"{rows} steps",
+            "; ".join(found) or "as never killed",
+            bool(found),
+        )
+
+
+# Memory budget
+
+VERIFIER = """
+import zlib
+def grade(problem, completion):
+    return zlib.crc32(completion.encode()) % 100 / 100  # differs, so that there is a gradient
+"""
+
+SHAPES = {  # hidden, layers, feed-forward, vocabulary
+    "deep": (128, 10, 512, 448),
+    "wide": (384, 4, 1536, 448),
+    "wordy": (128, 2, 512, 16_000),
+}
+
+
+def make_shape(name: str, place: Path) -> str:
+    """A folder with a random Qwen2 of that shape and the bundled tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+    from cpugrpo_edu.hardware import BUNDLED_MODEL
+
+    hidden, layers, ffn, vocabulary = SHAPES[name]
+    config = Qwen2Config.from_pretrained(BUNDLED_MODEL.parent)
+    config.update(
+        {
+            "hidden_size": hidden,
+            "intermediate_size": ffn,
+            "num_hidden_layers": layers,
+            "layer_types": ["full_attention"] * layers,
+            "num_attention_heads": hidden // 32,
+            "num_key_value_heads": hidden // 64,
+            "vocab_size": vocabulary,
+        }
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(place / name)
+    AutoTokenizer.from_pretrained(BUNDLED_MODEL.parent).save_pretrained(place / name)
+    return str(place / name)
+
+
+def budget_cases() -> list[tuple[str, str, int, int, str]]:
+    """(budget, model, G, length, more options); 24 of them."""
+    cases = [
+        (budget, model, size, length, "")
+        for model, budget in (
+            *(("bundled", "700MB"), ("deep", "850MB"), ("wide", "1000MB"), ("wordy", "900MB")),
+        )
+        for size, length in ((4, 64), (64, 64), (8, 256), (32, 256))
+    ]
+    for more in ("--lora 8", "--beta 0.1", "--checkpointing off", "--no-int8-rollouts"):
+        cases += [("900MB", "bundled", 32, 256, more), ("1GB", "deep", 32, 256, more)]
+    return cases
+
+
+def measure(arguments: list[str]) -> tuple[int, int, str]:
+    """(exit code, peak resident bytes of the process and its children, last words)."""
+    with tempfile.TemporaryFile("w+") as words:
+        process = psutil.Popen(arguments, stdout=words, stderr=words)
+        peak = 0
+        while True:
+            try:
+                own = process.memory_info()
+                others = [c.memory_info() for c in process.children(recursive=True)]
+                # A child just forked, before it becomes a program of its own, lives in its
+                # parent's memory, which would count twice.
+                apart = [o.rss for o in others if abs(o.vms - own.vms) > 0.02 * own.vms]
+                peak = max(peak, own.rss + sum(apart))
+            except psutil.Error:
+                pass  # one has just ended
+            pid, status, used = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                # the kernel's own mark of the process, which no spike escapes
+                unit = 1 if sys.platform == "darwin" else 1024
+                words.seek(0)
+                code = os.waitstatus_to_exitcode(status)
+                return code, max(peak, unit * used.ru_maxrss), words.read().strip()[-300:]
+            time.sleep(0.02)
+
+
+def budget_rows(place: Path, compare: bool) -> Iterator[Row]:
+    """Every case under its budget, and with ``compare`` without one as well."""
+    place.mkdir()
+    (place / "judge.py").write_text(VERIFIER)
+    prompts = [json.dumps({"prompt": f"Compute {a} + {a + 1}."}) for a in range(40)]
+    (place / "prompts.jsonl").write_text("\n".join(prompts))
+    models = {name: make_shape(name, place) for name in SHAPES} | {"bundled": "bundled"}
+
+    def peak(case: tuple[str, str, int, int, str], limited: bool) -> tuple[int, int, str]:
+        budget, model, size, length, more = case
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            options = shlex.split(
+                f"--steps 1,1,0 --prompts-per-step 2 --num-generations {size} --threads 1 "
+                f"--max-completion {length} --patience 0 --per-cell 1 --fisher-examples 4 {more}"
+            )
+            data = ["--data", str(place / "prompts.jsonl"), "--rewards", "correct_answer=1"]
+            judge = ["--verifier", f"{place / 'judge.py'}:grade"]
+            limit = ["--memory-budget", budget] if limited else []
+            program = command(Path(folder) / "out", [*options, *data, *judge, *limit])
+            return measure([*program, "--model", models[model]])
+
+    cases = budget_cases()
+    with ThreadPoolExecutor(2) as pool:
+        limited = pool.map(lambda case: peak(case, True), cases)
+        free = pool.map(lambda case: peak(case, False), cases if compare else [])
+        for case in cases:
+            budget, model, size, length, more = case
+            code, most, words = next(limited)
+            allowed = int(budget.removesuffix("MB").replace("GB", "000")) * 1e6
+            over = most / allowed - 1
+            measured = f"peak {most / 1e6:.0f} MB"
+            if compare:
+                measured += f", without a budget {next(free)[1] / 1e6:.0f} MB"
+            if code:
+                result = f"exit code {code}: {words}"
+            else:
+                result = "kept" if over <= 0 else f"{over:.1%} over"
+            name = f"{budget}, {model}, G {size}, length {length} {more}".strip()
+            yield "budget", name, measured, result, bool(code) or over > 0.05
+
+
+def test_rows(check: str, case: str, arguments: list[str]) -> Iterator[Row]:
+    """A part of the tests as one row."""
+    if not arguments:
+        yield check, case, "", "no such test here", False
+        return
+    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=root)
+    count = re.search(r"(\d+) passed", done.stdout)
+    last = done.stdout.strip().splitlines()[-1:] or [done.stderr[-200:]]
+    result = "all as expected" if done.returncode == 0 else last[0]
+    yield check, case, f"{count[1] if count else 0} passed", result, done.returncode != 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--points", type=int, default=3)
+    parser.add_argument("--points", type=int, default=3, help="moments to kill a run at")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--default", action="store_true", help="the default run, not a small one")
+    parser.add_argument(
+        "--default", action="store_true", help="kill the default run, not a small one"
+    )
+    parser.add_argument("--compare", action="store_true", help="budget: without one as well")
+    parser.add_argument("--only", choices=("kill", "budget", "input", "ranks"))
     asked = parser.parse_args()
     options = ["--save-minutes", "0.1"] if asked.default else SMALL
-    rng = random.Random(asked.seed)
     bad = 0
-    with tempfile.TemporaryDirectory() as place:
-        reference = Path(place) / "reference"
-        start = time.perf_counter()
-        if wrong := finish(reference, options):
-            print(f"the run itself fails: {wrong}")
-            return 1
-        seconds = time.perf_counter() - start
-        print("| point | killed after | steps done | result |\n|---|---:|---:|---|", flush=True)
-        for point in range(1, asked.points + 1):
-            folder = Path(place) / str(point)
-            after = rng.uniform(0.1, 1.0) * seconds
-            killed = kill_after(after, folder, options)
-            metrics = folder / "metrics.jsonl"
-            rows = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
-            wrong = "" if (folder / "record.json").exists() else finish(folder, options)
-            found = [wrong] if wrong else losses(folder, reference)
-            bad += bool(found)
-            when = f"{after:.1f} s" if killed else "not (done before)"
-            print(
-                f"| {point} | {when} | {rows} | {'; '.join(found) or 'as never killed'} |",
-                flush=True,
-            )
+    tests = Path(__file__).parents[1] / "tests"
+    having = [
+        str(f) for f in tests.glob("test_*.py") if "def test_two_ranks" in f.read_text("utf-8")
+    ]
+    two_ranks = [*having, "-k", "two_ranks"] if having else []
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        checks = {
+            "kill": kill_rows(asked.points, asked.seed, options, place),
+            "budget": budget_rows(place / "budget", asked.compare),
+            "input": test_rows("input", "tests/test_bad_input.py", ["tests/test_bad_input.py"]),
+            "ranks": test_rows("ranks", "two ranks equal one", two_ranks),
+        }
+        print("| check | case | measured | result |\n|---|---|---|---|", flush=True)
+        for check, rows in checks.items():
+            if asked.only in (None, check):
+                for *cells, lost in rows:
+                    bad += lost
+                    text = " | ".join(" ".join(str(cell).split()) for cell in cells)
+                    print(f"| {text} |{' LOST' if lost else ''}", flush=True)
     return int(bad > 0)
 
 

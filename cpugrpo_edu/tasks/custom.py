@@ -96,7 +96,8 @@ class Custom:
                 f"verifier {name} failed on problem {problem.id!r} with "
                 f"{type(error).__name__}: {error}; mend the verifier"
             ) from error
-        if not isinstance(verdict, Real) or not 0 <= float(verdict) <= 1:  # False for NaN too
+        ok = isinstance(verdict, Real) and 0 <= verdict <= 1  # type: ignore[operator]
+        if not ok:  # so for NaN too
             raise UserError(
                 f"verifier {name} returned {verdict!r:.80} for problem {problem.id!r}; "
                 "return True, False or a number from 0 to 1"

@@ -1,0 +1,318 @@
+"""Hand a trained model over: merged weights, the adapter, INT8, or GGUF, each checked.
+
+An export counts only once it was loaded back, by the means that its reader would use, and
+gave the answers of the model it came from. What agreed is written into its model card.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from cpugrpo_edu.answers import answers_match, extract_answer
+from cpugrpo_edu.evaluate import held_out_problems
+from cpugrpo_edu.files import check_output_folder, replacing
+from cpugrpo_edu.models import Policy, load_policy
+from cpugrpo_edu.quantization import dequantize, quantize_tensor
+from cpugrpo_edu.rollout import Sampling, rollout
+from cpugrpo_edu.types import RunRecord, UserError
+
+LEAST_AGREEMENT = {"merged": 1.0, "adapter": 0.95, "int8": 0.8, "gguf": 1.0}
+"""Share of greedy completions that must agree. The same weights give the same text; an
+adapter beside its base rounds differently, and INT8 is another model, whose *answers* count."""
+
+INT8_FORMAT = "int8 weights, one float32 scale a row: w = q * scale"
+
+
+def export(run: str | Path, kind: str, output: str | Path, *, problems: int = 24) -> dict[str, Any]:
+    """Write the run's model as ``kind`` into the new folder ``output``, checked.
+
+    ``run`` is the output folder of a complete run. Returns what was written and how many of
+    the greedy completions of held-out problems agree. Raises UserError, and leaves nothing
+    behind, where too few do.
+    """
+    run, output = Path(run), check_output_folder(output)
+    if kind not in LEAST_AGREEMENT:
+        raise UserError(f"cannot export to {kind!r}; allowed are {', '.join(LEAST_AGREEMENT)}")
+    if output.exists():
+        raise UserError(f"{output} already exists; give another --output")
+    if problems < 1:
+        raise UserError(f"problems is {problems}; give at least 1 to compare answers on")
+    record = RunRecord.load(run / "record.json")
+    original = trained_policy(run, record)
+    write, read = WAYS[kind]
+    with replacing(output) as folder:
+        folder.mkdir()
+        write(original, run, record, folder)
+        ours, theirs = (answers(p, problems) for p in (original, read(folder, original, record)))
+        if kind == "int8":
+            agree = [
+                answers_match(extract_answer(b), extract_answer(a) or "") or a == b
+                for a, b in zip(ours, theirs, strict=True)
+            ]
+        else:
+            agree = [a == b for a, b in zip(ours, theirs, strict=True)]
+        share = sum(agree) / len(agree)
+        if share < LEAST_AGREEMENT[kind]:
+            raise UserError(
+                f"the exported {kind} gave other answers than the model: only {sum(agree)} of "
+                f"{len(agree)} agree; it was not kept"
+            )
+        card = model_card(record, kind, sum(agree), len(agree))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        record.save(folder / "record.json")
+    size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
+    return {"folder": str(output), "bytes": size, "agree": sum(agree), "compared": len(agree)}
+
+
+def trained_policy(run: Path, record: RunRecord) -> Policy:
+    """The model at the end of a run; an adapter of a frozen base on the float base."""
+    folder, system = run / "model", record.config.get("system")
+    if (folder / "config.json").exists():
+        return load_policy(folder, system=system)
+    if (folder / "adapter").is_dir():
+        return with_adapter(folder / "adapter", record, merge=True)
+    raise UserError(f"{run} holds no trained model; give the output folder of a complete run")
+
+
+def with_adapter(adapter: Path, record: RunRecord, merge: bool = False) -> Policy:
+    from peft import PeftModel
+
+    base = load_policy(str(record.config["model"]), system=record.config.get("system"))
+    base.model = PeftModel.from_pretrained(base.model, str(adapter))
+    if merge:
+        base.model = base.model.merge_and_unload()
+    return base
+
+
+def answers(policy: Policy, count: int) -> list[str]:
+    """Greedy completions of some held-out problems of every kind, by transformers' ``generate``."""
+    problems = held_out_problems(-(-count // 12))
+    problems = problems[:: max(1, len(problems) // count)][:count]
+    groups = rollout(
+        policy.model,
+        [policy.encode_problem(problem) for problem in problems],
+        1,
+        Sampling(104, temperature=0),
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+        engine="generate",
+    )
+    ids = [group.episodes[0].completion_ids for group in groups]
+    return list(policy.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+# --- the ways: how each is written, and read back ----------------------------------------
+
+
+def write_merged(policy: Policy, run: Path, record: RunRecord, folder: Path) -> None:
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def read_merged(folder: Path, original: Policy, record: RunRecord) -> Policy:
+    return load_policy(folder, system=original.system)
+
+
+def write_adapter(policy: Policy, run: Path, record: RunRecord, folder: Path) -> None:
+    source = run / "model" / "adapter"
+    if not (source / "adapter_model.safetensors").exists():
+        raise UserError(
+            f"{run} trained all weights, so there is no adapter; export --to merged, "
+            "or train with --lora 16"
+        )
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+
+
+def read_adapter(folder: Path, original: Policy, record: RunRecord) -> Policy:
+    return with_adapter(folder, record)
+
+
+def write_int8(policy: Policy, run: Path, record: RunRecord, folder: Path) -> None:
+    """Every matrix as int8 with one scale a row; the rest as it is."""
+    tensors = {}
+    tied = policy.model.config.tie_word_embeddings
+    for name, tensor in policy.model.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        if tensor.dim() == 2:
+            q, scale, _ = quantize_tensor(tensor)
+            tensors[name], tensors[f"{name}_scale"] = q, scale
+        else:
+            tensors[name] = tensor.contiguous()
+    save_file(tensors, folder / "model-int8.safetensors", {"format": INT8_FORMAT})
+    policy.model.config.save_pretrained(folder)
+    policy.model.generation_config.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def load_int8(folder: str | Path, system: str | None = None) -> Policy:
+    """The policy that an INT8 export describes, its weights back in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    folder = Path(folder)
+    path = folder / "model-int8.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") != INT8_FORMAT:
+                raise ValueError("the format is another")
+        stored = load_file(path)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        weights = {
+            name: dequantize(tensor, stored[f"{name}_scale"], torch.zeros(()))
+            if tensor.dtype == torch.int8
+            else tensor
+            for name, tensor in stored.items()
+            if not name.endswith("_scale")
+        }
+        missing, unknown = model.load_state_dict(weights, strict=False)
+        if unknown or set(missing) - {"lm_head.weight"}:
+            raise ValueError(f"tensors do not fit: {[*missing, *unknown][:3]}")
+    except Exception as error:  # safetensors and transformers raise many kinds
+        raise UserError(
+            f"cannot read an INT8 export from {folder} ({error}); "
+            "give a folder that cpugrpo export wrote"
+        ) from error
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.padding_side = "left"
+    return Policy(model.eval(), tokenizer, str(folder), system)
+
+
+def read_int8(folder: Path, original: Policy, record: RunRecord) -> Policy:
+    return load_int8(folder, original.system)
+
+
+def write_gguf(policy: Policy, run: Path, record: RunRecord, folder: Path) -> None:
+    """One float32 GGUF file with its tokenizer (Qwen2's layout), by the ``gguf`` package."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(
+            "GGUF needs the package gguf; run: pip install 'cpugrpo-edu[export]'"
+        ) from error
+    config, tokenizer = policy.model.config, policy.tokenizer
+    if config.model_type != "qwen2":
+        raise UserError(
+            f"GGUF export knows qwen2 models, not {config.model_type}; export --to merged and use "
+            "the converter of the program that shall run it"
+        )
+    writer = gguf.GGUFWriter(folder / "model.gguf", "qwen2")
+    writer.add_name(run.name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    names = {index: token for token, index in tokenizer.get_vocab().items()}
+    special = set(tokenizer.all_special_ids)
+    tokens = [names.get(index, f"[unused {index}]") for index in range(config.vocab_size)]
+    kinds = [
+        gguf.TokenType.UNUSED
+        if index not in names
+        else gguf.TokenType.CONTROL
+        if index in special
+        else gguf.TokenType.NORMAL
+        for index in range(config.vocab_size)
+    ]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    merges = vocabulary["merges"]
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names_of = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, tensor in policy.model.state_dict().items():
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        stored = names_of.get_name(name, (".weight", ".bias"))
+        if stored is None:
+            raise UserError(f"GGUF has no place for the tensor {name}; export --to merged")
+        writer.add_tensor(stored, tensor.detach().float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_gguf(folder: Path, original: Policy, record: RunRecord) -> Policy:
+    """By the reader in ``transformers``, weights and tokenizer both."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="model.gguf", dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+    tokenizer.padding_side = "left"
+    return Policy(model, tokenizer, str(folder), original.system)
+
+
+Writer = Callable[[Policy, Path, RunRecord, Path], None]
+Reader = Callable[[Path, Policy, RunRecord], Policy]
+WAYS: dict[str, tuple[Writer, Reader]] = {
+    "merged": (write_merged, read_merged),
+    "adapter": (write_adapter, read_adapter),
+    "int8": (write_int8, read_int8),
+    "gguf": (write_gguf, read_gguf),
+}
+
+HOW_TO_LOAD = {
+    "merged": 'AutoModelForCausalLM.from_pretrained("this folder")',
+    "adapter": 'PeftModel.from_pretrained(base, "this folder")',
+    "int8": 'cpugrpo_edu.export.load_int8("this folder")',
+    "gguf": 'AutoModelForCausalLM.from_pretrained("this folder", gguf_file="model.gguf")',
+}
+
+
+def model_card(record: RunRecord, kind: str, agree: int, compared: int) -> str:
+    """What this model is and how it came about, from the run's record."""
+    from cpugrpo_edu.report import headline
+
+    what = "answers" if kind == "int8" else "completions"
+    config = {k: v for k, v in record.config.items() if v not in (None, "")}
+    versions: Sequence[str] = [f"{name} {version}" for name, version in record.versions.items()]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            f"base_model: {record.config.get('model', 'unknown')}",
+            "tags: [grpo]",
+            "---",
+            "",
+            f"# A model trained with GRPO ({kind})",
+            "",
+            headline(record),
+            "",
+            f"Loaded back after the export, {agree} of {compared} greedy {what} to held-out "
+            "problems were those of the trained model.",
+            "",
+            f"Load it with `{HOW_TO_LOAD[kind]}`.",
+            "",
+            "Trained and measured on the built-in arithmetic tasks or the data named below; "
+            "nothing is known of it beyond that.",
+            "",
+            "## Settings",
+            "",
+            *(f"* {name}: `{json.dumps(value)}`" for name, value in config.items()),
+            "",
+            f"Run of {record.created}, code {record.commit[:12]}, with {', '.join(versions)}. "
+            "The whole record is in `record.json`.",
+            "",
+        ]
+    )

@@ -1,0 +1,108 @@
+"""The doctor's findings, on made-up machines."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cpugrpo_edu import doctor as D
+from cpugrpo_edu import hardware as H
+
+
+def test_every_check_names_what_to_do():
+    checks = D.examine()
+    names = [c.name for c in checks]
+    assert len(set(names)) == len(names) and {"limits", "BLAS", "swap", "versions"} <= set(names)
+    for c in checks:
+        assert c.detail and bool(c.mend) == (c.ok != "ok"), c
+
+
+@pytest.mark.parametrize(
+    ("quota", "ok", "words"),
+    [
+        (None, "ok", "no CPU quota"),
+        (2.0, "ok", "a quota of 2 CPUs"),
+        (0.5, "warn", "a quota of 0.5 CPUs"),
+        (1.5, "warn", "a quota of 1.5 CPUs"),
+    ],
+)
+def test_quotas(monkeypatch, quota, ok, words):
+    monkeypatch.setattr(D, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(H, "cpu_quota", lambda **_: quota)
+    found = D.check_limits()
+    assert found.ok == ok and words in found.detail
+    assert H.usable_cpus() >= 1 and H.usable_cores() >= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "ok", "words"),
+    [
+        ({"avx2"}, "warn", "INT8: none; bfloat16: none"),
+        ({"avx512_vnni", "amx_bf16", "amx_int8"}, "ok", "INT8: AVX-512 VNNI, AMX INT8"),
+        ({"asimd", "i8mm", "bf16"}, "ok", "bfloat16: ARM BF16"),
+    ],
+)
+def test_short_numbers(monkeypatch, flags, ok, words):
+    monkeypatch.setattr(H, "_cpuinfo", lambda: ("CPU", flags))
+    found = D.check_numbers()
+    assert found.ok == ok and words in found.detail
+
+
+def test_blas(monkeypatch):
+    assert D.check_blas().ok == "ok"
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.__config__, "show", lambda: "BLAS_INFO=generic")
+    assert D.check_blas().ok == "warn"
+    monkeypatch.setattr(torch.__config__, "show", lambda: "BLAS_INFO=accelerate")
+    assert "Accelerate" in D.check_blas().detail
+
+
+def test_swap(monkeypatch):
+    monkeypatch.setattr(D, "swap_pressure", lambda: "close other programs")
+    assert D.check_swap() == H.Check("swap", "warn", D.check_swap().detail, "close other programs")
+    monkeypatch.setattr(D, "swap_pressure", lambda: None)
+    monkeypatch.setattr(D.psutil, "swap_memory", lambda: SimpleNamespace(used=0, total=0))
+    assert D.check_swap().detail == "no swap"
+
+
+@pytest.mark.parametrize("system", ["Darwin", "Windows"])
+def test_systems_without_proc_affinity_and_topology(monkeypatch, system):
+    """macOS and Windows have neither /proc nor control groups nor sched_getaffinity."""
+    disk = shutil.disk_usage(Path.cwd())
+    original = Path.read_text
+
+    def read(self, *arguments, **named):
+        if str(self).startswith(("/proc", "/sys")):
+            raise FileNotFoundError(str(self))
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.delattr(os, "statvfs", raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)  # this system's own needs it
+    monkeypatch.setattr(H.platform, "system", lambda: system)
+    monkeypatch.setattr(H.platform, "processor", lambda: "")
+    monkeypatch.setattr(H.psutil, "cpu_count", lambda logical=True: 8 if logical else None)
+    from cpugrpo_edu import memory
+    from cpugrpo_edu.files import check_output_folder
+
+    machine = H.describe_machine()
+    assert machine.usable_cores >= 1 and machine.total_memory > 0
+    assert H.cpu_quota() is None and H.cgroup_memory() is None
+    assert memory.free_memory(2**40) > 0 and memory._own_high_water() == 0
+    assert {c.ok for c in D.examine()} <= {"ok", "warn"}
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(TypeError(name)))
+    assert memory.release_memory() >= 0
+    assert check_output_folder(Path.cwd() / "new")
+
+
+def test_one_core(monkeypatch):
+    monkeypatch.setattr(H, "_affinity", lambda: [0])
+    assert H.usable_cpus() == H.usable_cores() == 1
+    assert {c.name: c.ok for c in D.examine()}["cores"] == "warn"
