@@ -34,7 +34,7 @@ from cpugrpo_edu.hardware import (
     git_commit,
     versions,
 )
-from cpugrpo_edu.memory import PeakMemory
+from cpugrpo_edu.memory import Architecture, PeakMemory
 from cpugrpo_edu.rollout_peers import PEERS as ROLLOUT_PEERS
 from cpugrpo_edu.types import RunRecord, UserError
 
@@ -64,11 +64,18 @@ class Workload:
     vocabulary: int = 151_936
 
     @property
-    def block_parameters(self) -> int:
-        """Weights of one layer's linear maps."""
-        head_dim = self.hidden // self.heads
-        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * head_dim
-        return attention + 3 * self.hidden * self.ffn
+    def architecture(self) -> Architecture:
+        return Architecture(
+            name=self.name,
+            layers=self.layers,
+            hidden=self.hidden,
+            ffn=self.ffn,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            vocab=self.vocabulary,
+            tied=True,
+            qkv_bias=True,
+        )
 
     @property
     def prompt_tokens(self) -> float:
@@ -442,7 +449,7 @@ def step_floor(workload: Workload, floors: dict[str, float]) -> dict[str, float]
     Decoding reads every weight once a token; the prompt, the reference, the forward and
     the backward pass multiply P + G C tokens by every weight; the head sees completions.
     """
-    blocks = workload.layers * workload.block_parameters
+    blocks = workload.architecture.linear_parameters
     head = workload.vocabulary * workload.hidden
     completions = workload.group * workload.tokens
     packed = workload.prompt_tokens + completions

@@ -142,8 +142,7 @@ class Step:
     @property
     def blocks(self) -> int:
         """Weights of all layers' linear maps."""
-        a = self.architecture
-        return a.layers * (2 * a.hidden * (a.attention + a.kv) + 3 * a.hidden * a.ffn)
+        return self.architecture.linear_parameters
 
     @property
     def head(self) -> int:

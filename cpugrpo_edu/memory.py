@@ -308,12 +308,18 @@ class Architecture:
         return self.attention // self.heads * self.kv_heads
 
     @property
+    def linear_parameters(self) -> int:
+        """Weights of all layers' linear maps: q, k, v, o, gate, up, down; without the head."""
+        attention = 2 * self.hidden * (self.attention + self.kv)
+        return self.layers * (attention + 3 * self.hidden * self.ffn)
+
+    @property
     def parameters(self) -> int:
-        """Embedding (+ head), and per layer q, k, v, o, gate, up, down and two norms."""
-        linear = 2 * self.hidden * (self.attention + self.kv) + 3 * self.hidden * self.ffn
+        """Embedding (+ head), and per layer the linear maps, their biases and two norms."""
         bias = (self.attention + 2 * self.kv) if self.qkv_bias else 0
         embeddings = (1 if self.tied else 2) * self.vocab * self.hidden
-        return embeddings + self.layers * (linear + bias + 2 * self.hidden) + self.hidden
+        norms = (2 * self.layers + 1) * self.hidden
+        return embeddings + self.linear_parameters + self.layers * bias + norms
 
     def lora_parameters(self, rank: int) -> int:
         """rank * (in + out) of each of the seven linear layers in a block."""

@@ -471,14 +471,13 @@ class Run:
             save_policy(self.policy, folder)
             if self.anchor is not None:
                 save_anchor(self.anchor, folder / "anchor.safetensors")
-        stopped = trainer.stop_request.asked or self.control.stopping  # in the stage's last step
         del trainer
         if self.config.cleanup:
             self.released += release_memory()
         shutil.rmtree(self.checkpoints(index), ignore_errors=True)
         self.state["seconds"]["train"] += time.perf_counter() - begun
         self.save_state()
-        if stopped:
+        if self.control.stopping:  # asked for in the stage's last step
             raise Interrupted(f"stopped after stage {stage.name!r}")
         self.measure(f"after {stage.name}")
 
@@ -527,9 +526,6 @@ class Run:
             done = sum(s.steps for s in config.stages[:index]) + step
             self.metrics.write({"stage": stage.name, "step": step, "global_step": done, **row})
             self.display.update(step, **row)
-            if self.control.checkpoint():
-                trainer.stop_request.asked = True
-                trainer.control.should_save = trainer.control.should_training_stop = True
 
         with tracking_in(self.output / "tensorboard" / stage.name):
             trainer = CPUGRPOTrainer(
@@ -541,6 +537,7 @@ class Run:
                 self.anchor,
                 on_step,
                 self.display.message,
+                self.control,
             )
         saver = Checkpoints(trainer, self.checkpoints(index), config.save_minutes)
         last = saver.restore()
@@ -549,9 +546,9 @@ class Run:
         self.metrics.forget_after(sum(s.steps for s in config.stages[:index]) + done)
         self.display.start_stage(stage.name, stage.steps, done)
         if stage.steps:
-            with stop_on_interrupt(trainer):
+            with stop_on_interrupt(self.control):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
-            if trainer.stop_request.asked and trainer.state.global_step < stage.steps:
+            if self.control.stopping and trainer.state.global_step < stage.steps:
                 self.state["seconds"]["train"] += time.perf_counter() - begun
                 self.save_state()
                 raise Interrupted(
@@ -1000,7 +997,7 @@ class Checkpoints(TrainerCallback):
 
 
 @contextmanager
-def stop_on_interrupt(trainer: CPUGRPOTrainer) -> Iterator[None]:
+def stop_on_interrupt(control: Control) -> Iterator[None]:
     """The first Ctrl-C ends the current step, saves and stops; the second one ends at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -1008,7 +1005,7 @@ def stop_on_interrupt(trainer: CPUGRPOTrainer) -> Iterator[None]:
     previous = signal.getsignal(signal.SIGINT)
 
     def ask(number: int, frame: Any) -> None:
-        trainer.stop_request.asked = True
+        control.stop()
         signal.signal(signal.SIGINT, previous)
 
     signal.signal(signal.SIGINT, ask)

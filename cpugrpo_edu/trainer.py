@@ -25,9 +25,10 @@ import torch
 import trl.trainer.utils
 from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from cpugrpo_edu.control import Control
 from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
 from cpugrpo_edu.frozen import is_frozen
 from cpugrpo_edu.memory import (
@@ -179,18 +180,6 @@ class Guard:
             )
 
 
-class StopRequest(TrainerCallback):
-    """Ends training after the current step and saves a checkpoint to resume from."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
-
-
 @dataclass
 class RolloutTally:
     """Tokens and seconds that rollouts took, over a stage."""
@@ -211,6 +200,7 @@ class CPUGRPOTrainer(GRPOTrainer):
 
     ``policy.model`` is trained in place; ``anchor`` holds what EWC protects.
     ``on_step`` receives every optimizer step's metrics, ``say`` a sentence when memory is short.
+    ``requests`` pauses training between two steps, or ends it with a checkpoint to resume from.
     """
 
     def __init__(
@@ -223,6 +213,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         anchor: Anchor | None = None,
         on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
         say: Callable[[str], None] = lambda sentence: None,
+        requests: Control | None = None,
     ):
         if len(dataset) == 0:
             raise UserError("the training data is empty; give at least one problem")
@@ -236,7 +227,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         self.say = say
         self.most: int | None = None  # completions a micro-batch, once memory was refused
         self.guard = Guard(self.options.patience)
-        self.stop_request = StopRequest()
+        self.requests = requests or Control()
         self.tally = RolloutTally()
         self.int8_copy: Any = None
         self.last_groups: list[Group] = []
@@ -246,7 +237,6 @@ class CPUGRPOTrainer(GRPOTrainer):
             reward_funcs=reward_functions,
             train_dataset=dataset,
             processing_class=policy.tokenizer,
-            callbacks=[self.stop_request],
         )
         self.remove_callback(PrinterCallback)
         if "ref" in getattr(policy.model, "peft_config", {}):
@@ -522,6 +512,8 @@ class CPUGRPOTrainer(GRPOTrainer):
         if "loss" in logs:
             self.on_step({**logs, "step": self.state.global_step})
             self.guard.check(logs)
+            if self.requests.checkpoint():
+                self.control.should_save = self.control.should_training_stop = True
 
 
 def split_by_length(

@@ -84,10 +84,7 @@ def in_process(monkeypatch, folder):
 
 def test_the_workload_is_the_one_that_is_named():
     b1, b3 = WORKLOADS["b1"], WORKLOADS["b3"]
-    norms = 2 * b1.hidden * b1.layers + b1.hidden
-    biases = (b1.hidden + 2 * b1.kv_heads * 64) * b1.layers
-    blocks = b1.layers * b1.block_parameters
-    assert blocks + biases + norms + b1.vocabulary * b1.hidden == 494_032_768
+    assert b1.architecture.parameters == 494_032_768
     prompts = b1.prompts()
     assert len(prompts) == 15 and prompts == b1.prompts() != b1.prompts(seed=1)
     assert all(80 <= len(p.split()) <= 128 for p in prompts)
@@ -145,7 +142,7 @@ def test_the_floor_is_weights_over_bandwidth_and_operations_over_peak():
     rates = {"int8_gops": 100.0, "int8_weight_gb_per_second": 10.0}
     b1 = WORKLOADS["b1"]
     floor = step_floor(b1, rates)
-    blocks, head = 24 * b1.block_parameters, b1.vocabulary * b1.hidden
+    blocks, head = b1.architecture.linear_parameters, b1.vocabulary * b1.hidden
     assert floor["decode"] == pytest.approx(64 * (blocks + head) / 10e9)
     assert floor["forward"] == pytest.approx(2 * (232 * blocks + 128 * head) / 100e9)
     assert floor["prefill"] == pytest.approx(2 * 104 * blocks / 100e9)

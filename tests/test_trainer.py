@@ -443,7 +443,8 @@ def constant(prompts, completions, **columns):
 
 def test_a_stop_request_saves_a_checkpoint(tiny_policy, tmp_path):
     def stop(metrics):
-        trainer.stop_request.asked = True
+        if metrics["step"] == 2:
+            trainer.requests.stop()
 
     trainer = make(tiny_policy, tmp_path, on_step=stop, max_steps=3)
     seeds = {}
@@ -455,7 +456,7 @@ def test_a_stop_request_saves_a_checkpoint(tiny_policy, tmp_path):
 
     trainer._generate_single_turn = spy
     trainer.train()
-    assert trainer.state.global_step == 2  # asked for after the first step was over
+    assert trainer.state.global_step == 2
     assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
     assert len(seeds) == len(set(seeds.values())) == 2  # no two steps draw alike
 
