@@ -116,7 +116,7 @@ class Projection:
 
     base: Layer
     down: Tensor | None = None  # A, (rank, in)
-    up: Tensor | None = None  # s B, (out, rank)
+    up: Tensor | None = None  # (s B)^T, (rank, out): for few rows twice as fast as (out, rank)
 
     @classmethod
     def of(cls, layer: Any) -> Projection:
@@ -140,10 +140,8 @@ class Projection:
             return cls(base)
         downs = [layer.lora_A[name].weight for name in active]
         ups = [layer.lora_B[name].weight * layer.scaling[name] for name in active]
-        one = len(active) == 1
-        return cls(
-            base, downs[0] if one else torch.cat(downs), ups[0] if one else torch.cat(ups, 1)
-        )
+        up = torch.cat(ups, 1).t().contiguous()
+        return cls(base, downs[0] if len(active) == 1 else torch.cat(downs), up)
 
     def finish(self, x: Tensor, low: Tensor) -> Tensor:
         """base(x) + low (s B)^T for ``low`` = x A^T."""
@@ -151,10 +149,10 @@ class Projection:
         if torch.is_grad_enabled():
             # The adapter first: when activations are computed again in the backward pass, that
             # ends at the last tensor that it needs, and a frozen base needs none.
-            change = F.linear(low, self.up)
+            change = low @ self.up
             return self.base(x) + change
         y = self.base(x)
-        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.up.t()).view(y.shape)
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.up).view(y.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.base(x) if self.down is None else self.finish(x, F.linear(x, self.down))
