@@ -95,6 +95,7 @@ class PeakMemory:
         self.seconds = 0.0
         self._tree = [psutil.Process()]
         self._high_water = 0
+        self._lock = threading.Lock()  # else a sample being taken would undo a reset
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -115,7 +116,8 @@ class PeakMemory:
         return int(self._sum(lambda process: process.memory_info().rss))
 
     def _sample(self) -> None:
-        self.peak_rss_bytes = max(self.peak_rss_bytes, self.current_rss)
+        with self._lock:
+            self.peak_rss_bytes = max(self.peak_rss_bytes, self.current_rss)
 
     def _watch(self) -> None:
         count = 0
@@ -127,8 +129,9 @@ class PeakMemory:
 
     def reset_peak(self) -> None:
         """Forget the peak so far: a new phase of the run begins."""
-        self._high_water = _own_high_water()
-        self.peak_rss_bytes = self.current_rss
+        with self._lock:
+            self._high_water = _own_high_water()
+            self.peak_rss_bytes = self.current_rss
 
     def __enter__(self) -> PeakMemory:
         self._rescan()

@@ -79,20 +79,22 @@ def hide(spec: dict[str, Any]) -> None:
     handles = {path: os.open(path, os.O_RDONLY) for path in names if os.path.isdir(path)}
     box = os.open(spec["box"], os.O_RDONLY)
     covered: list[str] = []
-    for folder, mode in covers(spec, list(handles)):
+
+    def cover(folder: str, mode: str) -> None:
         if os.path.isdir(folder):
             options = f"size={spec['disk_bytes']},mode={mode}"
             mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, options)
             covered.append(folder)
+
+    for folder, mode in covers(spec, list(handles)):
+        cover(folder, mode)
     for path, handle in handles.items():
         if any(Path(path).is_relative_to(folder) for folder in covered):
             os.makedirs(path, exist_ok=True)
             mount(f"/proc/self/fd/{handle}", path, None, MS_BIND | MS_REC)
         os.close(handle)
     for folder in spec["hide"]:  # after what is kept: a course may lie in there
-        if os.path.isdir(folder):
-            options = f"size={spec['disk_bytes']},mode=755"
-            mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, options)
+        cover(folder, "755")
     os.makedirs(spec["box"], exist_ok=True)
     mount(f"/proc/self/fd/{box}", spec["box"], None, MS_BIND)
     read_only(spec["box"], on=False)
