@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -62,8 +63,14 @@ def module_file(name: str, package: Path = PACKAGE) -> Path | None:
 def imports(path: Path, name: str) -> set[str]:
     """Every name that may be a module in the import statements of a file, also within functions."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    return imported_names(path.read_bytes(), package)
+
+
+@functools.lru_cache(maxsize=256)
+def imported_names(code: bytes, package: str) -> set[str]:
+    """As :func:`imports`, of a module's source within ``package``."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -95,6 +102,7 @@ def modules(entry: str, package: Path = PACKAGE) -> list[str]:
     return sorted(found)
 
 
+@functools.lru_cache(maxsize=256)  # many records rest on the same modules
 def meaning(code: str | bytes) -> str:
     """Python code as a text that comments, docstrings and layout leave alone.
 

@@ -245,6 +245,7 @@ def test_names_of_tensors_in_gguf():
     assert name == "blk.12.attn_q.bias"
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_of_ours_is_a_contestant(in_process):
     record = bench_b1(TINY, ("ours-full",), peer_steps=2)
     result = record.results["peers"]["ours-full"]
@@ -266,6 +267,7 @@ def test_the_first_step_warms_up():
     assert steady_seconds({"step_seconds": [9.0]}) == 9.0
 
 
+@pytest.mark.slow
 def test_a_fresh_process_and_its_failure(tmp_path):
     shape = replace(TINY, layers=1)
     assert run_worker("make_model", workload=asdict(shape), folder=str(tmp_path / "m"))

@@ -69,10 +69,11 @@ def small_book(folder, **environment):
             "/v2/gh/course/grpo/main",
             "/github/course/grpo/blob/main/notebooks/00_setup.ipynb",
         ),
-        (
+        pytest.param(
             "https://git.example.edu/course/grpo/",
             "/v2/git/https%3A%2F%2Fgit.example.edu%2Fcourse%2Fgrpo/main",
             None,  # Colab opens GitHub alone
+            marks=pytest.mark.slow,
         ),
     ],
 )
