@@ -11,7 +11,7 @@ run, a run without evaluation)::
     stages        [{"name", "steps", "seconds", "learning_rate", "reward_first",
                   "reward_last", "tokens_generated", "fisher_seconds", "ewc_penalty_last"}]
     steps         [{"stage", "step", "reward", "accuracy", ...}]: the learning curve
-    components    {"int8_rollouts": {"on": bool, "detail": {...}}, ...}; COMPONENTS lists them
+    components    {"int8_rollouts": {"on": bool, "detail": {...}}, ...}; see COMPONENTS
     seconds       {"load", "train", "evaluate", "report", "total"}
     peak_rss_bytes, cpu_percent (100 is one busy core), tokens_per_second {"rollout"}
     weights_changed  {"changed": bool, "relative_l2"}: |after - before| / |before|

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -43,19 +42,13 @@ def answers(address):
 
 @contextmanager
 def jupyter_lab(work, state):
-    """A server in the folder `work` on a free port; its settings, kernel and log are in `state`.
+    """A server in the folder `work` on a free port; its settings and log are in `state`.
 
-    Yields its address. The kernel is this Python under the name python3.
+    Yields its address. Its kernel is this Python.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    kernel = state / "data" / "kernels" / "python3"
-    kernel.mkdir(parents=True)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (kernel / "kernel.json").write_text(
-        json.dumps({"argv": command, "display_name": "Python 3", "language": "python"})
-    )
     settings = state / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
