@@ -4,19 +4,23 @@ Every number comes from a :class:`~cpugrpo_edu.types.RunRecord`. The ``results``
 of a training run have this layout; every part may be missing (an interrupted
 run, a run without evaluation)::
 
-    evaluations   [accuracy_table output, wrapped as {"label", "table"}]: "before",
-                  "after basic", ..., "after, INT8"; the last one without INT8 is "after"
-    comparisons   {"after vs before": compare output, "INT8 vs fp32": compare output}
+    evaluations   [{"label", "table": accuracy_table output}]:
+                  "before", "after basic", ..., "after, INT8"; the last
+                  one without INT8 is "after"
+    comparisons   {"after vs before": compare output, ...}
     forgetting    forgetting_matrix output
-    stages        [{"name", "steps", "seconds", "learning_rate", "reward_first",
-                  "reward_last", "tokens_generated", "fisher_seconds", "ewc_penalty_last"}]
-    steps         [{"stage", "step", "reward", "accuracy", ...}]: the learning curve
-    components    {"int8_rollouts": {"on": bool, "detail": {...}}, ...}; COMPONENTS lists them
+    stages        [{"name", "steps", "seconds", "learning_rate",
+                  "reward_first", "reward_last", "tokens_generated",
+                  "fisher_seconds", "ewc_penalty_last"}]
+    steps         [{"stage", "step", "reward", ...}]: the learning curve
+    components    {"int8_rollouts": {"on": bool, "detail": {...}}, ...}
     seconds       {"load", "train", "evaluate", "report", "total"}
-    peak_rss_bytes, cpu_percent (100 is one busy core), tokens_per_second {"rollout"}
-    weights_changed  {"changed": bool, "relative_l2"}: |after - before| / |before|
-    samples       [{"question", "answer", "difficulty", "domain", "before", "after",
-                  "before_correct", "after_correct"}]
+    peak_rss_bytes, cpu_percent (100 is one busy core),
+    tokens_per_second {"rollout"}
+    weights_changed  {"changed": bool, "relative_l2"}:
+                  |after - before| / |before|
+    samples       [{"question", "answer", "difficulty", "domain",
+                  "before", "after", "before_correct", "after_correct"}]
 
 ``metrics.jsonl`` beside the record has one object a step, see :mod:`cpugrpo_edu.monitor`.
 """

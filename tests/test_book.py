@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
+from docutils import nodes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
@@ -142,6 +143,23 @@ def test_first_terms_are_whole_words_of_the_glossary():
     found = first_terms.pattern(entries).findall("Policies, tokens, a micro-batch and broken_token")
     assert found == [("token", "s"), ("micro-batch", "")]
     assert first_terms.is_use("Token", "token") and not first_terms.is_use("lora", "LoRA")
+
+
+def test_chapters_are_linked_by_number_but_not_those_of_other_books():
+    chapters = load(ROOT / "book" / "_ext" / "chapters.py")
+    assert chapters.number("notebooks/14_ewc") == 14
+    assert chapters.number("book/results") is None
+    for text, found in {
+        "see chapter 3.": ["3"],
+        "Chapters 3 to 6 use chapters 1, 2 and 4;": ["3 to 6", "1, 2 and 4"],
+        "12 chapters of 3 pages, the chapter's 4 rows": [],
+    }.items():
+        assert chapters.NUMBERS.findall(text) == found
+    page = nodes.document(None, None)
+    page += nodes.section("", nodes.title("", "Further reading"), nodes.paragraph("", "chapter 2"))
+    page += nodes.section("", nodes.title("", "Chapter 1"), nodes.paragraph("", "chapter 2"))
+    ours = [chapters.Chapters.is_ours(None, text) for text in page.findall(nodes.Text)]
+    assert ours == [False, False, False, True]
 
 
 def test_bibliography_links_lead_to_well_formed_addresses():

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from lab_fixtures import idle, lab_page, needs_browser, until
 
 from cpugrpo_edu.monitor import read_metrics
-
-ROOT = Path(__file__).resolve().parent.parent
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 DASHBOARD = """\
 from cpugrpo_edu.dashboard import train
@@ -33,68 +22,15 @@ def notebook(*sources):
     import nbformat
 
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    kernel = {"kernelspec": {"name": "tested", "display_name": "tested", "language": "python"}}
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     return nbformat.v4.new_notebook(cells=cells, metadata=kernel)
 
 
-@contextmanager
-def jupyter_lab(folder):
-    """A server of its own on a free port; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    kernel = folder / "data" / "kernels" / "tested"
-    kernel.mkdir(parents=True)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (kernel / "kernel.json").write_text(
-        json.dumps({"argv": command, "display_name": "tested", "language": "python"})
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JUPYTER_CONFIG_DIR": str(folder / "config"),
-        "JUPYTER_DATA_DIR": str(folder / "data"),
-        "IPYTHONDIR": str(folder / "ipython"),
-    }
-    options = [f"--port={port}", "--no-browser", "--ip=127.0.0.1", "--allow-root"]
-    options += ["--IdentityProvider.token=", "--LabApp.news_url=None"]
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *options],
-            cwd=folder / "work",
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            address = f"http://127.0.0.1:{port}"
-            until(lambda: answers(f"{address}/api/status"))
-            yield address
-        finally:
-            server.terminate()
-            server.wait(30)
-
-
-def answers(address):
-    try:
-        return urllib.request.urlopen(address, timeout=5).status == 200
-    except OSError:
-        return False
-
-
-def until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
-
-
+@needs_browser
 @pytest.mark.slow
 def test_dashboard_and_playground_in_jupyterlab(tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
+    pytest.importorskip("playwright.sync_api")
     pytest.importorskip("jupyterlab")
-    if not CHROMIUM:
-        pytest.skip("no Chromium found; CHROMIUM names it")
     import nbformat
 
     work = tmp_path / "work"
@@ -108,15 +44,12 @@ def test_dashboard_and_playground_in_jupyterlab(tmp_path):
         path = run / "metrics.jsonl"
         return len(read_metrics(path)) if path.exists() else 0
 
-    with jupyter_lab(tmp_path) as address, playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(120_000)
+    with lab_page(work, tmp_path) as (page, address):
 
         def open_and_run(name):
             page.goto(f"{address}/lab/tree/{name}?reset")
             page.locator(".jp-Notebook .jp-CodeCell").first.click()
-            page.get_by_text("tested | Idle").wait_for()
+            idle(page)
             page.keyboard.press("Shift+Enter")
 
         # The dashboard: its run trains, stands still, goes on, stops, and is resumed.
@@ -162,4 +95,3 @@ def test_dashboard_and_playground_in_jupyterlab(tmp_path):
         until(lambda: page.get_by_text("needed, score").count() == 0)
         page.locator(".jp-OutputArea").get_by_text("tokens").nth(1).wait_for()
         page.screenshot(path=pictures / "playground-typed.png")
-        browser.close()

@@ -153,6 +153,9 @@ def test_the_role_reads_a_record(folder, monkeypatch):
 @pytest.mark.parametrize("name", pages.PLOTS)
 def test_plots_of_the_results_page_say_what_they_show(name):
     plot = pages.PLOTS[name]()
+    if name in pages.BENCH_TABLES and name not in {record.kind for record in pages.benchmarks()}:
+        assert plot is None  # no picture of a measurement that is not there
+        return
     assert len(plot.alt) > 60
     assert plot.figure.axes
 

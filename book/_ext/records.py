@@ -115,11 +115,8 @@ def table_chapters() -> str:
         name = record.config["notebook"]
         took, peak = (value(record, f"results.{k}") for k in ("seconds", "peak_rss_bytes"))
         exercises = str(value(record, "results.exercises"))
-        rows.append([int(name[:2]), name, clock_time(took), gib(peak), exercises])
-    lines = [
-        f"| {{doc}}`Chapter {number} <../notebooks/{name}>` | {' | '.join(cells)} |"
-        for number, name, *cells in rows
-    ]
+        rows.append([f"{{doc}}`../notebooks/{name}`", clock_time(took), gib(peak), exercises])
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
     seconds = sum(value(record, "results.seconds") for record in chapters())
     peak = max(value(record, "results.peak_rss_bytes") for record in chapters())
     exercises = sum(value(record, "results.exercises") for record in chapters())
@@ -238,7 +235,7 @@ def table_outcomes() -> str:
         objectives = re.search(r"\*\*Objectives\.\*\*[^\n]*\n\n(.*?)\n\n\*\*Before", prose, re.S)
         exercises = re.findall(r"^`{3,}\{exercise\} ?(.*)\n:label: (\S+)", prose, re.M)
         links = ", ".join(f"{{ref}}`{title} <{label}>`" for title, label in exercises)
-        name = f"{{doc}}`Chapter {int(path.stem[:2])} <../notebooks/{path.stem}>`"
+        name = f"{{doc}}`../notebooks/{path.stem}`"
         listed_objectives = objectives.group(1) if objectives else ""
         parts.append(f"**{name}.** After it, a learner can\n\n{listed_objectives}")
         parts.append(f"Exercises: {links}.")
@@ -377,20 +374,15 @@ def plot_reward() -> Plot:
     )
 
 
-def plot_benchmark(kind: str) -> Plot:
-    """The picture of a benchmark's record, or of its absence."""
+def plot_benchmark(kind: str) -> Plot | None:
+    """The picture of a benchmark's record, if there is one."""
     for record in benchmarks():
         if record.kind == kind:
             return bench_plots.plot_record(record)
-    figure = new_figure(7, 1)
-    axes = figure.add_subplot()
-    alt = f"No picture: no record of kind {kind} is kept yet, so no measurement is shown."
-    axes.text(0.5, 0.5, alt, ha="center", va="center", transform=axes.transAxes)
-    axes.set_axis_off()
-    return Plot(figure, alt)
+    return None
 
 
-PLOTS: dict[str, Callable[[], Plot]] = {
+PLOTS: dict[str, Callable[[], Plot | None]] = {
     "differences": plot_differences,
     "stages": plot_stages,
     "reward": plot_reward,
@@ -456,6 +448,8 @@ class RecordPlot(FromRecords):
 
     def run(self) -> list[nodes.Node]:
         plot = self.choose()
+        if plot is None:  # no record: the page says so in words
+            return []
         path = Path(self.env.srcdir) / "_build" / "records" / f"{self.arguments[0]}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(small_png(plot.figure, dpi=150))

@@ -12,3 +12,10 @@ function reachWideTables() {
 }
 window.addEventListener("load", reachWideTables);
 window.addEventListener("resize", reachWideTables);
+
+// A quiz shows its questions as they are: `x` becomes code here.
+window.addEventListener("load", () => {
+  for (const text of document.querySelectorAll(".bd-article .Quiz [id^=quizQn]"))
+    if (text.textContent.includes("`"))
+      text.innerHTML = text.innerHTML.replace(/`([^`]+)`/g, "<code>$1</code>");
+});
