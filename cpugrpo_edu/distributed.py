@@ -179,7 +179,7 @@ class Traffic:
 
 
 def ring_bytes(gradient: float, processes: int) -> float:
-    """Bytes each process sends when a ring all-reduces ``gradient`` bytes (Patarasuk, Yuan 2009)."""
+    """Bytes each process sends when a ring adds up ``gradient`` bytes (Patarasuk, Yuan 2009)."""
     return 2 * (processes - 1) / processes * gradient
 
 
@@ -264,9 +264,11 @@ def passing_on_interrupts() -> Iterator[None]:
 def explain(failures: dict[int, Any], logs: Path, go_on: str) -> int:
     """One sentence for the failure that came first, in rank 0's name; its exit code."""
 
-    def order(failure: Any) -> tuple[bool, bool, int]:
-        """Killed by a signal before a sentence of its own, before the loss of another."""
-        return failure.exitcode >= 0, not has_word(failure), failure.local_rank
+    def order(failure: Any) -> tuple[bool, bool, bool, bool, int]:
+        """Killed, stopped on request, or with a sentence; last those that the launcher ended."""
+        code = failure.exitcode
+        ended = code == -signal.SIGTERM
+        return ended, code >= 0, code != 130, not has_word(failure), failure.local_rank
 
     first = min(failures.values(), key=order)
     if first.exitcode == 130:

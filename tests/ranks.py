@@ -12,15 +12,12 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from cpugrpo_edu.hardware import configure_threads
-
-configure_threads(1)
-
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
 from cpugrpo_edu import distributed
+from cpugrpo_edu.hardware import configure_threads
 from cpugrpo_edu.models import fingerprint, load_policy
 from cpugrpo_edu.rewards import guarded
 from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
@@ -66,7 +63,9 @@ class SameForEveryone(CPUGRPOTrainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         self.gradient = {
-            name: p.grad.clone() for name, p in self.policy.model.named_parameters() if p.requires_grad
+            name: p.grad.clone()
+            for name, p in self.policy.model.named_parameters()
+            if p.requires_grad
         }
         return loss
 
@@ -123,6 +122,7 @@ def step(model, rewarded, lora=0, **settings):
 
 
 def main(model, folder):
+    configure_threads(1)
     distributed.join()
     facts = {}
     for name, case in CASES.items():

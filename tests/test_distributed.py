@@ -73,6 +73,8 @@ def failure(rank, code, word=None):
         ([failure(0, 1), failure(1, 2, "UserError: too large")], 2, "cpugrpo: too large"),
         ([failure(0, 1, "RuntimeError: odd")], 1, "process 0 failed"),
         ([failure(0, 130), failure(1, 130)], 130, ""),
+        ([failure(0, -15), failure(1, -9)], 1, "process 1 was ended by SIGKILL"),
+        ([failure(0, 130), failure(1, -15)], 130, ""),
     ],
 )
 def test_the_first_cause_is_told(tmp_path, capsys, failures, code, words):
@@ -158,10 +160,10 @@ def program(model, folder, *more, steps="3,1,0", nproc=2):
     return [
         sys.executable, "-m", "cpugrpo_edu.cli", "run", "--quiet", "--model", str(model),
         "--steps", steps, "--prompts-per-step", "4", "--num-generations", "4", "--patience", "0",
-        "--max-completion", "16", "--fisher-examples", "4", "--per-cell", "1", "--seed", "3",
-        "--domains", "arithmetic", "--rewards", "correct_answer=1", "--no-int8-evaluation",
-        "--threads", "1", "--save-minutes", "0", "--output", str(folder), "--nproc", str(nproc),
-        *more,
+        "--max-completion", "40", "--fisher-examples", "4", "--per-cell", "1", "--seed", "3",
+        "--domains", "arithmetic", "--no-int8-evaluation",
+        "--threads", "1", "--save-minutes", "0", "--output", str(folder),
+        *(["--nproc", str(nproc)] if nproc > 1 else []), *more,
     ]  # fmt: skip
 
 
