@@ -10,6 +10,7 @@ whatever one rank decides alone (a clock, a signal, a full disk) is shared befor
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -17,8 +18,8 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ PATIENCE = timedelta(hours=12)
 """How long ranks wait for one that evaluates. A rank that dies is noticed at once, not so late."""
 
 LAUNCHED = "CPUGRPO_LAUNCHED"
-"""Set in the processes that ``launch`` starts: it speaks for them."""
+"""Holds the launcher's process id in the processes that ``launch`` starts: it speaks for them."""
 
 LOST = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|timed out", re.I)
 
@@ -49,7 +50,16 @@ def joined() -> bool:
 def join() -> None:
     """Meet the other ranks, if there are any."""
     if joined() and not dist.is_initialized():
+        if LAUNCHED in os.environ:
+            threading.Thread(target=end_with_launcher, daemon=True).start()
         dist.init_process_group("gloo", timeout=PATIENCE)
+
+
+def end_with_launcher() -> None:
+    """A rank whose launcher was killed would go on writing beside the run that resumes it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(os.environ[LAUNCHED])).wait()
+    os._exit(1)
 
 
 def size() -> int:
@@ -216,7 +226,7 @@ def launch(processes: int, arguments: Sequence[str], go_on: str) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.CRITICAL)  # the launcher's own words; ours is one sentence
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = str(os.getpid())
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.pop(name, None)  # this process's; each rank takes its part of the cores
     with tempfile.TemporaryDirectory(prefix="cpugrpo-ranks-") as logs, passing_on_interrupts():
@@ -243,10 +253,11 @@ def launch(processes: int, arguments: Sequence[str], go_on: str) -> int:
             return 128 + int(ended.sigval)
         finally:
             logging.disable(logging.NOTSET)
+            del os.environ[LAUNCHED]
     return 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def passing_on_interrupts() -> Iterator[None]:
     """Ranks have sessions of their own, so Ctrl-C reaches only this process: pass it on."""
 

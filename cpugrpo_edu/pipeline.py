@@ -718,8 +718,10 @@ class Run:
 
     def processes(self, peak_rss_bytes: int) -> dict[str, Any]:
         """How many processes shared the work, and what crossed the wire between them."""
-        stages, count = self.state["stages"], distributed.size()
-        gradient = max(stage["gradient_bytes_per_step"] for stage in stages)
+        # Stages done before by one process alone, then resumed by several, have no such entries.
+        stages = [s for s in self.state["stages"] if "same_weights" in s]
+        count = distributed.size()
+        gradient = max((stage["gradient_bytes_per_step"] for stage in stages), default=0.0)
         return {
             "processes": count,
             "hosts": distributed.hosts(),

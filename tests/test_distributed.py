@@ -249,6 +249,16 @@ def test_a_killed_rank_ends_the_job_and_resume_goes_on(tmp_path, victim):
 
 
 @pytest.mark.slow
+def test_ranks_end_with_their_launcher(tmp_path):
+    folder = tmp_path / "run"
+    process = begin(folder, steps="12,0,0")
+    wait_for_rows(process, folder, 1)
+    ranks = process.children()
+    process.kill()
+    assert len(ranks) == 2 and psutil.wait_procs(ranks, timeout=30)[1] == []
+
+
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     folder, steps = tmp_path / "run", "12,1,0"
     process = begin(folder, steps=steps)
