@@ -46,7 +46,8 @@ Model = Annotated[
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: turns known mistakes into one sentence on stderr."""
     with failing_clearly():
-        code = app(arguments, prog_name="cpugrpo", standalone_mode=False)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        code = app(arguments, prog_name="cpugrpo", standalone_mode=False, obj=arguments)
         if code == 130:  # how typer reports Ctrl-C
             raise KeyboardInterrupt
     raise SystemExit(code or 0)
@@ -57,6 +58,11 @@ def failing_clearly() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if "LOCAL_RANK" in os.environ:  # one of several processes
+            from cpugrpo_edu.distributed import leave_word
+
+            if leave_word(error):
+                raise SystemExit(2) from error
         print(f"cpugrpo: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
     except TyperException as error:  # an unknown command or option, or a value it cannot read
@@ -157,6 +163,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def run(
+    context: typer.Context,
     model: Model = "bundled",
     output: Annotated[
         Path | None, typer.Option(help="Folder for the results; default runs/<time>-seed<n>.")
@@ -219,6 +226,9 @@ def run(
     report_to: Annotated[
         str, typer.Option(help="none, tensorboard or wandb, besides metrics.jsonl.")
     ] = "none",
+    nproc: Annotated[
+        int, typer.Option(help="Processes on this machine that share each step's prompts.")
+    ] = 1,
     profile: Annotated[
         str, typer.Option(help="balanced, fast (more memory) or frugal (less, one thread).")
     ] = "balanced",
@@ -244,6 +254,7 @@ def run(
     if memory_budget is not None:  # pages of 2 MiB would round every tensor up
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
     configure_threads(threads)
+    from cpugrpo_edu import distributed
     from cpugrpo_edu.estimate import estimate_text
     from cpugrpo_edu.memory import parse_bytes
     from cpugrpo_edu.monitor import ProgressDisplay
@@ -295,10 +306,23 @@ def run(
         raise UserError("--resume needs the --output folder of the interrupted run")
     folder = output or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"
     started = psutil.Process().create_time()
-    display = ProgressDisplay(quiet=quiet)
-    if not quiet:
+    go_on = f"go on with the same command and: --resume --output {folder}"
+    if not 1 <= nproc <= 1024:
+        raise UserError(f"nproc is {nproc}; give a number of processes from 1 to 1024")
+    launching = nproc > 1 and not distributed.joined()
+    distributed.join()
+    first = distributed.is_main()
+    folder = distributed.gather(folder)[0]
+    display = ProgressDisplay(quiet=quiet or not first)
+    if launching or not quiet:
         check_settings(config)
+    if not quiet and distributed.LAUNCHED not in os.environ:
         display.message(estimate_text(config))
+    if launching:
+        distributed.prompts_per_process(config.prompts_per_step, nproc)
+        with_output = [] if output else ["--output", str(folder)]
+        code = distributed.launch(nproc, [*context.obj, *with_output], go_on)
+        raise SystemExit(code)
     try:
         record = run_pipeline(
             config,
@@ -310,12 +334,21 @@ def run(
         )
     except (Interrupted, KeyboardInterrupt) as error:
         reason = str(error) or "interrupted"
-        print(
-            f"cpugrpo: {reason}; saved. Go on with the same command "
-            f"and: --resume --output {folder}",
-            file=sys.stderr,
-        )
+        if first:
+            print(f"cpugrpo: {reason}; saved. {go_on[0].upper()}{go_on[1:]}", file=sys.stderr)
         raise SystemExit(130) from error
+    except RuntimeError as error:
+        if not distributed.lost_peer(error):
+            raise
+        if distributed.LAUNCHED not in os.environ:
+            print(
+                "cpugrpo: another process or machine of this run has gone, so this one stops too; "
+                f"what was complete is saved, {go_on}",
+                file=sys.stderr,
+            )
+        raise SystemExit(1) from error
+    if not first:
+        return
     from cpugrpo_edu.report import headline
 
     path = folder / "record.json"

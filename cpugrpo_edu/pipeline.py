@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from cpugrpo_edu import distributed
 from cpugrpo_edu.checkpoints import MARK
 from cpugrpo_edu.control import Control
 from cpugrpo_edu.curriculum import (
@@ -202,9 +203,11 @@ def run(
     ``started`` is when the clock began (Unix time), if imports shall count; ``control``
     pauses and stops from another thread; ``report_to`` is one of ``TRACKERS``. Raises
     UserError for bad input, and Interrupted after Ctrl-C or a stop, when ``resume=True`` with
-    the same configuration goes on.
+    the same configuration goes on. Started as several processes (``distributed``), they share
+    the work, the first one writes, and each returns the record.
     """
     started = started or time.time()
+    distributed.join()
     with writing_to(output):
         with PeakMemory() as peak, display or ProgressDisplay(quiet=True) as shown:
             work = Run(config, Path(output), shown, started, control, report_to)
@@ -213,18 +216,24 @@ def run(
             work.measure("before")
             for index in range(len(config.stages)):
                 work.do_stage(index)
-            record = work.finish()
+            record = distributed.on_main(work.finish)
         record.results["peak_rss_bytes"] = peak.peak_rss_bytes
         record.results["cpu_percent"] = peak.cpu_percent
-        seconds = record.results["seconds"]
-        seconds["total"] = work.seconds()  # as the report shows it: without its own writing
-        start = time.perf_counter()
-        write_report(record, work.output)
-        seconds["report"] = time.perf_counter() - start
-        seconds["total"] = work.seconds()
-        record.save(work.output / "record.json")
-        work.metrics.close()
-    shutil.rmtree(work.output / "checkpoints", ignore_errors=True)
+        if distributed.size() > 1:
+            record.results["distributed"] = work.processes(peak.peak_rss_bytes)
+
+        def write() -> None:
+            seconds = record.results["seconds"]
+            seconds["total"] = work.seconds()  # as the report shows it: without its own writing
+            start = time.perf_counter()
+            write_report(record, work.output)
+            seconds["report"] = time.perf_counter() - start
+            seconds["total"] = work.seconds()
+            record.save(work.output / "record.json")
+            work.metrics.close()
+            shutil.rmtree(work.output / "checkpoints", ignore_errors=True)
+
+        distributed.on_main(write)
     return record
 
 
@@ -277,9 +286,9 @@ class Run:
 
     @property
     def memory_limit(self) -> int | None:
-        """Bytes that this process may hold in all."""
+        """Bytes that this process may hold in all; processes of a machine share its budget."""
         budget = self.config.memory_budget_gib
-        return None if budget is None else int(budget * GIB)
+        return None if budget is None else int(budget * GIB) // distributed.local_size()
 
     # Beginning
 
@@ -287,6 +296,11 @@ class Run:
         """Check everything that can be checked before the model is loaded."""
         check_settings(self.config)
         check_tracker(self.report_to)
+        if distributed.size() > 1 and self.frozen:
+            raise UserError(
+                "an int8 base cannot be trained by several processes yet; "
+                "choose --dtype float32 or bfloat16 with --lora, or one process"
+            )
         self.reward_functions, self.reward_weights = combine(self.config.rewards)
         stages = self.config.stages
         self.train_problems, self.eval_problems = load_data(self.config)
@@ -302,7 +316,9 @@ class Run:
         self.display.message(
             f"{len(stages)} stages of {', '.join(str(s.steps) for s in stages)} GRPO steps "
             f"on {self.config.model}, {self.threads['threads']} threads, in {self.output}"
+            + (f", {distributed.size()} processes" if distributed.size() > 1 else "")
         )
+        distributed.barrier()  # nobody writes before everybody has looked
 
     def restore(self) -> None:
         path = self.output / "state.json"
@@ -350,7 +366,8 @@ class Run:
     def save_state(self) -> None:
         self.state["seconds_before"] = self.seconds()
         self.started = time.time()
-        write_text(self.output / "state.json", json.dumps(self.state, indent=1))
+        if distributed.is_main():
+            write_text(self.output / "state.json", json.dumps(self.state, indent=1))
 
     def load(self) -> None:
         transformers_logging.set_verbosity_error()
@@ -360,7 +377,7 @@ class Run:
         source = str(self.stage_folder(done - 1)) if done and not config.lora_rank else config.model
         self.available = available_memory()
         if config.memory_budget_gib is not None:
-            self.available = min(self.available, int(config.memory_budget_gib * GIB))
+            self.available = min(self.available, self.memory_limit or 0)
         self.policy = load_policy(
             source,
             dtype=config.dtype,
@@ -379,7 +396,8 @@ class Run:
             )
         self.state["seconds"]["load"] += time.time() - self.started
         self.save_state()  # the first thing written: nothing is left behind by what was refused
-        self.metrics = MetricsLog(self.output / "metrics.jsonl")
+        mine = self.output / "metrics.jsonl" if distributed.is_main() else os.devnull
+        self.metrics = MetricsLog(mine)
 
     def starting_point(self, done: int) -> dict[str, torch.Tensor]:
         """The trainable weights before any stage, to measure how far training moved them."""
@@ -444,7 +462,7 @@ class Run:
         consolidating = time.perf_counter()
         detail = self.consolidate(problems, index)
         fisher_seconds = time.perf_counter() - consolidating
-        tally = trainer.tally
+        tally = RolloutTally.of_all(distributed.gather(trainer.tally))
         history = [row for row in trainer.state.log_history if "reward" in row]
         self.state["stages"].append(
             {
@@ -467,17 +485,26 @@ class Run:
                 "fisher": detail,
             }
         )
-        with replacing(self.stage_folder(index)) as folder:
-            save_policy(self.policy, folder)
-            if self.anchor is not None:
-                save_anchor(self.anchor, folder / "anchor.safetensors")
+        if distributed.size() > 1:
+            self.state["stages"][-1] |= {
+                "gradient_bytes_per_step": self.traffic.bytes_per_step,
+                "same_weights": len(set(distributed.gather(now))) == 1,
+            }
+
+        def save() -> None:
+            with replacing(self.stage_folder(index)) as folder:
+                save_policy(self.policy, folder)
+                if self.anchor is not None:
+                    save_anchor(self.anchor, folder / "anchor.safetensors")
+            shutil.rmtree(self.checkpoints(index), ignore_errors=True)
+
+        distributed.on_main(save)
         del trainer
         if self.config.cleanup:
             self.released += release_memory()
-        shutil.rmtree(self.checkpoints(index), ignore_errors=True)
         self.state["seconds"]["train"] += time.perf_counter() - begun
         self.save_state()
-        if self.control.stopping:  # asked for in the stage's last step
+        if distributed.agree(self.control.stopping):  # asked for in the stage's last step
             raise Interrupted(f"stopped after stage {stage.name!r}")
         self.measure(f"after {stage.name}")
 
@@ -541,6 +568,7 @@ class Run:
             )
         saver = Checkpoints(trainer, self.checkpoints(index), config.save_minutes)
         last = saver.restore()
+        self.traffic = saver.traffic
         done = int(last.name.split("-")[1]) if last else 0
         # Steps after the checkpoint are done again: their rows go.
         self.metrics.forget_after(sum(s.steps for s in config.stages[:index]) + done)
@@ -548,7 +576,8 @@ class Run:
         if stage.steps:
             with stop_on_interrupt(self.control):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
-            if self.control.stopping and trainer.state.global_step < stage.steps:
+            stopping = distributed.agree(self.control.stopping)
+            if stopping and trainer.state.global_step < stage.steps:
                 self.state["seconds"]["train"] += time.perf_counter() - begun
                 self.save_state()
                 raise Interrupted(
@@ -561,13 +590,14 @@ class Run:
         config = self.config
         if config.fisher_examples == 0:
             return {}
-        chosen = list(problems)[-config.fisher_examples :]
+        chosen = distributed.share(list(problems)[-config.fisher_examples :])
+        mine = config.seed + 101 * distributed.rank()
         prompts = [self.policy.encode_problem(problem) for problem in chosen]
         if config.fisher in ("empirical", "batched"):
             solutions = [self.policy.tokenizer(p.solution or p.answer)["input_ids"] for p in chosen]
             examples = [Example(p, s) for p, s in zip(prompts, solutions, strict=True)]
         else:
-            sampling = Sampling(config.max_completion, 1.0, seed=config.seed + index)
+            sampling = Sampling(config.max_completion, 1.0, seed=mine + index)
             groups = rollout(
                 self.policy.model,
                 prompts,
@@ -586,11 +616,12 @@ class Run:
                 examples,
                 config.fisher,  # type: ignore[arg-type]
                 batch_size=batch_size,
-                seed=config.seed,
+                seed=mine,
                 memory_limit=self.memory_limit,
             )
 
         fisher = retry_smaller(estimate, 8, self.display.message)
+        fisher = distributed.average(fisher, len(examples))
         values = torch.cat([f.flatten() for f in fisher.values()])
         mean = float(values.mean())
         if mean > 0:
@@ -598,7 +629,7 @@ class Run:
             self.anchor = merge_anchors(self.anchor, latest, config.ewc_decay)
         return {
             "variant": config.fisher,
-            "examples": len(examples),
+            "examples": config.fisher_examples if distributed.size() > 1 else len(examples),
             "mean": mean,
             "largest": float(values.max()),
             "parameters": values.numel(),
@@ -609,7 +640,12 @@ class Run:
     def evaluation_path(self, label: str) -> Path:
         return self.output / "evaluations" / f"{label.replace(' ', '_').replace(',', '')}.json.gz"
 
-    def measure(self, label: str, model: Any = None) -> Evaluation | None:
+    def measure(self, label: str) -> None:
+        """Evaluate, on the first process while others wait."""
+        if self.config.per_cell:
+            distributed.on_main(lambda: self.evaluation(label) and None)
+
+    def evaluation(self, label: str, model: Any = None) -> Evaluation | None:
         """Evaluate on the held-out problems, unless that was done before an interruption."""
         if self.config.per_cell == 0:
             return None
@@ -643,7 +679,7 @@ class Run:
         """The INT8 evaluation, the final model, and the record."""
         config, state = self.config, self.state
         labels = ["before", *(f"after {stage.name}" for stage in config.stages)]
-        evaluations = [e for e in (self.measure(label) for label in labels) if e is not None]
+        evaluations = [e for e in (self.evaluation(label) for label in labels) if e is not None]
         int8 = None
         quantization: dict[str, Any] = {}
         if config.int8_evaluation and not self.frozen:
@@ -651,7 +687,7 @@ class Run:
             ids = torch.tensor([self.policy.encode_problem(self.eval_problems[0])])
             quantization = quantization_report(self.policy.model, served, ids)
             quantization.pop("layer_error")
-            int8 = self.measure("after, INT8", model=served)
+            int8 = self.evaluation("after, INT8", model=served)
             del served
         with replacing(self.output / "model") as folder:
             save_policy(self.policy, folder)
@@ -679,6 +715,21 @@ class Run:
             config=plain(config),
             results=results,
         )
+
+    def processes(self, peak_rss_bytes: int) -> dict[str, Any]:
+        """How many processes shared the work, and what crossed the wire between them."""
+        # Stages done before by one process alone, then resumed by several, have no such entries.
+        stages = [s for s in self.state["stages"] if "same_weights" in s]
+        count = distributed.size()
+        gradient = max((stage["gradient_bytes_per_step"] for stage in stages), default=0.0)
+        return {
+            "processes": count,
+            "hosts": distributed.hosts(),
+            "gradient_bytes_per_step": gradient,
+            "ring_bytes_per_process": distributed.ring_bytes(gradient, count),
+            "same_weights": all(stage["same_weights"] for stage in stages),
+            "peak_rss_bytes": distributed.gather(peak_rss_bytes),
+        }
 
     def tokens_per_second(self) -> dict[str, float]:
         tokens = sum(stage["tokens_generated"] for stage in self.state["stages"])
@@ -855,10 +906,14 @@ def check_settings(config: RunConfig) -> None:
 
 
 def grpo_arguments(config: RunConfig, folder: str | Path, stage: Stage, **more: Any) -> Any:
-    """TRL's configuration for one stage."""
+    """TRL's configuration for one stage, on this process's share of the prompts."""
+    processes = distributed.size()
+    if processes > 1:
+        # Buffers are constant and ranks run the model different numbers of times.
+        more |= {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": False}
     return cpu_config(
         folder,
-        prompts_per_step=config.prompts_per_step,
+        prompts_per_step=distributed.prompts_per_process(config.prompts_per_step, processes),
         num_generations=config.num_generations,
         max_completion_length=config.max_completion,
         max_steps=stage.steps,
@@ -950,14 +1005,20 @@ class Checkpoints(TrainerCallback):
 
     Optimizer, scheduler and random states are TRL's; ``complete.json``, written last,
     says that all of it is on disk, and keeps what TRL does not. Then older ones go.
-    When memory is about to run out one is written at once.
+    When memory is about to run out one is written at once. Several processes decide
+    together, the first one writes the mark, and ``traffic`` counts their gradients.
     """
 
     def __init__(self, trainer: CPUGRPOTrainer, folder: Path, minutes: float):
         self.trainer, self.folder, self.minutes = trainer, folder, minutes
         self.saved = time.monotonic()
         self.alarmed = False
+        self.traffic = distributed.Traffic()
         trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if distributed.size() > 1:
+            self.traffic.watch(self.trainer.model_wrapped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if time.monotonic() - self.saved >= 60 * self.minutes:
@@ -967,31 +1028,42 @@ class Checkpoints(TrainerCallback):
             self.trainer.say(f"{alarm}; saving a checkpoint now")
             control.should_save = True
         self.alarmed = alarm is not None
+        control.should_save = distributed.agree(control.should_save)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        tally = RolloutTally.of_all(distributed.gather(self.trainer.tally))
+        distributed.on_main(lambda: self.complete(state.global_step, tally))
+        self.saved = time.monotonic()
+
+    def complete(self, step: int, tally: RolloutTally) -> None:
+        """Everything is written: mark it, and delete the older ones."""
+        checkpoint = self.folder / f"checkpoint-{step}"
         # TRL's settings, pickled: resuming reads ours, and nothing here shall need a pickle
         (checkpoint / "training_args.bin").unlink(missing_ok=True)
         flush(checkpoint)
-        kept = {"tally": asdict(self.trainer.tally), "guard": asdict(self.trainer.guard)}
+        kept = {"tally": asdict(tally), "guard": asdict(self.trainer.guard)}
         write_text(checkpoint / MARK, json.dumps(kept))
         for other in self.folder.glob("checkpoint-*"):
             if other != checkpoint:
                 shutil.rmtree(other, ignore_errors=True)
-        self.saved = time.monotonic()
 
     def restore(self) -> Path | None:
         """The last complete checkpoint, its tallies back in the trainer; half ones are deleted."""
-        complete = []
-        for checkpoint in self.folder.glob("checkpoint-*"):
-            if (checkpoint / MARK).exists():
-                complete.append(checkpoint)
-            else:
-                shutil.rmtree(checkpoint, ignore_errors=True)
+        found = list(self.folder.glob("checkpoint-*"))
+        complete = [checkpoint for checkpoint in found if (checkpoint / MARK).exists()]
         last = max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
+        if len(set(distributed.gather(last and last.name))) > 1:
+            raise UserError(
+                f"the processes see different checkpoints in {self.folder}; "
+                "--output must be a folder that all machines share"
+            )
+        for checkpoint in found:
+            if checkpoint not in complete and distributed.is_main():
+                shutil.rmtree(checkpoint, ignore_errors=True)
         if last is not None:
             kept = json.loads((last / MARK).read_text(encoding="utf-8"))
-            self.trainer.tally = RolloutTally(**kept["tally"])
+            if distributed.is_main():  # the sum over all
+                self.trainer.tally = RolloutTally(**kept["tally"])
             self.trainer.guard = Guard(**kept["guard"])
         return last
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from cpugrpo_edu import distributed
 from cpugrpo_edu.control import Control
 from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
 from cpugrpo_edu.frozen import is_frozen
@@ -46,6 +47,8 @@ from cpugrpo_edu.types import Group, UserError
 
 # TRL 1.16 uses names that transformers renames in version 6: nothing a user can mend.
 warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+# Likewise accelerate, which passes the option on to torch by its old name.
+warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
 
 IMPORTANCE_LEVELS = ("token", "sequence")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -194,6 +197,19 @@ class RolloutTally:
     refusals: int = 0
     """Times the system refused memory, and the step was done again in smaller parts."""
 
+    @classmethod
+    def of_all(cls, tallies: list[RolloutTally]) -> RolloutTally:
+        """Sums over processes; the seconds are those of the slowest, since they run together."""
+        return cls(
+            tokens=sum(t.tokens for t in tallies),
+            seconds=max(t.seconds for t in tallies),
+            skipped=sum(t.skipped for t in tallies),
+            rows=sum(t.rows for t in tallies),
+            micro_batches=[size for t in tallies for size in t.micro_batches],
+            shrunk=sum(t.shrunk for t in tallies),
+            refusals=sum(t.refusals for t in tallies),
+        )
+
 
 class CPUGRPOTrainer(GRPOTrainer):
     """GRPO (Shao et al. 2024, arXiv:2402.03300) on a CPU.
@@ -295,7 +311,9 @@ class CPUGRPOTrainer(GRPOTrainer):
         tokens = sum(len(episode.completion_ids) for episode in episodes)
         self.tally.tokens += tokens
         self.tally.seconds += seconds
-        self._metrics["train"]["rollout/tokens_per_second"].append(tokens / seconds)
+        # The mean over processes, which is what gets logged, is then the sum of their speeds.
+        rate = tokens * self.accelerator.num_processes / seconds
+        self._metrics["train"]["rollout/tokens_per_second"].append(rate)
         return [e.completion_ids for e in episodes], [e.logprobs for e in episodes]
 
     def rollout_seed(self) -> int:
@@ -329,11 +347,15 @@ class CPUGRPOTrainer(GRPOTrainer):
         keep = self.rows_with_signal(inputs)
         self.tally.rows += rows
         self.tally.skipped += rows - len(keep)
-        if len(keep) == 0:
+        alone = self.accelerator.num_processes == 1
+        if len(keep) == 0 and alone:
             return self.zero_loss()
+        if len(keep) == 0:  # the others wait in the backward pass: go there with a zero gradient
+            keep = torch.arange(1)
         planned = min(self.plan(inputs), len(keep))
-        if self.accelerator.num_processes > 1:  # gradients meet in the last backward: no retry
-            return self.accumulate(model, inputs, keep, planned)
+        if not alone:  # gradients meet in the last backward: no retry
+            with self.metrics_alone():
+                return self.accumulate(model, inputs, keep, planned)
         undo = self.remember()
 
         def attempt(size: int) -> Tensor:
@@ -353,6 +375,8 @@ class CPUGRPOTrainer(GRPOTrainer):
         rows = len(inputs["completion_ids"])
         tokens = inputs["completion_mask"].sum()
         alone = self.accelerator.num_processes == 1
+        if not alone and self.loss_type == "bnpo":  # DDP averages over ranks: divide by their mean
+            tokens = torch.tensor(distributed.gather(float(tokens))).mean()
         total: Tensor | float = 0.0
         whole = self.options.share_prefix
         micro_batches = list(split_by_length(inputs, keep, size, groups_together=whole))
@@ -375,6 +399,20 @@ class CPUGRPOTrainer(GRPOTrainer):
         assert isinstance(total, Tensor)
         # A leaf: the caller's backward then adds nothing to the gradients, which are complete.
         return total.requires_grad_() if alone else total
+
+    @contextlib.contextmanager
+    def metrics_alone(self) -> Iterator[None]:
+        """Keep TRL's metrics of a micro-batch on this rank.
+
+        It would gather them, but ranks differ in the number and the size of their micro-batches.
+        """
+        accelerator: Any = self.accelerator
+        accelerator.gather = lambda tensor: tensor
+        accelerator.reduce = lambda tensor, **how: tensor
+        try:
+            yield
+        finally:
+            del accelerator.gather, accelerator.reduce
 
     def remember(self) -> Callable[[], None]:
         """A function that puts gradients and metrics back to what they are now."""
@@ -508,12 +546,22 @@ class CPUGRPOTrainer(GRPOTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.accelerator.num_processes > 1:
+            self.share_metrics()
         super().log(logs, start_time)
         if "loss" in logs:
             self.on_step({**logs, "step": self.state.global_step})
             self.guard.check(logs)
-            if self.requests.checkpoint():
+            if distributed.agree(self.requests.checkpoint()):
                 self.control.should_save = self.control.should_training_stop = True
+
+    def share_metrics(self) -> None:
+        """Average the metrics over ranks: some are of a rank's own rows, see ``metrics_alone``."""
+        metrics = self._metrics["train"]
+        means = distributed.gather({k: sum(v) / len(v) for k, v in metrics.items() if v})
+        for name in means[0]:
+            values = [mean[name] for mean in means if name in mean]
+            metrics[name][:] = [sum(values) / len(values)]
 
 
 def split_by_length(

@@ -1,0 +1,147 @@
+"""Run by test_distributed.py, as one process or as several: ``ranks.py MODEL FOLDER``.
+
+Takes one optimizer step for every case, on completions that depend on the prompt alone, and
+saves the gradient and the facts that the tests compare.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+
+from cpugrpo_edu import distributed
+from cpugrpo_edu.hardware import configure_threads
+from cpugrpo_edu.models import fingerprint, load_policy
+from cpugrpo_edu.rewards import guarded
+from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+
+PROMPTS = ["a", "b c", "Compute 1 + 2.", "x y z"]
+GROUP = 4
+
+# Prompts whose completions differ in reward. Of two ranks, the first has the first two.
+CASES = {
+    "dapo": {"rewarded": PROMPTS},
+    "grpo": {"rewarded": PROMPTS, "loss_type": "grpo"},
+    "bnpo": {"rewarded": PROMPTS, "loss_type": "bnpo"},
+    "dr_grpo": {"rewarded": PROMPTS, "loss_type": "dr_grpo"},
+    "kl": {"rewarded": PROMPTS, "beta": 0.1},
+    "lora": {"rewarded": PROMPTS, "lora": 4},
+    "checkpointing": {"rewarded": PROMPTS, "gradient_checkpointing": True},
+    "one rank has a single row": {"rewarded": PROMPTS[:2]},
+    "the other has it": {"rewarded": PROMPTS[2:]},
+    "one group in all": {"rewarded": PROMPTS[3:]},
+    "no signal": {"rewarded": []},
+}
+
+
+class SameForEveryone(CPUGRPOTrainer):
+    """Draws a prompt's completions from a seed of the prompt's own; keeps the gradient."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        ids, log_probs = [], []
+        for i in range(0, len(prompt_ids), GROUP):
+            block = prompt_ids[i : i + GROUP]
+            self.prompt_seed = zlib.crc32(repr(block[0]).encode())
+            new = super()._generate_single_turn(block, *args, **kwargs)
+            for tokens, values in zip(*new, strict=True):  # a random model seldom ends by itself
+                end = 1 + zlib.crc32(repr(tokens).encode()) % len(tokens)
+                ids.append(tokens[:end])
+                log_probs.append(values[:end])
+        self.tokens = sum(map(len, ids))
+        return ids, log_probs
+
+    def rollout_seed(self):
+        return self.prompt_seed
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.gradient = {
+            name: p.grad.clone()
+            for name, p in self.policy.model.named_parameters()
+            if p.requires_grad
+        }
+        return loss
+
+
+def step(model, rewarded, lora=0, **settings):
+    """The trainer after one step."""
+
+    @guarded
+    def odd_tokens(prompts, completions, completion_ids, **columns):
+        texts = [prompt[0]["content"] for prompt in prompts]
+        return [
+            sum(i % 2 for i in ids) / len(ids) if text in rewarded else 0.0
+            for text, ids in zip(texts, completion_ids, strict=True)
+        ]
+
+    policy = load_policy(model, lora_rank=lora, seed=0)
+    if lora:  # B is zero at first, and then A has no gradient
+        torch.manual_seed(0)
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    more = {"ddp_broadcast_buffers": False} if distributed.size() > 1 else {}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SameForEveryone(
+            policy,
+            cpu_config(
+                folder,
+                prompts_per_step=len(PROMPTS) // distributed.size(),
+                num_generations=GROUP,
+                max_completion_length=12,
+                max_steps=1,
+                optim="sgd",
+                learning_rate=0.1,
+                max_grad_norm=0.0,
+                **{"loss_type": "dapo"} | settings | more,
+            ),
+            [odd_tokens],
+            Dataset.from_dict({"prompt": [[{"role": "user", "content": t}] for t in PROMPTS]}),
+            CPUOptions(micro_batch=3, patience=0),
+        )
+        traffic = distributed.Traffic()
+        if distributed.size() > 1:
+            wrap = trainer.accelerator.prepare_model
+
+            def watched(*args, **kwargs):
+                wrapped = wrap(*args, **kwargs)
+                if hasattr(wrapped, "register_comm_hook"):
+                    traffic.watch(wrapped)
+                return wrapped
+
+            trainer.accelerator.prepare_model = watched
+        trainer.train()
+    return trainer, traffic
+
+
+def main(model, folder):
+    configure_threads(1)
+    distributed.join()
+    facts = {}
+    for name, case in CASES.items():
+        trainer, traffic = step(model, **case)
+        [row] = [row for row in trainer.state.log_history if "reward" in row]
+        facts[name] = {
+            "weights": distributed.gather(fingerprint(trainer.policy.model)),
+            "metrics": distributed.gather({k: row[k] for k in ("loss", "reward")}),
+            "skipped": distributed.gather(trainer.tally.skipped),
+            "tokens": distributed.gather(trainer.tokens),
+            "bytes": traffic.bytes_per_step,
+            "gradient_bytes": sum(g.nbytes for g in trainer.gradient.values()),
+        }
+        if distributed.is_main():
+            save_file(trainer.gradient, Path(folder) / f"{name}.safetensors")
+    if distributed.is_main():
+        Path(folder, "facts.json").write_text(json.dumps(facts))
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
