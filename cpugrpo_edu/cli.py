@@ -909,6 +909,46 @@ def study_run(
         return
     for title, header, rows in chosen.tables(outcome.record):
         print(f"\n{title}\n\n{markdown_table(header, rows)}")
+    print("\n" + "\n".join(f"- {line}" for line in chosen.load().findings(outcome.record)))
+
+
+@app.command()
+def calculator(
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An assumption, such as gpu_speed=20; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a class needs in time, energy and money on laptops, cloud CPUs and cloud GPUs.
+
+    Every assumption is shown and can be set. No GPU was measured: without its speed you get the
+    speed from which it would pay.
+
+    Example: `cpugrpo calculator --set students=120 --set gpu_price=0.6`
+    """
+    from cpugrpo_edu.report import markdown_table
+    from cpugrpo_edu.studies import cpu_or_gpu as study_module
+
+    given = {}
+    for text in change or ():
+        key, _, number = text.partition("=")
+        try:
+            given[key.strip()] = float(number)
+        except ValueError:
+            raise UserError(
+                f"cannot read --set {text!r}; give a name and a number, such as gpu_speed=20"
+            ) from None
+    inputs = study_module.assumptions(given)
+    found = study_module.calculate(study_module.values_of(inputs))
+    listed = [asdict(each) for each in inputs]
+    if as_json:
+        print(json.dumps({"assumptions": listed, "class": found}))
+        return
+    rows = [[each.key, *row] for each, row in zip(inputs, study_module.assumption_rows(listed))]
+    print(markdown_table(["Name", "Assumption", "Value", "Unit", "Source"], rows))
+    print(f"\n{markdown_table(study_module.CLASS_HEADER, study_module.class_rows(found))}")
+    print(f"\n{study_module.pays_text(found)}")
 
 
 if __name__ == "__main__":

@@ -591,6 +591,36 @@ def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
     ]
 
 
+def findings(record: RunRecord) -> list[str]:
+    """What the record says, in sentences."""
+    results = record.results
+    rows = [row for row in results["rows"] if "against_fp32" in row]
+    said = []
+    for name in dict.fromkeys(row["format"] for row in rows):
+        found = [row["against_fp32"]["overall"] for row in rows if row["format"] == name]
+        clear = [row for row in found if row["p_holm"] < 0.05]
+        said.append(
+            f"{name}: mean difference to fp32 {100 * fmean(r['difference'] for r in found):+.1f} "
+            f"points over {len(found)} models; {len(clear)} of them differ after correction for "
+            f"{len(rows)} comparisons."
+        )
+    errors = results["predictor"]["mean_absolute_error"]
+    best = min(errors, key=lambda name: errors[name])
+    said.append(
+        f"Predicting the loss of a left-out model, {best.replace('_', ' ')} erred least "
+        f"({100 * errors[best]:.2f} points; saying that nothing is lost errs by "
+        f"{100 * errors['no loss']:.2f})."
+    )
+    for name, arm in results["rollouts"].items():
+        if arm["within_seed"]:
+            seeds = arm["against_float"]["n"]
+            said.append(
+                f"GRPO with {name} rollouts against float32 ones, {seeds} seed"
+                f"{'s' if seeds > 1 else ''}: {signed(arm['against_float'])} points."
+            )
+    return said
+
+
 def plot(record: RunRecord) -> Any:
     """The difference to fp32 of every model and format, with intervals."""
     from cpugrpo_edu.monitor import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
