@@ -890,8 +890,12 @@ def study_run(
     from cpugrpo_edu.hardware import configure_threads
 
     configure_threads()
+    from transformers.utils import logging
+
     from cpugrpo_edu.report import markdown_table
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     setting = Setting(
         reduced=reduced,
         work=work,

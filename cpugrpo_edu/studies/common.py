@@ -11,6 +11,8 @@ import gzip
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -132,23 +134,23 @@ def new_record(
     )
 
 
-def run_or_resume(config: Any, folder: Path, say: Say, keep: tuple[str, ...] = ()) -> RunRecord:
+def run_or_resume(
+    config: Any, folder: Path, say: Say, keep: tuple[str, ...] = (), apart: bool = False
+) -> RunRecord:
     """``pipeline.run`` in ``folder``, or the record of the run that is there, or its rest.
 
-    Of a finished run only the record, the metrics, the evaluations and ``keep`` stay.
+    Of a finished run only the record, the metrics, the evaluations and ``keep`` stay. ``apart``
+    gives it a process of its own, so that its peak memory is its own.
     """
-    from cpugrpo_edu.monitor import ProgressDisplay
-    from cpugrpo_edu.pipeline import Interrupted, run
-
     if (folder / "record.json").exists():
         return RunRecord.load(folder / "record.json")
-    begun = (folder / "state.json").exists()
-    if not begun:  # begun and broken off before there was anything to go on from
+    if not (folder / "state.json").exists():  # broken off before there was anything to go on from
         shutil.rmtree(folder, ignore_errors=True)
-    try:
-        record = run(config, folder, resume=begun, display=ProgressDisplay(quiet=True))
-    except Interrupted as error:
-        raise KeyboardInterrupt(str(error)) from error
+    if apart:
+        run_in_process(asdict(config), folder)
+        record = RunRecord.load(folder / "record.json")
+    else:
+        record = run_here(config, folder)
     for path in folder.iterdir():
         if path.is_dir() and path.name not in ("evaluations", *keep):
             shutil.rmtree(path, ignore_errors=True)
@@ -156,6 +158,52 @@ def run_or_resume(config: Any, folder: Path, say: Say, keep: tuple[str, ...] = (
         (folder / name).unlink(missing_ok=True)
     say(f"  {record.results['seconds']['total']:.0f} s")
     return record
+
+
+def run_here(config: Any, folder: Path) -> RunRecord:
+    from cpugrpo_edu.monitor import ProgressDisplay
+    from cpugrpo_edu.pipeline import Interrupted, run
+
+    resume = (folder / "state.json").exists()
+    try:
+        return run(config, folder, resume=resume, display=ProgressDisplay(quiet=True))
+    except Interrupted as error:
+        raise KeyboardInterrupt(str(error)) from error
+
+
+def run_in_process(config: dict[str, Any], folder: Path) -> None:
+    """The same in a new process. Ctrl-C reaches it as well: it saves, and is waited for."""
+    task = json.dumps({"config": config, "folder": str(folder.absolute())})
+    command = [sys.executable, "-c", "from cpugrpo_edu.studies.common import serve; serve()"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, errors = process.communicate(task)
+    except KeyboardInterrupt:
+        process.communicate()
+        raise
+    if process.returncode == 130:
+        raise KeyboardInterrupt
+    if process.returncode:
+        last = [line for line in errors.splitlines() if line.strip()][-1:] or ["no message"]
+        raise UserError(f"a run of the study failed in {folder}: {last[0]}")
+
+
+def serve() -> None:
+    """What the new process does: one run, told on stdin."""
+    from cpugrpo_edu.pipeline import RunConfig
+
+    task = json.loads(sys.stdin.read())
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in task["config"].items()
+    }
+    try:
+        run_here(RunConfig(**given), Path(task["folder"]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except UserError as error:
+        sys.exit(str(error))
 
 
 def packed_evaluation(evaluation: Evaluation) -> dict[str, Any]:

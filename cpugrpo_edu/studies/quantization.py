@@ -337,7 +337,7 @@ def train_arms(setting: Setting, seeds: int, folder: Path) -> dict[str, list[dic
             keep = ("model",) if name == TRAINED and seed == 0 else ()
             place = folder / f"{slug(name)}-{seed}"
             config = run_config(setting.reduced, seed=seed, **options)
-            record = run_or_resume(config, place, setting.say, keep)
+            record = run_or_resume(config, place, setting.say, keep, not setting.reduced)
             last = record.results["evaluations"][-1]["label"]
             path = place / "evaluations" / f"{last.replace(' ', '_')}.json.gz"
             found[name].append(
