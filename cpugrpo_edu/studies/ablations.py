@@ -81,7 +81,7 @@ FACTORS = tuple(dict.fromkeys(arm.factor for arm in ARMS[1:]))
 
 
 def config_of(arm: Arm, seed: int, reduced: bool) -> Any:
-    """The run of an arm. Reduced it keeps the arm's change at an eighth of the completions."""
+    """The run of an arm. Reduced it keeps the arm's change at a fraction of the compute."""
     from cpugrpo_edu.pipeline import RunConfig
 
     config = replace(RunConfig(per_cell=100, int8_evaluation=False), seed=seed, **arm.change)
@@ -89,8 +89,7 @@ def config_of(arm: Arm, seed: int, reduced: bool) -> Any:
         config = replace(
             config,
             steps=(1, 1, 0),
-            prompts_per_step=max(1, config.prompts_per_step // 8) * 2,
-            num_generations=config.num_generations // 2,
+            prompts_per_step=config.prompts_per_step // 4,
             max_completion=32,
             fisher_examples=4,
             per_cell=1,
