@@ -169,7 +169,8 @@ def test_formats_leave_the_model_and_the_head_alone_and_order_by_error():
         assert 0 < errors["INT8 weight-only"][key] < four
         assert 0 < errors["bf16"][key] < four
     total = sum(p.numel() for p in policy.model.parameters())
-    assert sizes["fp32"] == 4 * total and sizes["bf16"] == 2 * total
+    for name, each in (("fp32", 4), ("bf16", 2)):  # and the buffers, a few numbers
+        assert each * total <= sizes[name] < each * total + 1000
     assert sizes["INT4 weight-only"] < sizes["INT8 weight-only"] < sizes["bf16"]
 
 
