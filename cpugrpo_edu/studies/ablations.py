@@ -17,6 +17,7 @@ from cpugrpo_edu.studies.common import (
     Pieces,
     Setting,
     decided_by,
+    expected,
     holm,
     item_table,
     new_record,
@@ -25,7 +26,7 @@ from cpugrpo_edu.studies.common import (
     run_or_resume,
     signed,
 )
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.types import DIFFICULTIES, RunRecord, UserError
 
 ENTRY = "cpugrpo_edu.studies.ablations"
 SEEDS = 5
@@ -145,7 +146,10 @@ def run(setting: Setting) -> Outcome:
     """Every arm with every seed, each kept when it is done."""
     arms = chosen_arms(setting)
     seeds = setting.seeds or (1 if setting.reduced else SEEDS)
-    setting.say(f"{len(arms)} arms x {seeds} seeds: {len(arms) * seeds} runs")
+    setting.say(
+        f"{len(arms)} arms x {seeds} seeds: {len(arms) * seeds} runs"
+        + ("" if setting.reduced else expected(len(arms) * seeds, 100))
+    )
     pieces = Pieces(setting.work, "ablations", decided_by(setting, ENTRY))
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
@@ -235,8 +239,30 @@ def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
             "Holm; difference of the mean forgetting in points; training time and peak memory",
             ["Factor", "Arm", "Accuracy", "Difference", "p", "Forgetting", "s", "GiB"],
             rows,
-        )
+        ),
+        (
+            "Accuracy in % by difficulty, before training and after each stage, mean over seeds",
+            ["Factor", "Arm", *DIFFICULTIES],
+            matrix_rows(record.results["runs"]),
+        ),
     ]
+
+
+def matrix_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The forgetting matrix of every arm, a line of it in a cell: ``20, 41, 40, 38``."""
+    found = []
+    for name in dict.fromkeys(row["arm"] for row in runs):
+        matrices = [row["forgetting_matrix"] for row in runs if row["arm"] == name]
+        cells = [
+            ", ".join(
+                f"{100 * fmean(matrix[stage][column] for matrix in matrices):.0f}"
+                for stage in range(len(matrices[0]))
+            )
+            for column in range(len(DIFFICULTIES))
+        ]
+        factor = next(row["factor"] for row in runs if row["arm"] == name)
+        found.append(["–" if name == BASE else factor, name, *cells])
+    return found
 
 
 def findings(record: RunRecord) -> list[str]:

@@ -134,6 +134,20 @@ def new_record(
     )
 
 
+def expected(runs: int, per_cell: int) -> str:
+    """``, about 40 min at the recorded speed``, from the recorded default runs; else nothing."""
+    from cpugrpo_edu.report import records_folder
+
+    seconds = []
+    for path in records_folder().glob("run-seed*.json"):
+        record = RunRecord.load(path)
+        took, share = record.results["seconds"], per_cell / record.config["per_cell"]
+        seconds.append(took["load"] + took["train"] + share * took["evaluate"])
+    if not seconds:
+        return ""
+    return f", about {runs * sum(seconds) / len(seconds) / 60:.0f} min at the recorded speed"
+
+
 def run_or_resume(
     config: Any, folder: Path, say: Say, keep: tuple[str, ...] = (), apart: bool = False
 ) -> RunRecord:

@@ -7,7 +7,7 @@ trained model answers the same held-out problems of all domains and difficulties
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import fmean
@@ -18,6 +18,7 @@ from cpugrpo_edu.studies.common import (
     Pieces,
     Setting,
     decided_by,
+    expected,
     holm,
     item_table,
     new_record,
@@ -91,7 +92,10 @@ def run(setting: Setting) -> Outcome:
     seeds = setting.seeds or (1 if setting.reduced else SEEDS)
     per_cell = 3 if setting.reduced else 100
     limit = config_of(chosen[0], 0, setting.reduced).max_completion
-    setting.say(f"{len(chosen)} conditions x {seeds} seeds: {len(chosen) * seeds} runs")
+    setting.say(
+        f"{len(chosen)} conditions x {seeds} seeds: {len(chosen) * seeds} runs"
+        + ("" if setting.reduced else expected(len(chosen) * seeds, per_cell))
+    )
     decides = decided_by(setting, ENTRY, per_cell=per_cell)
     pieces = Pieces(setting.work, "generalisation", decides)
     before = pieces.once("before", lambda: answers_of("bundled", per_cell, limit, "before"))
@@ -181,11 +185,18 @@ def summarize(
 # Shown
 
 
+def in_order(kind: str, names: Iterable[str]) -> list[str]:
+    """As everywhere: domains as listed, difficulties from easy to hard."""
+    usual: tuple[str, ...] = DOMAINS if kind == "domain" else DIFFICULTIES
+    there = set(names)
+    return [*(name for name in usual if name in there), *sorted(there - set(usual))]
+
+
 def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
     found = []
     for kind in ("domain", "difficulty"):
         start = record.results["before"][kind]
-        names = list(start)
+        names = in_order(kind, start)
         rows = [["nothing (before)", *(f"{100 * start[name]:.1f} %" for name in names)]]
         gains = [row for row in record.results["gains"] if row["kind"] == kind]
         for trained in dict.fromkeys(row["trained"] for row in gains):
@@ -238,7 +249,7 @@ def plot(record: RunRecord) -> Any:
     for panel, kind in enumerate(("domain", "difficulty")):
         rows = [row for row in gains if row["kind"] == kind]
         trained = list(dict.fromkeys(row["trained"] for row in rows))
-        tested = list(record.results["before"][kind])
+        tested = in_order(kind, record.results["before"][kind])
         cells = {(row["trained"], row["tested"]): 100 * row["difference"] for row in rows}
         values = [[cells[a, b] for b in tested] for a in trained]
         axes = figure.add_subplot(1, 2, panel + 1)

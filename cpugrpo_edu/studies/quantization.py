@@ -25,6 +25,7 @@ from cpugrpo_edu.studies.common import (
     Say,
     Setting,
     decided_by,
+    expected,
     holm,
     item_table,
     new_record,
@@ -179,6 +180,7 @@ def layer_errors(policy: Any, changed: Any, problems: Sequence[Any]) -> dict[str
 
 
 PREDICTORS = ("output_error", "weight_error")
+JUDGED = ("no loss", "mean loss of the format", *PREDICTORS)
 
 
 def judge_predictors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -204,10 +206,7 @@ def judge_predictors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             slope = sum(r[name] * r["loss"] for r in others) / below if below else 0.0
             predicted[name] = slope * row[name]
         found.append({**row, "predicted": predicted})
-    errors = {
-        name: fmean(abs(r["predicted"][name] - r["loss"]) for r in found)
-        for name in found[0]["predicted"]
-    }
+    errors = {name: fmean(abs(r["predicted"][name] - r["loss"]) for r in found) for name in JUDGED}
     return {"mean_absolute_error": errors, "rows": found}
 
 
@@ -397,7 +396,7 @@ def estimate(setting: Setting) -> str:
     return (
         f"{len(missing)} of {len(family)} models of the family are to be trained: about "
         f"{minutes:.0f} min at the speed of the bundled model's ({cpu}); then {len(ARMS) * seeds} "
-        "GRPO runs and the evaluations"
+        f"GRPO runs{expected(len(ARMS) * seeds, run_config(False).per_cell)} and the evaluations"
     )
 
 
@@ -569,7 +568,7 @@ def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
             f"{arm['tokens_per_second']:.0f}",
             f"{arm['seconds']:.0f}",
         ]
-        for name, arm in results["rollouts"].items()
+        for name, arm in ((name, results["rollouts"][name]) for name in ARMS)
     ]
     return [
         (
@@ -581,7 +580,7 @@ def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
         (
             "Accuracy loss of a model predicted from the others: mean absolute error in points",
             ["Predictor", "Error"],
-            [[name.replace("_", " "), f"{100 * error:.2f}"] for name, error in errors.items()],
+            [[name.replace("_", " "), f"{100 * errors[name]:.2f}"] for name in JUDGED],
         ),
         (
             "GRPO with each kind of rollouts: accuracy after training, mean over seeds",
@@ -605,13 +604,14 @@ def findings(record: RunRecord) -> list[str]:
             f"{len(rows)} comparisons."
         )
     errors = results["predictor"]["mean_absolute_error"]
-    best = min(errors, key=lambda name: errors[name])
+    best = min(JUDGED, key=lambda name: errors[name])
     said.append(
         f"Predicting the loss of a left-out model, {best.replace('_', ' ')} erred least "
         f"({100 * errors[best]:.2f} points; saying that nothing is lost errs by "
         f"{100 * errors['no loss']:.2f})."
     )
-    for name, arm in results["rollouts"].items():
+    for name in ARMS:
+        arm = results["rollouts"][name]
         if arm["within_seed"]:
             seeds = arm["against_float"]["n"]
             said.append(
