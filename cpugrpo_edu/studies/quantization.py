@@ -396,7 +396,7 @@ def estimate(setting: Setting) -> str:
     return (
         f"{len(missing)} of {len(family)} models of the family are to be trained: about "
         f"{minutes:.0f} min at the speed of the bundled model's ({cpu}); then {len(ARMS) * seeds} "
-        f"GRPO runs{expected(len(ARMS) * seeds, run_config(False).per_cell)} and the evaluations"
+        f"GRPO runs{expected(len(ARMS) * seeds, run_config(False).per_cell)}, and the evaluations"
     )
 
 
