@@ -12,7 +12,7 @@ from cpugrpo_edu.types import RunRecord, UserError
 
 @dataclass(frozen=True)
 class Study:
-    """A study: ``module`` has ``run(setting)``, ``tables``, ``findings`` and ``plot`` of a record."""
+    """``module`` has ``run(setting)``, and ``tables``, ``findings`` and ``plot`` of a record."""
 
     name: str
     question: str
