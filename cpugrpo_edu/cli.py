@@ -852,5 +852,141 @@ def bench_plot(
     print(plot.alt)
 
 
+# Studies
+
+study = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Questions that one run cannot answer: run them here, read them in the book.",
+)
+app.add_typer(study, name="study")
+
+
+@study.command("list")
+def study_list(as_json: Json = False) -> None:
+    """The studies, and whether each has a record.
+
+    Example: `cpugrpo study list`
+    """
+    from cpugrpo_edu.report import markdown_table, records_folder
+    from cpugrpo_edu.studies.registry import STUDIES
+
+    rows = []
+    for item in STUDIES.values():
+        path = records_folder() / f"study-{item.name}.json"
+        recorded = str(path) if path.exists() else None
+        rows.append({"name": item.name, "question": item.question, "record": recorded})
+    if as_json:
+        print(json.dumps(rows))
+        return
+    header = ["Study", "Question", "Record"]
+    lines = [[str(r["name"]), str(r["question"]), str(r["record"] or "not run yet")] for r in rows]
+    print(markdown_table(header, lines))
+
+
+@study.command("run")
+def study_run(
+    name: Annotated[str, typer.Argument(help="One of cpugrpo study list.")],
+    reduced: Annotated[
+        bool, typer.Option("--reduced", help="A minute instead of hours: shows that it works.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The record; default runs/studies/study-<name>.json."),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A further model, folder or hub id; may be repeated.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Training seeds, where it trains.")] = None,
+    only: Annotated[str | None, typer.Option(help="One factor of the ablations.")] = None,
+    work: Annotated[
+        Path, typer.Option(help="Where finished pieces wait if it is interrupted.")
+    ] = Path("runs/studies"),
+    cache: Annotated[
+        Path | None, typer.Option(help="Where models that it trains are kept for the next time.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a study and write its record. Given again after Ctrl-C, it goes on where it was.
+
+    Example: `cpugrpo study run quantization --reduced`
+    """
+    from cpugrpo_edu.studies.common import Setting
+    from cpugrpo_edu.studies.registry import study_named
+
+    chosen = study_named(name)
+    if seeds is not None and seeds < 1:
+        raise UserError(f"--seeds is {seeds}; give at least 1")
+    path = output or work / f"study-{name}{'-reduced' if reduced else ''}.json"
+    check_output_folder(path.parent)
+    from cpugrpo_edu.hardware import configure_threads
+
+    configure_threads()
+    from transformers.utils import logging
+
+    from cpugrpo_edu.report import markdown_table
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    setting = Setting(
+        reduced=reduced,
+        work=work,
+        cache=cache,
+        say=silent if quiet else show_progress,
+        models=tuple(model or ()),
+        seeds=seeds,
+        only=only,
+    )
+    outcome = chosen.run(setting)
+    for saved in outcome.save(path):
+        print(f"saved: {saved}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(asdict(outcome.record)))
+        return
+    for title, header, rows in chosen.tables(outcome.record):
+        print(f"\n{title}\n\n{markdown_table(header, rows)}")
+    print("\n" + "\n".join(f"- {line}" for line in chosen.load().findings(outcome.record)))
+
+
+@app.command()
+def calculator(
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An assumption, such as gpu_speed=20; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a class needs in time, energy and money on laptops, cloud CPUs and cloud GPUs.
+
+    Every assumption is shown and can be set. No GPU was measured: without its speed you get the
+    speed from which it would pay.
+
+    Example: `cpugrpo calculator --set students=120 --set gpu_price=0.6`
+    """
+    from cpugrpo_edu.report import markdown_table
+    from cpugrpo_edu.studies import cpu_or_gpu as study_module
+
+    given = {}
+    for text in change or ():
+        key, _, number = text.partition("=")
+        try:
+            given[key.strip()] = float(number)
+        except ValueError:
+            raise UserError(
+                f"cannot read --set {text!r}; give a name and a number, such as gpu_speed=20"
+            ) from None
+    inputs = study_module.assumptions(given)
+    found = study_module.calculate(study_module.values_of(inputs))
+    listed = [asdict(each) for each in inputs]
+    if as_json:
+        print(json.dumps({"assumptions": listed, "class": found}))
+        return
+    rows = [[each.key, *row] for each, row in zip(inputs, study_module.assumption_rows(listed))]
+    print(markdown_table(["Name", "Assumption", "Value", "Unit", "Source"], rows))
+    print(f"\n{markdown_table(study_module.CLASS_HEADER, study_module.class_rows(found))}")
+    print(f"\n{study_module.pays_text(found)}")
+
+
 if __name__ == "__main__":
     main()

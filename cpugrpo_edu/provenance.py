@@ -36,13 +36,22 @@ MODEL_FILES = (
 )
 """Files of the bundled model; they count wherever ``models`` does."""
 
-ENTRIES = {"run": f"{NAME}.pipeline", "bench": f"{NAME}.bench", "orders": f"{NAME}.pipeline"}
-"""A record's kind, up to its first hyphen, and the module that measures it."""
+ENTRIES = {
+    "run": f"{NAME}.pipeline",
+    "bench": f"{NAME}.bench",
+    "orders": f"{NAME}.pipeline",
+    "study-quantization": f"{NAME}.studies.quantization",
+    "study-cpu-or-gpu": f"{NAME}.studies.cpu_or_gpu",
+    "study-ablations": f"{NAME}.studies.ablations",
+    "study-generalisation": f"{NAME}.studies.generalisation",
+}
+"""A record's kind, whole or up to its first hyphen, and the module that measures it."""
 
 REFRESH = {
     "run": "make records",
     "bench": "cpugrpo bench, with the same arguments and --output records/{name}.json",
     "orders": "remake() in chapter 12",
+    "study": "cpugrpo study run, with the study's name and --output records/{name}.json",
     "notebook": "python tools/notebooks.py --execute {name}",
 }
 """The command that measures a record again."""
@@ -165,7 +174,7 @@ def hash_now(record: RunRecord, root: Path = PACKAGE.parent) -> str:
     A notebook's record measures the notebook; its cells are what counts. Raises UserError
     for a kind of record that nobody said the entry point of.
     """
-    kind = record.kind.split("-")[0]
+    kind = record.kind if record.kind in ENTRIES else record.kind.split("-")[0]
     if kind == "notebook":
         return notebook_hash(root / "notebooks" / f"{record.config['notebook']}.ipynb")
     if kind not in ENTRIES:

@@ -1,0 +1,479 @@
+"""Studies: reduced versions run to a record, finished pieces are kept, the arithmetic holds."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpugrpo_edu import cli, hardware, pipeline
+from cpugrpo_edu.models import load_policy
+from cpugrpo_edu.provenance import ENTRIES, modules, staleness
+from cpugrpo_edu.studies import ablations, common, cpu_or_gpu, generalisation, quantization
+from cpugrpo_edu.studies.common import Pieces, Setting
+from cpugrpo_edu.studies.registry import STUDIES
+from cpugrpo_edu.tasks import make_problems
+from cpugrpo_edu.types import RunRecord, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    original = hardware.configure_threads
+    monkeypatch.setattr(hardware, "configure_threads", lambda threads=None: original(1))
+    monkeypatch.setattr(pipeline, "configure_threads", lambda threads=None: original(1))
+
+
+def invoke(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            with cli.failing_clearly():
+                cli.app(list(map(str, arguments)), prog_name="cpugrpo")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def run_reduced(name, tmp_path, *more):
+    path = tmp_path / f"study-{name}.json"
+    code, out, err = invoke(
+        *("study", "run", name, "--reduced", "--output", path),
+        *("--work", tmp_path / "work", "--cache", tmp_path / "cache", *more),
+    )
+    assert code == 0, err
+    record = RunRecord.load(path)
+    assert record.kind == f"study-{name}" and staleness(path) == ""
+    for title, _, rows in STUDIES[name].tables(record):
+        assert title in out and rows
+    module = STUDIES[name].load()
+    assert all(line in out for line in module.findings(record))
+    plot = module.plot(record)
+    assert len(plot.alt) > 60 and plot.figure.axes and plot.png()
+    return record, path
+
+
+def accuracies(table):
+    return {
+        label: each["correct"].count("1") / len(table["item_ids"])
+        for label, each in table["answers"].items()
+    }
+
+
+# --- the list, the command ------------------------------------------------------------------
+
+
+def test_every_study_has_its_parts_and_the_pipeline_knows_none():
+    for name, study in STUDIES.items():
+        module = study.load()
+        assert ENTRIES[f"study-{name}"] == study.module == module.ENTRY
+        for part in ("run", "tables", "findings", "plot"):
+            assert callable(getattr(module, part))
+        assert (ROOT / "book" / "studies" / f"{name.replace('-', '_')}.md").exists()
+    assert not [m for m in modules("cpugrpo_edu.pipeline") if ".studies" in m]
+
+
+def test_list_names_every_study_and_mistakes_end_with_a_sentence():
+    code, out, _ = invoke("study", "list", "--json")
+    assert code == 0
+    assert [row["name"] for row in json.loads(out)] == list(STUDIES)
+    for arguments, says in (
+        (("nothing",), "allowed are quantization"),
+        (("cpu-or-gpu", "--seeds", 2), "takes no --seeds"),
+        (("ablations", "--model", "x"), "takes no --model"),
+        (("ablations", "--seeds", 0), "at least 1"),
+        (("ablations", "--only", "weather"), "allowed are order, ewc"),
+    ):
+        code, out, err = invoke("study", "run", *arguments)
+        assert code == 2 and out == "" and says in err and "Traceback" not in err
+
+
+# --- pieces ---------------------------------------------------------------------------------
+
+
+def test_pieces_are_done_once_unless_what_decides_them_changes(tmp_path):
+    calls = []
+
+    def call():
+        calls.append(1)
+        return {"n": len(calls)}
+
+    pieces = Pieces(tmp_path, "toy", {"code": "a"})
+    assert pieces.once("one, 1/2", call) == {"n": 1}
+    assert Pieces(tmp_path, "toy", {"code": "a"}).once("one, 1/2", call) == {"n": 1}
+    assert Pieces(tmp_path, "toy", {"code": "b"}).once("one, 1/2", call) == {"n": 2}
+    [path] = (pieces.folder / "pieces").iterdir()
+    path.write_bytes(path.read_bytes()[:10])
+    assert pieces.once("one, 1/2", call) == {"n": 3}
+    with pytest.raises(KeyboardInterrupt):
+        pieces.once("two", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert pieces.once("two", call) == {"n": 4}
+
+
+def test_holm_and_pairs_over_seeds():
+    assert common.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert common.holm([0.9, 0.8]) == [1.0, 1.0]
+    row = common.paired_over_seeds([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])
+    assert row["difference"] == pytest.approx(0.2) and row["low"] < 0.2 < row["high"]
+    assert 0.05 < row["p_value"] < 0.1  # t = 3.46 with two degrees of freedom
+    alone = common.paired_over_seeds([0.1], [0.2])
+    assert alone["low"] is None and "no interval" in common.signed(alone)
+    assert common.paired_over_seeds([0.5, 0.5], [0.5, 0.5])["p_value"] == 1.0
+
+
+# --- quantization ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 32), (4, None)])
+def test_rounded_weights_are_the_nearest_of_few_values(bits, group):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 80)
+    rounded = quantization.round_groups(weight, bits, group)
+    assert rounded.shape == weight.shape
+    for row, back in zip(weight, rounded):
+        for part, values in zip(row.split(group or 80), back.split(group or 80)):
+            scale = part.abs().max() / (2 ** (bits - 1) - 1)
+            assert (part - values).abs().max() <= scale / 2 + 1e-6
+            assert len(values.unique()) <= 2**bits - 1
+    assert quantization.round_groups(torch.zeros(2, 8), bits, group).abs().max() == 0
+
+
+def test_formats_leave_the_model_and_the_head_alone_and_order_by_error():
+    policy = load_policy("bundled")
+    before = {name: p.clone() for name, p in policy.model.named_parameters()}
+    problems = [make_problems("arithmetic", "basic", "train", 1, seed=3)[0]]
+    errors, sizes = {}, {}
+    for chosen in quantization.FORMATS:
+        changed = chosen.make(policy.model)
+        errors[chosen.name] = quantization.layer_errors(policy, changed, problems)
+        sizes[chosen.name] = quantization.stored_bytes(policy.model, chosen, changed)
+        if chosen.simulated:
+            head = changed.get_output_embeddings().weight
+            assert torch.equal(head, policy.model.get_output_embeddings().weight)
+    assert all(torch.equal(before[n], p) for n, p in policy.model.named_parameters())
+    assert errors["fp32"] == {"output_error": 0.0, "weight_error": 0.0}
+    for key in quantization.PREDICTORS:
+        four = errors["INT4 weight-only"][key]
+        assert 0 < errors["INT8 weight-only"][key] < four
+        assert 0 < errors["bf16"][key] < four
+    total = sum(p.numel() for p in policy.model.parameters())
+    for name, each in (("fp32", 4), ("bf16", 2)):  # and the buffers, a few numbers
+        assert each * total <= sizes[name] < each * total + 1000
+    assert sizes["INT4 weight-only"] < sizes["INT8 weight-only"] < sizes["bf16"]
+
+
+def test_a_predictor_is_judged_on_models_that_it_has_not_seen():
+    rows = [
+        {
+            "model": model,
+            "format": form,
+            "loss": 0.5 * error * size,
+            "output_error": error * size,
+            "weight_error": 0.3,
+        }
+        for model, size in (("a", 1.0), ("b", 2.0), ("c", 4.0))
+        for form, error in (("INT8", 0.01), ("INT4", 0.1))
+    ]
+    judged = quantization.judge_predictors(rows)
+    errors = judged["mean_absolute_error"]
+    assert errors["output_error"] == pytest.approx(0, abs=1e-12)
+    assert errors["no loss"] == pytest.approx(sum(r["loss"] for r in rows) / 6)
+    assert errors["weight_error"] > 0.01 and errors["mean loss of the format"] > 0.01
+    changed = [{**r, "loss": 9.0} if r["model"] == "a" else r for r in rows]
+    again = quantization.judge_predictors(changed)
+    for old, new in zip(judged["rows"], again["rows"]):
+        if old["model"] == "a":
+            assert old["predicted"] == new["predicted"]
+    with pytest.raises(UserError, match="at least 2"):
+        quantization.judge_predictors(rows[:2])
+
+
+@pytest.mark.slow
+def test_reduced_quantization(tmp_path):
+    record, path = run_reduced("quantization", tmp_path)
+    items = common.read_packed(path.with_name("study-quantization.items.json.gz"))
+    table = items["formats"]
+    assert {len(set(table["domains"])), len(set(table["difficulties"]))} == {4, 3}
+    found = accuracies(table)
+    for row in record.results["rows"]:
+        measured = found[f"{row['model']} | {row['format']}"]
+        assert row["accuracy"]["accuracy"] == pytest.approx(measured)
+        assert (row["tokens_per_second"] is None) == row["simulated"]
+    assert len(record.results["rows"]) == 3 * len(quantization.FORMATS)
+    assert set(record.results["rollouts"]) == set(quantization.ARMS)
+    changed = [r["runs"][0]["after"] for r in record.results["rollouts"].values()]
+    assert all(0 <= share <= 1 for share in changed)
+    assert quantization.is_made(
+        quantization.member_folder(quantization.TINY[0], tmp_path / "cache")
+    )
+
+
+def test_the_estimate_counts_only_models_that_are_missing(tmp_path):
+    setting = Setting(cache=tmp_path)
+    assert quantization.estimate(setting).startswith("5 of 5 models")
+    folder = quantization.member_folder(quantization.FAMILY[0], tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "pretraining.json").write_text("{}")
+    assert quantization.estimate(setting).startswith("4 of 5 models")
+    minutes = [quantization.pretraining_minutes([m])[0] for m in quantization.FAMILY]
+    assert min(minutes) > 0 and minutes[0] < minutes[-1]
+
+
+# --- CPU or GPU -----------------------------------------------------------------------------
+
+VALUES = {
+    **{each.key: each.value for each in cpu_or_gpu.ASSUMPTIONS},
+    **{"students": 10, "runs": 6, "seconds": 600, "electricity": 0.5, "gpu_speed": 10},
+    **{"cpu_setup": 0, "cpu_price": 0.1, "cpu_watts": 20, "cpu_machines": 4, "gpu_setup": 0},
+    **{"gpu_price": 1.0, "gpu_watts": 400, "laptop_setup": 30, "laptop_watts": 40},
+}
+
+
+def test_the_calculator_by_hand():
+    found = cpu_or_gpu.calculate(VALUES)
+    assert found["cpu"] == pytest.approx(
+        {"hours_each": 1, "machine_hours": 10, "wall_hours": 3, "kwh": 0.2, "money": 1.0}
+    )
+    assert found["laptop"] == pytest.approx(
+        {"hours_each": 1.5, "machine_hours": 15, "wall_hours": 1.5, "kwh": 0.6, "money": 0.3}
+    )
+    assert found["gpu"] == pytest.approx(
+        {"hours_each": 0.1, "machine_hours": 1, "wall_hours": 1, "kwh": 0.4, "money": 1.0}
+    )
+    assert found["gpu_pays_from"] == pytest.approx({"money": 10, "energy": 20})
+
+
+@pytest.mark.parametrize("setup", [0, 1.5])
+def test_at_the_speed_from_which_it_pays_the_gpu_costs_the_same(setup):
+    values = {**VALUES, "gpu_setup": setup}
+    for name, key in (("money", "money"), ("energy", "kwh")):
+        speed = cpu_or_gpu.calculate(values)["gpu_pays_from"][name]
+        at = cpu_or_gpu.calculate({**values, "gpu_speed": speed})
+        assert at["gpu"][key] == pytest.approx(at["cpu"][key])
+    never = cpu_or_gpu.calculate({**values, "gpu_setup": 60})["gpu_pays_from"]
+    assert never["money"] is None
+    assert "no money at any speed" in cpu_or_gpu.pays_text({"gpu_pays_from": never})
+
+
+def test_without_a_speed_there_is_no_gpu_number():
+    found = cpu_or_gpu.calculate({**VALUES, "gpu_speed": None})
+    assert found["gpu"] is None and found["gpu_pays_from"]["money"] == pytest.approx(10)
+    assert "–" in cpu_or_gpu.class_rows(found)[2]
+    unmeasured = [a for a in cpu_or_gpu.ASSUMPTIONS if a.key == "gpu_speed"]
+    assert unmeasured[0].value is None and "not measured" in unmeasured[0].source
+
+
+def test_calculator_command():
+    code, out, _ = invoke("calculator", "--set", "students=4", "--set", "gpu_speed=8", "--json")
+    assert code == 0
+    given = {a["key"]: a for a in json.loads(out)["assumptions"]}
+    assert given["students"]["value"] == 4 and given["gpu_speed"]["source"] == "given"
+    code, out, _ = invoke("calculator")
+    assert code == 0 and "measured: mean of" in out and "The GPU against the cloud CPU" in out
+    for text, says in (
+        ("students=many", "a name and a number"),
+        ("weather=1", "allowed are students"),
+        ("students=0", "at least 1"),
+        ("gpu_price=nan", "at least 0"),
+    ):
+        code, _, err = invoke("calculator", "--set", text)
+        assert code == 2 and says in err
+
+
+def test_cpu_or_gpu_is_held_against_the_records(tmp_path):
+    record, _ = run_reduced("cpu-or-gpu", tmp_path)
+    runs = cpu_or_gpu.recorded_runs()
+    rows = record.results["validation"]["repeat"]
+    assert len(rows) == len(runs)
+    for row in rows:
+        assert row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
+    first = next(r for r in runs if r.seed == rows[0]["seed"] and not rows[0]["ewc"])
+    others = [r.results["seconds"]["total"] for r in runs if r is not first]
+    match = [r for r in rows if r["measured"] == first.results["seconds"]["total"]]
+    if match:
+        assert match[0]["predicted"] == pytest.approx(sum(others) / len(others))
+    model = record.results["validation"]["cost_model"]
+    assert bool(model["rows"]) != bool(model["why_none"])
+    assert record.results["arithmetic"]["operations"] > 1e11
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_calculates_as_the_package_does():
+    playwright = pytest.importorskip("playwright.sync_api")
+    script = (ROOT / "book" / "_static" / "calculator.js").read_text(encoding="utf-8")
+    cases = [VALUES, {**VALUES, "gpu_speed": None, "gpu_setup": 60}, {**VALUES, "gpu_price": 0}]
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = browser.new_page()
+        page.set_content(f"<html><body>{extension().calculator_form()}</body></html>")
+        page.add_script_tag(content=script)
+        for values in cases:
+            theirs = page.evaluate("v => calculate(v)", values)
+            ours = cpu_or_gpu.calculate(values)
+            for part, each in ours.items():
+                assert theirs[part] == (each if each is None else pytest.approx(each))
+        shown = "form => { showCalculator(form); return form.innerText }"
+        form = page.locator("form.calculator")
+        page.fill("[name=gpu_speed]", "25")
+        text = form.evaluate(shown)
+        inputs = cpu_or_gpu.assumptions({"gpu_speed": 25})
+        row = cpu_or_gpu.class_rows(cpu_or_gpu.calculate(cpu_or_gpu.values_of(inputs)))[2]
+        assert re.search(r"\s+".join(map(re.escape, row)), text)
+        page.fill("[name=students]", "-1")
+        assert "Students, persons: give a number of at least 1." in form.evaluate(shown)
+        assert page.get_attribute("[name=students]", "aria-invalid") == "true"
+        browser.close()
+
+
+# --- ablations, generalisation --------------------------------------------------------------
+
+
+def test_every_arm_is_allowed_and_samples_as_much_as_the_others():
+    default = ablations.config_of(ablations.ARMS[0], 0, False)
+    assert len({arm.name for arm in ablations.ARMS}) == len(ablations.ARMS)
+    for reduced in (False, True):
+        sizes = set()
+        for arm in ablations.ARMS:
+            config = ablations.config_of(arm, 0, reduced)
+            pipeline.check_settings(config)
+            sizes.add(ablations.completions_of(config))
+        assert len(sizes) == 1, reduced
+    assert ablations.completions_of(default) == 18 * ablations.COMPLETIONS
+    for arm in ablations.ARMS[1:]:
+        assert replace(default, **arm.change) != default, arm.name
+
+
+def test_arms_are_compared_by_seed():
+    rows = [
+        {
+            "arm": arm,
+            "factor": "none" if arm == ablations.BASE else "loss",
+            "seed": seed,
+            "accuracy": 0.1 * seed + gain + 0.001 * seed * bool(gain),
+            "forgetting": None,
+            "seconds": 1.0,
+            "peak_rss_bytes": 1,
+            "completions": 8,
+            "tokens": 9,
+        }
+        for seed in range(5)
+        for arm, gain in ((ablations.BASE, 0.0), ("same", 0.0), ("better", 0.05))
+    ]
+    found = {each["arm"]: each for each in ablations.summarize(rows)}
+    assert "accuracy_difference" not in found[ablations.BASE]
+    better = found["better"]["accuracy_difference"]
+    assert better["difference"] == pytest.approx(0.052) and better["p_holm"] < 0.001
+    assert found["same"]["accuracy_difference"]["p_holm"] == 1.0
+    assert "forgetting_difference" not in found["same"]
+
+
+def test_every_condition_trains_as_long_as_the_others():
+    for reduced in (False, True):
+        total = set()
+        for condition in generalisation.conditions(reduced):
+            config = generalisation.config_of(condition, 0, reduced)
+            pipeline.check_settings(config)
+            total.add(ablations.completions_of(config))
+            trained = [stage for stage in config.stages if stage.steps]
+            if condition.kind == "difficulty":
+                assert {k for k, v in trained[0].mixture.items() if v} == {condition.name}
+            elif condition.kind == "domain":
+                assert config.domains == (condition.name,)
+        assert len(total) == 1
+
+
+@pytest.mark.slow
+def test_reduced_ablations_and_their_resumption(tmp_path, monkeypatch):
+    record, path = run_reduced("ablations", tmp_path)
+    table = common.read_packed(path.with_name("study-ablations.items.json.gz"))
+    found = accuracies(table)
+    for row in record.results["runs"]:
+        assert row["accuracy"] == pytest.approx(found[f"{row['arm']} | seed {row['seed']}"])
+    assert len({row["completions"] for row in record.results["runs"]}) == 1
+    monkeypatch.setattr(pipeline, "run", lambda *a, **k: pytest.fail("a finished run ran again"))
+    again, _ = run_reduced("ablations", tmp_path)
+    assert again.results == record.results
+
+
+@pytest.mark.slow
+def test_reduced_generalisation(tmp_path):
+    record, path = run_reduced("generalisation", tmp_path)
+    table = common.read_packed(path.with_name("study-generalisation.items.json.gz"))
+    found = accuracies(table)
+    start = record.results["before"]["domain"]
+    assert sum(start.values()) / len(start) == pytest.approx(found["before"])
+    for row in record.results["gains"]:
+        level = record.results["before"][row["kind"]][row["tested"]]
+        assert row["difference"] == pytest.approx(row["accuracy"] - level)
+    assert not list((tmp_path / "work").glob("**/model.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_run_in_a_process_of_its_own_goes_on_and_tells_mistakes(tmp_path):
+    config = ablations.config_of(ablations.ARMS[3], 0, True)  # no EWC
+    config = replace(config, steps=(1, 0, 0), fisher_examples=0, threads=1)
+    record = common.run_or_resume(config, tmp_path / "run", common.silent, apart=True)
+    assert record.results["peak_rss_bytes"] > 0
+    assert {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()} == {"evaluations"}
+    with pytest.raises(UserError, match="unknown order"):
+        common.run_or_resume(
+            replace(config, order="odd"), tmp_path / "odd", common.silent, apart=True
+        )
+
+
+# --- the book -------------------------------------------------------------------------------
+
+
+def extension():
+    spec = importlib.util.spec_from_file_location("studies", ROOT / "book" / "_ext" / "studies.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_say_what_was_not_run_and_what_was_reduced(tmp_path, monkeypatch):
+    pages = extension()
+    monkeypatch.setattr(pages, "RECORDS", tmp_path)
+    for name in STUDIES:
+        assert "Not run yet" in pages.study_text(name)
+    assert pages.table_studies().count("not run yet") == len(STUDIES)
+    rows = [
+        {
+            "kind": "domain",
+            "trained": "a",
+            "tested": "b",
+            "own": False,
+            "accuracy": 0.5,
+            "difference": 0.1,
+            "low": None,
+            "high": None,
+            "p_value": None,
+        }
+    ]
+    results = {"before": {"domain": {"b": 0.4}, "difficulty": {}}, "gains": rows}
+    record = common.new_record("generalisation", generalisation.ENTRY, {"reduced": True}, results)
+    record.save(tmp_path / "study-generalisation.json")
+    text = pages.study_text("generalisation")
+    assert "reduced version" in text and "+10.0 (no interval)" in text
+    assert "reduced version only" in pages.table_studies()
+
+
+def test_every_input_of_the_form_has_a_label_and_a_source():
+    form = extension().calculator_form()
+    for each in cpu_or_gpu.ASSUMPTIONS:
+        assert f'<label for="calc-{each.key}">' in form
+        assert f'id="calc-{each.key}-source"' in form
+    assert form.count("<input") == len(cpu_or_gpu.ASSUMPTIONS)
