@@ -199,7 +199,7 @@ class Dashboard:
         path = self.output / "metrics.jsonl"
         with self._drawing:
             size = path.stat().st_size if path.exists() else 0
-            if size == self._size:
+            if size in (0, self._size):  # no step yet, or nothing new
                 return
             try:
                 metrics = read_metrics(path)

@@ -127,7 +127,7 @@ def test_watch_follows_the_file(tmp_path):
     assert not dashboard.plots.value
     path.write_text(json.dumps({"stage": "<b>", "step": 7, "reward": 0.5}) + "\n")
     until(lambda: "img" in dashboard.plots.value)
-    assert "&lt;b&gt;, step 7" in dashboard.status.value
+    until(lambda: "&lt;b&gt;, step 7" in dashboard.status.value)  # which is written after the plots
     assert 'alt="Line charts' in dashboard.plots.value
     with path.open("a") as file:
         file.write(json.dumps({"stage": "<b>", "step": 8, "reward": 0.6, "kl": 0.1}) + "\n")
