@@ -30,7 +30,7 @@ def until(condition, seconds=120, said=lambda: "waited in vain"):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, said()
-        time.sleep(0.2)
+        time.sleep(0.02)
 
 
 def answers(address):

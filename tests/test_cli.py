@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import signal
@@ -11,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from command_line import invoke
 from typer.testing import CliRunner
 
 from cpugrpo_edu import cli, estimate, hardware
@@ -30,20 +29,6 @@ def one_thread(monkeypatch):
         "configure_threads",
         lambda threads=None: original(1 if threads is None else threads),
     )
-
-
-def invoke(*arguments):
-    """Call as the shell would, mistakes turned into sentences; return code, stdout, stderr."""
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            with cli.failing_clearly():
-                cli.app(list(map(str, arguments)), prog_name="cpugrpo")
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-    return code, out.getvalue(), err.getvalue()
 
 
 def refused(*arguments):

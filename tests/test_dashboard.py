@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from lab_fixtures import until
 
 from cpugrpo_edu.control import Control
 from cpugrpo_edu.dashboard import Dashboard, numbers_html, samples_html, train, watch
@@ -26,13 +27,6 @@ SMALL = {
     "patience": 0,
     "threads": 1,
 }
-
-
-def until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def steps(folder):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import json
-import os
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import invoke
+from lab_fixtures import ARGUMENTS, CHROMIUM, needs_browser
 
-from cpugrpo_edu import cli, hardware, pipeline
+from cpugrpo_edu import hardware, pipeline
 from cpugrpo_edu.models import load_policy
 from cpugrpo_edu.provenance import ENTRIES, modules, staleness
 from cpugrpo_edu.studies import ablations, common, cpu_or_gpu, generalisation, quantization
@@ -25,7 +23,6 @@ from cpugrpo_edu.tasks import make_problems
 from cpugrpo_edu.types import RunRecord, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(autouse=True)
@@ -33,18 +30,6 @@ def one_thread(monkeypatch):
     original = hardware.configure_threads
     monkeypatch.setattr(hardware, "configure_threads", lambda threads=None: original(1))
     monkeypatch.setattr(pipeline, "configure_threads", lambda threads=None: original(1))
-
-
-def invoke(*arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            with cli.failing_clearly():
-                cli.app(list(map(str, arguments)), prog_name="cpugrpo")
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-    return code, out.getvalue(), err.getvalue()
 
 
 def run_reduced(name, tmp_path, *more):
@@ -309,14 +294,13 @@ def test_cpu_or_gpu_is_held_against_the_records(tmp_path):
     assert record.results["arithmetic"]["operations"] > 1e11
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_browser
 def test_the_page_calculates_as_the_package_does():
     playwright = pytest.importorskip("playwright.sync_api")
     script = (ROOT / "book" / "_static" / "calculator.js").read_text(encoding="utf-8")
     cases = [VALUES, {**VALUES, "gpu_speed": None, "gpu_setup": 60}, {**VALUES, "gpu_price": 0}]
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page()
         page.set_content(f"<html><body>{extension().calculator_form()}</body></html>")
         page.add_script_tag(content=script)

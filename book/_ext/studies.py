@@ -39,6 +39,11 @@ def study_record(name: str) -> RunRecord | None:
     return RunRecord.load(path) if path.exists() else None
 
 
+def only_reduced(record: RunRecord) -> bool:
+    """Whether a record answers nothing. A study that trains nothing is whole either way."""
+    return bool(record.config.get("reduced")) and record.kind != "study-cpu-or-gpu"
+
+
 def not_run(name: str) -> str:
     return (
         f"**Not run yet.** This page shows the design; there is no result of it. "
@@ -58,7 +63,7 @@ def study_text(name: str) -> str:
         f"{record.created[:10]}, commit {record.commit[:10]}{record.commit[40:]}"
         f"{', with code that has changed since' if late else ''}."
     ]
-    if record.config.get("reduced") and name != "cpu-or-gpu":
+    if only_reduced(record):
         parts.append(REDUCED)
     parts.append("\n".join(f"- {line}" for line in study.load().findings(record)))
     for title, header, rows in study.tables(record):
@@ -72,7 +77,7 @@ def table_studies() -> str:
     for study in STUDIES.values():
         record = study_record(study.name)
         state = "not run yet" if record is None else f"recorded {record.created[:10]}"
-        if record is not None and record.config.get("reduced") and study.name != "cpu-or-gpu":
+        if record is not None and only_reduced(record):
             state += ", reduced version only"
         page = study.name.replace("-", "_")
         rows.append(f"| {{doc}}`{study.name} <{page}>` | {study.question} | {state} |")

@@ -20,8 +20,8 @@ from cpugrpo_edu.studies.common import (
     expected,
     holm,
     item_table,
+    last_evaluation,
     new_record,
-    packed_evaluation,
     paired_over_seeds,
     run_or_resume,
     signed,
@@ -115,14 +115,11 @@ def chosen_arms(setting: Setting) -> tuple[Arm, ...]:
 
 
 def measure_arm(arm: Arm, seed: int, setting: Setting, pieces: Pieces) -> dict[str, Any]:
-    from cpugrpo_edu.evaluate import load_evaluation
-
     place = pieces.folder / "runs" / f"{ARMS.index(arm)}-{seed}"
     config = config_of(arm, seed, setting.reduced)
     record = run_or_resume(config, place, setting.say, apart=not setting.reduced)
     results = record.results
     last = results["evaluations"][-1]
-    path = place / "evaluations" / f"{last['label'].replace(' ', '_')}.json.gz"
     forgetting = results["forgetting"]["mean_points"]
     return {
         "arm": arm.name,
@@ -138,7 +135,7 @@ def measure_arm(arm: Arm, seed: int, setting: Setting, pieces: Pieces) -> dict[s
         "peak_rss_bytes": results["peak_rss_bytes"],
         "completions": sum(stage["completions"] for stage in results["stages"]),
         "tokens": sum(stage["tokens_generated"] for stage in results["stages"]),
-        "evaluation": packed_evaluation(load_evaluation(path)),
+        "evaluation": last_evaluation(record, place),
     }
 
 

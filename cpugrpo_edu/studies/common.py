@@ -134,13 +134,17 @@ def new_record(
     )
 
 
-def expected(runs: int, per_cell: int) -> str:
-    """``, about 40 min at the recorded speed``, from the recorded default runs; else nothing."""
+def recorded_runs() -> list[RunRecord]:
+    """The default runs in the records' folder."""
     from cpugrpo_edu.report import records_folder
 
+    return [RunRecord.load(path) for path in sorted(records_folder().glob("run-seed*.json"))]
+
+
+def expected(runs: int, per_cell: int) -> str:
+    """``, about 40 min at the recorded speed``, from the recorded default runs; else nothing."""
     seconds = []
-    for path in records_folder().glob("run-seed*.json"):
-        record = RunRecord.load(path)
+    for record in recorded_runs():
         took, share = record.results["seconds"], per_cell / record.config["per_cell"]
         seconds.append(took["load"] + took["train"] + share * took["evaluate"])
     if not seconds:
@@ -218,6 +222,15 @@ def serve() -> None:
         sys.exit(130)
     except UserError as error:
         sys.exit(str(error))
+
+
+def last_evaluation(record: RunRecord, folder: Path) -> dict[str, Any]:
+    """The last evaluation of a run in ``folder``, packed."""
+    from cpugrpo_edu.evaluate import load_evaluation
+
+    label = record.results["evaluations"][-1]["label"]
+    path = folder / "evaluations" / f"{label.replace(' ', '_')}.json.gz"
+    return packed_evaluation(load_evaluation(path))
 
 
 def packed_evaluation(evaluation: Evaluation) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from cpugrpo_edu.studies.common import Outcome, Setting, new_record
+from cpugrpo_edu.studies.common import Outcome, Setting, new_record, recorded_runs
 from cpugrpo_edu.types import RunRecord, UserError
 
 ENTRY = "cpugrpo_edu.studies.cpu_or_gpu"
@@ -148,12 +148,6 @@ def values_of(inputs: list[Assumption]) -> Values:
 # The records
 
 
-def recorded_runs() -> list[RunRecord]:
-    from cpugrpo_edu.report import records_folder
-
-    return [RunRecord.load(path) for path in sorted(records_folder().glob("run-seed*.json"))]
-
-
 def recorded_seconds(each: Assumption) -> Assumption:
     """The mean of the recorded runs. UserError where there are none."""
     runs = recorded_runs()
@@ -172,6 +166,18 @@ def recorded_seconds(each: Assumption) -> Assumption:
     )
 
 
+def error_row(run: RunRecord, predicted: float) -> dict[str, Any]:
+    """A recorded run's seconds beside a prediction of them."""
+    measured = run.results["seconds"]["total"]
+    return {
+        "seed": run.seed,
+        "ewc": run.results["components"]["ewc"]["on"],
+        "measured": measured,
+        "predicted": predicted,
+        "error": predicted / measured - 1,
+    }
+
+
 def repeat_errors(runs: list[RunRecord]) -> list[dict[str, Any]]:
     """Each recorded run's seconds predicted by the mean of the others; relative errors.
 
@@ -180,18 +186,8 @@ def repeat_errors(runs: list[RunRecord]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         others = [r.results["seconds"]["total"] for r in runs if r is not run]
-        if not others:
-            continue
-        measured, predicted = run.results["seconds"]["total"], fmean(others)
-        rows.append(
-            {
-                "seed": run.seed,
-                "ewc": run.results["components"]["ewc"]["on"],
-                "measured": measured,
-                "predicted": predicted,
-                "error": predicted / measured - 1,
-            }
-        )
+        if others:
+            rows.append(error_row(run, fmean(others)))
     return rows
 
 
@@ -211,17 +207,8 @@ def model_errors(runs: list[RunRecord]) -> dict[str, Any]:
         sampled = fmean(row["completion_length"] for row in results["steps"])
         evaluated = fmean(e["table"]["overall"]["tokens"] for e in results["evaluations"])
         predicted = sum(run_parts(config, there, sampled, evaluated)[1].values())
-        measured = results["seconds"]["total"]
-        rows.append(
-            {
-                "seed": run.seed,
-                "ewc": results["components"]["ewc"]["on"],
-                "measured": measured,
-                "predicted": predicted,
-                "error": predicted / measured - 1,
-                "same_machine": machine_name(run.machine) == model.machine,
-            }
-        )
+        same = machine_name(run.machine) == model.machine
+        rows.append({**error_row(run, predicted), "same_machine": same})
     return {"rows": rows, "why_none": ""}
 
 

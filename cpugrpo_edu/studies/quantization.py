@@ -28,6 +28,7 @@ from cpugrpo_edu.studies.common import (
     expected,
     holm,
     item_table,
+    last_evaluation,
     new_record,
     packed_evaluation,
     paired_over_seeds,
@@ -327,8 +328,6 @@ def slug(text: str) -> str:
 
 def train_arms(setting: Setting, seeds: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """One run for each arm and seed; what each came to."""
-    from cpugrpo_edu.evaluate import load_evaluation
-
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     for seed in range(seeds):
         for name, options in ARMS.items():
@@ -337,12 +336,10 @@ def train_arms(setting: Setting, seeds: int, folder: Path) -> dict[str, list[dic
             place = folder / f"{slug(name)}-{seed}"
             config = run_config(setting.reduced, seed=seed, **options)
             record = run_or_resume(config, place, setting.say, keep, not setting.reduced)
-            last = record.results["evaluations"][-1]["label"]
-            path = place / "evaluations" / f"{last.replace(' ', '_')}.json.gz"
             found[name].append(
                 {
                     "seed": seed,
-                    "evaluation": packed_evaluation(load_evaluation(path)),
+                    "evaluation": last_evaluation(record, place),
                     "before": record.results["evaluations"][0]["table"]["overall"]["accuracy"],
                     "after": record.results["evaluations"][-1]["table"]["overall"]["accuracy"],
                     "seconds": record.results["seconds"]["total"],
