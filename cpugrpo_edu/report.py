@@ -76,6 +76,7 @@ COMPONENTS = {
     "ewc": "EWC",
     "fisher": "Fisher information",
     "int8_rollouts": "INT8 rollouts",
+    "int8_evaluation": "INT8 evaluation",
     "gradient_checkpointing": "Gradient checkpointing",
     "adaptive_micro_batch": "Adaptive micro-batch",
     "memory_cleanup": "Memory cleanup",
@@ -342,15 +343,15 @@ def _picture(name: str, plot: Plot) -> Picture:
 
 def _sections(record: RunRecord, metrics: Sequence[Metrics]) -> list[Section]:
     made: list[Section] = [
-        ("Machine and versions", _machine(record)),
         ("Accuracy", _accuracy_blocks(record)),
         ("Learning", [_picture("learning.png", plot_learning(metrics))] if metrics else []),
         ("Stages", _stages(record)),
         ("Forgetting", _forgetting(record)),
-        ("Components", _components(record)),
         ("Time and memory", _time_and_memory(record, metrics)),
         ("Completions before and after", _samples(record)),
         ("What this does not show", [_limits(record)]),
+        ("Components", _components(record)),
+        ("Machine, versions and configuration", _machine(record)),
     ]
     return [(title, blocks or ["Not recorded in this run."]) for title, blocks in made]
 
@@ -360,8 +361,19 @@ def _plain(found: Any) -> str:
     return found if isinstance(found, str) else json.dumps(found)
 
 
+def _quantity(key: str, found: Any) -> str:
+    """A detail of the record for reading: three digits, and memory in GiB or MiB."""
+    if isinstance(found, list):
+        return ", ".join(_quantity(key, each) for each in found)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        return _plain(found)
+    if "bytes" in key or "memory" in key:
+        return gib(found) if found >= 2**30 else f"{found / 2**20:.3g} MiB"
+    return f"{found:.3g}" if isinstance(found, float) else str(found)
+
+
 def _flat(mapping: Mapping[str, Any]) -> str:
-    return "; ".join(f"{key.replace('_', ' ')}: {_plain(v)}" for key, v in mapping.items())
+    return "; ".join(f"{key.replace('_', ' ')}: {_quantity(key, v)}" for key, v in mapping.items())
 
 
 def _machine(record: RunRecord) -> list[Block]:
@@ -624,6 +636,9 @@ def _esc(text: str) -> str:
     return html.escape(_clean(text))
 
 
+_SHORT = ' class="short"'
+
+
 def _html(block: Block) -> str:
     match block:
         case str():
@@ -634,7 +649,7 @@ def _html(block: Block) -> str:
             head = "".join(f'<th scope="col">{_esc(cell)}</th>' for cell in block.header)
             body = "".join(
                 f'<tr><th scope="row">{_esc(first)}</th>'
-                + "".join(f"<td>{_esc(cell)}</td>" for cell in rest)
+                + "".join(f"<td{_SHORT * (len(cell) < 12)}>{_esc(cell)}</td>" for cell in rest)
                 + "</tr>"
                 for first, *rest in block.rows
             )
@@ -675,6 +690,7 @@ table {{ border-collapse: collapse; font-size: .9rem; }}
 caption {{ text-align: left; font-weight: bold; padding: .3rem 0; }}
 th, td {{ border-bottom: 1px solid #8886; padding: .25rem .6rem; text-align: left; }}
 td {{ font-variant-numeric: tabular-nums; }}
+.short {{ white-space: nowrap; }}
 img {{ max-width: 100%; height: auto; background: #fff; }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #8882; padding: .6rem; }}
 .sides {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }}

@@ -64,6 +64,32 @@ def leave_tuple_fields_out(app, what, name, obj, skip, options):
     return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
 
 
+NOT_FOUND = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>No such page</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 1.1rem/1.5 sans-serif; margin: 3rem }}
+</style>
+</head>
+<body><main>
+<h1>No such page</h1>
+<p>The book has no page at this address; it may have got another name.</p>
+<p><a href="{0}/index.html">Contents</a> · <a href="{0}/search.html">Search</a></p>
+</main></body>
+</html>
+"""
+
+
+def write_not_found(app, exception):
+    """What GitHub Pages shows at an address that is no page: at any depth, so without assets."""
+    if exception is None and app.builder.format == "html":
+        page = NOT_FOUND.format(app.config.html_baseurl or ".")
+        (app.outdir / "404.html").write_text(page, encoding="utf-8")
+
+
 def words(script):
     name = getattr(script, "filename", None) or str(script)
     return f"{name} {getattr(script, 'attributes', {}).get('body', '')}".lower()
@@ -74,5 +100,6 @@ def setup(app):
     app.connect("html-page-context", quote_for_binder, priority=900)
     app.connect("html-page-context", leave_thebe_out, priority=900)
     app.connect("html-page-context", plain_citations)
+    app.connect("build-finished", write_not_found)
     app.connect("autodoc-skip-member", leave_tuple_fields_out)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
