@@ -461,3 +461,15 @@ def test_every_input_of_the_form_has_a_label_and_a_source():
         assert f'<label for="calc-{each.key}">' in form
         assert f'id="calc-{each.key}-source"' in form
     assert form.count("<input") == len(cpu_or_gpu.ASSUMPTIONS)
+
+
+def test_the_page_on_generalisation_says_what_its_record_says():
+    record = RunRecord.load(Path(__file__).parents[1] / "records" / "study-generalisation.json")
+    gain = {(g["trained"], g["tested"]): g for g in record.results["gains"]}
+    alike = ("arithmetic", "word_problems", "algebra")
+    for one in alike:
+        for other in alike:
+            assert gain[one, other]["low"] > 0.1
+        for pair in ((one, "lists"), ("lists", one)):
+            assert abs(gain[pair]["difference"]) < 0.05
+    assert gain["basic", "advanced"]["low"] > gain["advanced", "advanced"]["high"]
