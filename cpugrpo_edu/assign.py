@@ -44,13 +44,17 @@ def opened(folder: Path) -> Course:
 
 @app.command("new-course")
 def new_course(
-    folder: Annotated[Path, typer.Argument(help="A new folder.")], as_json: Json = False
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    exchange: Annotated[
+        Path | None, typer.Option(help="On a hub: the folder that all users exchange files in.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Lay out a course: configuration, roster, gradebook, exchange, limits, secret.
 
     Example: `cpugrpo assign new-course grpo-2027`
     """
-    made = grading().new_course(folder)
+    made = grading().new_course(folder, exchange)
     where = shlex.quote(str(folder))
     print(
         json.dumps({"course": str(folder), "made": made})

@@ -63,7 +63,7 @@ here = Path(__file__).resolve().parent
 c.CourseDirectory.course_id = {name!r}
 c.CourseDirectory.root = str(here)
 c.CourseDirectory.db_url = f"sqlite:///{{here / 'gradebook.db'}}"
-c.Exchange.root = str(here / "exchange")  # on a hub: one folder that all users reach
+c.Exchange.root = {exchange}
 c.Exchange.assignment_dir = str(here)
 c.ClearSolutions.code_stub = {{"python": "# your code here\\nraise NotImplementedError"}}
 
@@ -86,17 +86,27 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 ROSTER = ["id", "first_name", "last_name", "email", "lms_user_id"]
 
 
-def new_course(folder: Path) -> list[str]:
-    """Lay out a course in a new or empty folder; returns what was made."""
+def new_course(folder: Path, exchange: Path | None = None) -> list[str]:
+    """Lay out a course in a new or empty folder; returns what was made.
+
+    ``exchange`` is a folder that all users of a hub write to; without one the course has its own.
+    """
+    if exchange is not None and not (exchange.is_dir() and os.access(exchange, os.W_OK | os.X_OK)):
+        raise UserError(
+            f"{exchange} is no folder that you may write to; have it made as the instructor guide "
+            "says, or leave out --exchange to work without a hub"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; give a new folder for the course")
     name = re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name)
     folder.mkdir(parents=True, exist_ok=True)
     for part in PRIVATE:
         (folder / part).mkdir(mode=0o700)
-    (folder / "exchange").mkdir()
-    (folder / "exchange").chmod(0o777)
-    (folder / "nbgrader_config.py").write_text(CONFIG.format(name=name))
+    where = 'str(here / "exchange")' if exchange is None else repr(str(exchange.resolve()))
+    if exchange is None:
+        (folder / "exchange").mkdir()
+        (folder / "exchange").chmod(0o777)
+    (folder / "nbgrader_config.py").write_text(CONFIG.format(name=name, exchange=where))
     with (folder / "roster.csv").open("w", newline="") as file:
         csv.writer(file).writerow(ROSTER)
     (folder / "roster.csv").chmod(0o600)
