@@ -163,12 +163,17 @@ def autograde(
 
 
 @app.command()
-def feedback(assignment: Name, course: Folder = Path("."), as_json: Json = False) -> None:
+def feedback(
+    assignment: Name,
+    course: Folder = Path("."),
+    release: Annotated[bool, typer.Option("--release", help="Into the exchange as well.")] = False,
+    as_json: Json = False,
+) -> None:
     """Write a page for each student, without hidden tests and mark schemes.
 
     Example: `cpugrpo assign feedback ps1`
     """
-    pages = opened(course).feedback(assignment)
+    pages = opened(course).feedback(assignment, release)
     text = f"{len(pages)} pages in feedback/STUDENT/{assignment}/"
     print(json.dumps({"pages": [str(page) for page in pages]}) if as_json else text)
 

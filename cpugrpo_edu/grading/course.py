@@ -460,8 +460,11 @@ class Course:
 
     # Afterwards
 
-    def feedback(self, assignment: str) -> list[Path]:
-        """HTML pages without hidden tests and mark schemes; returns their paths."""
+    def feedback(self, assignment: str, release: bool = False) -> list[Path]:
+        """HTML pages without hidden tests and mark schemes; returns their paths.
+
+        ``release`` puts them into the exchange, where nbgrader gives each student their own.
+        """
         from cpugrpo_edu.grading.feedback import Feedback
 
         self.check_released(assignment)
@@ -486,7 +489,22 @@ class Course:
             raise UserError(
                 f"no graded submission of {assignment}; first: cpugrpo assign autograde"
             )
+        if release:
+            self.release_feedback(assignment, {page.parent for page in made})
         return made
+
+    def release_feedback(self, assignment: str, folders: set[Path]) -> None:
+        """Into the exchange, for those who handed in through it: a download has no secret."""
+        without = {f.parent.name for f in folders if not (f / "submission_secret.txt").is_file()}
+        if len(without) == len(folders):
+            raise UserError(
+                f"no submission of {assignment} came through the exchange, so nobody could fetch "
+                f"the feedback there; hand out {self.coursedir.feedback_directory}/"
+            )
+        self.coursedir.student_id_exclude = ",".join(sorted(without))
+        done = self.api.release_feedback(assignment)
+        if not done["success"]:
+            raise UserError(f"cannot put the feedback into the exchange: {last_line(done)}")
 
     def scores(self, assignment: str) -> dict[str, tuple[float, float]]:
         with self.gradebook() as book:
