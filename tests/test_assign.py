@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import re
 import shutil
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grading_fixtures as small
@@ -21,6 +23,7 @@ from cpugrpo_edu import assign
 from cpugrpo_edu.grading import course as grading
 from cpugrpo_edu.grading import execute
 from cpugrpo_edu.grading.course import Course
+from cpugrpo_edu.grading.feedback import Feedback
 from cpugrpo_edu.types import UserError
 
 ROSTER = [
@@ -121,6 +124,46 @@ def test_collect_from_a_folder_and_a_zip(released, tmp_path):
     assert (root / "submitted/alice/small/timestamp.txt").read_text().endswith("UTC\n")
 
 
+def packed_notebook(text, *more):
+    """A zip as a student makes one of the folder `small`."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as archive:
+        for name, content in [("small.ipynb", text), *more]:
+            member = zipfile.ZipInfo(f"small/{name}", date_time=(2027, 3, 4, 5, 6, 8))
+            archive.writestr(member, content)
+    return memory.getvalue()
+
+
+def test_collect_folders_that_students_zipped(released, tmp_path):
+    before, notebook = released
+    root = shutil.copytree(before, tmp_path / "course")
+    packed, text = tmp_path / "moodle.zip", nbformat.writes(notebook)
+    with zipfile.ZipFile(packed, "w") as archive:
+        inner = packed_notebook(text, ("claim.md", "mine"), (".secret", "x"))
+        archive.writestr("Carol Jones_77_assignsubmission_file/small.zip", inner)
+        archive.writestr("jones/angstromalice_901_55_small.zip", packed_notebook(text))
+    collect = ("collect", "small", "--from", packed, "--course", root)
+    assert invoke(*collect) == {"submissions": ["alice", "carol"]}
+    carol = root / "submitted/carol/small"
+    assert sorted(path.name for path in carol.iterdir()) == [
+        "claim.md",
+        "small.ipynb",
+        "timestamp.txt",
+    ]
+    # the time it was packed, which stays when the same download is collected again
+    handed_in = datetime(2027, 3, 4, 5, 6, 8).astimezone(UTC)
+    assert (carol / "timestamp.txt").read_text().startswith(f"{handed_in:%Y-%m-%d %H:%M:%S}")
+
+
+def test_collect_loses_nobody(released, tmp_path):
+    before, notebook = released
+    root = shutil.copytree(before, tmp_path / "course")
+    small.write_submissions(tmp_path / "in", notebook, {"alice_1/x": {}, "alice_1/y": {}})
+    assert "would be small of alice" in refused(
+        "collect", "small", "--from", tmp_path / "in", "--course", root
+    )
+
+
 @pytest.mark.parametrize(
     ("label", "student"),
     [
@@ -194,6 +237,28 @@ def test_feedback_gives_nothing_away(graded, tmp_path):
             assert hidden not in plain, hidden
         assert "the mean of 1, 2, 3 is 2" in plain or "bob" in page
         assert not re.search(r"<(script|link)[^>]*(src|href)=[\"']?(https?:)?//", text)
+
+
+def test_a_hub_has_one_exchange_and_feedback_goes_through_it(tmp_path, monkeypatch):
+    hub = tmp_path / "exchange"
+    nowhere = refused("new-course", tmp_path / "course", "--exchange", hub)
+    assert "no folder that you may write to" in nowhere
+    hub.mkdir()
+    hub.chmod(0o1777)
+    at = ("--course", tmp_path / "course")
+    assert "exchange" not in invoke("new-course", at[1], "--exchange", hub)["made"]
+    done = invoke("release", "small", "--master", small.write_master(tmp_path / "m"), *at)
+    assert hub.stat().st_mode & 0o7777 == 0o1777 and list(hub.glob("course/outbound/small/*"))
+    notebook = nbformat.read(f"{done['released']}/small.ipynb", as_version=4)
+    small.write_submissions(tmp_path / "in", notebook, {"alice": {}, "bob": {}})
+    invoke("collect", "small", "--from", tmp_path / "in", *at)
+    for student in ("alice", "bob"):  # as if graded
+        shutil.copytree(at[1] / "submitted" / student, at[1] / "autograded" / student)
+    monkeypatch.setattr(Feedback, "preprocessors", [])
+    assert "came through the exchange" in refused("feedback", "small", "--release", *at)
+    (at[1] / "autograded/alice/small/submission_secret.txt").write_text("s3cret")
+    assert len(invoke("feedback", "small", "--release", *at)["pages"]) == 2
+    assert len(list(hub.glob("course/feedback/*.html"))) == 1, "bob's came by a download"
 
 
 def test_peers_get_a_folder_without_names(released, tmp_path):

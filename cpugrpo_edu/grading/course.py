@@ -245,9 +245,12 @@ class Course:
                 if downloaded.is_file():
                     folder = Path(scratch)
                     unzip(downloaded, folder)
-                for student, notebook, file in downloaded_notebooks(folder, names, self.students()):
+                found = downloaded_notebooks(folder, names, self.students())
+                for student, notebook, file, own_folder in found:
                     target = self.path(submitted, student, assignment)
                     target.mkdir(parents=True, exist_ok=True)
+                    if own_folder:  # a capstone is more than its notebook
+                        shutil.copytree(file.parent, target, dirs_exist_ok=True, ignore=not_taken)
                     shutil.copyfile(file, target / f"{notebook}.ipynb")
                     when = datetime.fromtimestamp(file.stat().st_mtime, UTC)
                     (target / "timestamp.txt").write_text(f"{when:%Y-%m-%d %H:%M:%S.%f} UTC\n")
@@ -629,24 +632,39 @@ def unzip(path: Path, folder: Path, largest: int = 2**30, deep: int = 2) -> None
             members = archive.infolist()
             if sum(member.file_size for member in members) > largest:
                 raise UserError(f"{path} unpacks to more than {largest} bytes; split it")
-            archive.extractall(folder)  # it keeps members inside the folder
+            for member in members:  # inside the folder, and with the time it was packed with
+                to = archive.extract(member, folder)
+                packed = datetime(*member.date_time).timestamp()
+                os.utime(to, (packed, packed))
             for inner in sorted(folder.rglob("*.zip")):
                 if not deep:
                     raise UserError(f"{inner.name} is a zip in a zip in a zip; unpack it by hand")
                 unzip(inner, inner.with_suffix(""), largest, deep - 1)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is no zip file; give a folder or a .zip") from error
+    except (zipfile.BadZipFile, RuntimeError) as error:  # the latter: a password
+        raise UserError(
+            f"{path} is no zip file that can be read; give a folder or a .zip"
+        ) from error
+
+
+def not_taken(folder: str, names: list[str]) -> list[str]:
+    """Other notebooks, hidden files and links of a downloaded folder."""
+    return [
+        n
+        for n in names
+        if n.startswith((".", "__")) or n.endswith(".ipynb") or Path(folder, n).is_symlink()
+    ]
 
 
 def downloaded_notebooks(
     folder: Path, names: list[str], roster: dict[str, dict[str, str]]
-) -> list[tuple[str, str, Path]]:
-    """Student, notebook and file of each download.
+) -> list[tuple[str, str, Path, bool]]:
+    """Student, notebook and file of each download, and whether its folder is the student's.
 
     Understood are ``STUDENT/NOTEBOOK.ipynb`` (the folder may go on after ``_``, as Moodle's do)
-    and ``STUDENT_..._NOTEBOOK.ipynb`` (as Canvas and nbgrader's zip collector name them).
+    and ``STUDENT_..._NOTEBOOK.ipynb`` (as Canvas and nbgrader's zip collector name them). Folders
+    may lie in between: the outermost name that the roster knows counts.
     """
-    found = []
+    found: list[tuple[str, str, Path, bool]] = []
     strange = []
     for file in sorted(folder.rglob("*.ipynb")):
         if ".ipynb_checkpoints" in file.parts or file.is_symlink():
@@ -654,12 +672,18 @@ def downloaded_notebooks(
         inside = file.relative_to(folder).parts
         stem = re.sub(r"-\d+$", "", file.stem)  # Canvas adds -1 to a second hand-in
         notebook = next((n for n in sorted(names, key=len)[::-1] if stem.endswith(n)), None)
-        label = inside[-2] if len(inside) > 1 else stem
+        known = [label for label in (*inside[:-1], stem) if who(label, roster) in roster]
+        label = [*known, *[name for name in inside[:-1] if name not in names][::-1], stem][0]
         student = who(label, roster)
-        if notebook is None or (len(inside) == 1 and stem == notebook) or not ID.fullmatch(student):
+        if notebook is None or label == notebook or not ID.fullmatch(student):
             strange.append(str(file.relative_to(folder)))
             continue
-        found.append((student, notebook, file))
+        for other in [each[2] for each in found if each[:2] == (student, notebook)]:
+            raise UserError(
+                f"both {other.relative_to(folder)} and {file.relative_to(folder)} would be "
+                f"{notebook} of {student}; keep one, or enter both students in roster.csv"
+            )
+        found.append((student, notebook, file, label in inside[:-1]))
     if strange or not found:
         what = (
             f"cannot tell whose these are: {', '.join(strange[:5])}" if strange else "it is empty"
