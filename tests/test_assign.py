@@ -154,6 +154,24 @@ def test_collect_folders_that_students_zipped(released, tmp_path):
     assert (carol / "timestamp.txt").read_text().startswith(f"{handed_in:%Y-%m-%d %H:%M:%S}")
 
 
+def test_collect_takes_no_links_and_no_other_names(released, tmp_path, monkeypatch):
+    before, notebook = released
+    root = shutil.copytree(before, tmp_path / "course")
+    [inbound] = (root / "exchange").glob("*/inbound")
+    folder = inbound / "alice+small+2027-03-04 05:06:08.000000 UTC+random"
+    folder.mkdir()
+    (folder / "timestamp.txt").write_text("2027-03-04 05:06:08.000000 UTC\n")
+    (folder / "small.ipynb").symlink_to(root / "source/small/small.ipynb")
+    collect = ("collect", "small", "--course", root)
+    assert "holds a link" in refused(*collect)
+    (folder / "small.ipynb").unlink()
+    nbformat.write(notebook, folder / "small.ipynb")
+    with monkeypatch.context() as other:
+        other.setattr(grading.os, "getuid", lambda: -1)  # a hub with users of their own
+        assert "another student's name" in refused(*collect)
+    assert invoke(*collect) == {"submissions": ["alice"]}
+
+
 def test_collect_loses_nobody(released, tmp_path):
     before, notebook = released
     root = shutil.copytree(before, tmp_path / "course")

@@ -232,6 +232,7 @@ class Course:
         self.check_released(assignment)
         submitted = self.coursedir.submitted_directory
         if downloaded is None:
+            self.check_inbound(assignment)
             done = self.api.collect(assignment)
             if not done["success"]:
                 raise UserError(f"cannot collect {assignment}: {last_line(done)}")
@@ -255,6 +256,28 @@ class Course:
                     when = datetime.fromtimestamp(file.stat().st_mtime, UTC)
                     (target / "timestamp.txt").write_text(f"{when:%Y-%m-%d %H:%M:%S.%f} UTC\n")
         return self.submissions(assignment)
+
+    def check_inbound(self, assignment: str) -> None:
+        """Refuse what nbgrader would take from the exchange: links, and another student's name.
+
+        Anybody can put a folder there. A link in it would be followed with the grader's rights,
+        for example to the master, which would then be the student's own answer.
+        """
+        inbound = Path(self.config.Exchange.root) / self.coursedir.course_id / "inbound"
+        for folder in sorted(inbound.glob(f"*+{assignment}+*")):
+            owner = folder.lstat().st_uid
+            try:
+                name = folder.owner()
+            except (KeyError, OSError, NotImplementedError):
+                name = f"user {owner}"
+            wrong = ""
+            if any(path.is_symlink() for path in (folder, *folder.rglob("*"))):
+                wrong = "holds a link, which collecting would follow with your rights"
+            # where all of a hub are one user, as in containers, owners say nothing
+            elif owner != os.getuid() and name != folder.name.split("+")[0]:
+                wrong = "has another student's name"
+            if wrong:
+                raise UserError(f"{folder}, made by {name}, {wrong}; look at it and move it away")
 
     def submissions(self, assignment: str) -> list[str]:
         folder = self.root / self.coursedir.submitted_directory
