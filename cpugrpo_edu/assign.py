@@ -44,13 +44,17 @@ def opened(folder: Path) -> Course:
 
 @app.command("new-course")
 def new_course(
-    folder: Annotated[Path, typer.Argument(help="A new folder.")], as_json: Json = False
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    exchange: Annotated[
+        Path | None, typer.Option(help="On a hub: the folder that all users exchange files in.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Lay out a course: configuration, roster, gradebook, exchange, limits, secret.
 
     Example: `cpugrpo assign new-course grpo-2027`
     """
-    made = grading().new_course(folder)
+    made = grading().new_course(folder, exchange)
     where = shlex.quote(str(folder))
     print(
         json.dumps({"course": str(folder), "made": made})
@@ -159,12 +163,17 @@ def autograde(
 
 
 @app.command()
-def feedback(assignment: Name, course: Folder = Path("."), as_json: Json = False) -> None:
+def feedback(
+    assignment: Name,
+    course: Folder = Path("."),
+    release: Annotated[bool, typer.Option("--release", help="Into the exchange as well.")] = False,
+    as_json: Json = False,
+) -> None:
     """Write a page for each student, without hidden tests and mark schemes.
 
     Example: `cpugrpo assign feedback ps1`
     """
-    pages = opened(course).feedback(assignment)
+    pages = opened(course).feedback(assignment, release)
     text = f"{len(pages)} pages in feedback/STUDENT/{assignment}/"
     print(json.dumps({"pages": [str(page) for page in pages]}) if as_json else text)
 

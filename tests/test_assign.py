@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import re
 import shutil
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grading_fixtures as small
@@ -121,6 +123,64 @@ def test_collect_from_a_folder_and_a_zip(released, tmp_path):
     assert (root / "submitted/alice/small/timestamp.txt").read_text().endswith("UTC\n")
 
 
+def packed_notebook(text, *more):
+    """A zip as a student makes one of the folder `small`."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as archive:
+        for name, content in [("small.ipynb", text), *more]:
+            member = zipfile.ZipInfo(f"small/{name}", date_time=(2027, 3, 4, 5, 6, 8))
+            archive.writestr(member, content)
+    return memory.getvalue()
+
+
+def test_collect_folders_that_students_zipped(released, tmp_path):
+    before, notebook = released
+    root = shutil.copytree(before, tmp_path / "course")
+    packed, text = tmp_path / "moodle.zip", nbformat.writes(notebook)
+    with zipfile.ZipFile(packed, "w") as archive:
+        inner = packed_notebook(text, ("claim.md", "mine"), (".secret", "x"))
+        archive.writestr("Carol Jones_77_assignsubmission_file/small.zip", inner)
+        archive.writestr("jones/angstromalice_901_55_small.zip", packed_notebook(text))
+    collect = ("collect", "small", "--from", packed, "--course", root)
+    assert invoke(*collect) == {"submissions": ["alice", "carol"]}
+    carol = root / "submitted/carol/small"
+    assert sorted(path.name for path in carol.iterdir()) == [
+        "claim.md",
+        "small.ipynb",
+        "timestamp.txt",
+    ]
+    # the time it was packed, which stays when the same download is collected again
+    handed_in = datetime(2027, 3, 4, 5, 6, 8).astimezone(UTC)
+    assert (carol / "timestamp.txt").read_text().startswith(f"{handed_in:%Y-%m-%d %H:%M:%S}")
+
+
+def test_collect_takes_no_links_and_no_other_names(released, tmp_path, monkeypatch):
+    before, notebook = released
+    root = shutil.copytree(before, tmp_path / "course")
+    [inbound] = (root / "exchange").glob("*/inbound")
+    folder = inbound / "alice+small+2027-03-04 05:06:08.000000 UTC+random"
+    folder.mkdir()
+    (folder / "timestamp.txt").write_text("2027-03-04 05:06:08.000000 UTC\n")
+    (folder / "small.ipynb").symlink_to(root / "source/small/small.ipynb")
+    collect = ("collect", "small", "--course", root)
+    assert "holds a link" in refused(*collect)
+    (folder / "small.ipynb").unlink()
+    nbformat.write(notebook, folder / "small.ipynb")
+    with monkeypatch.context() as other:
+        other.setattr(grading.os, "getuid", lambda: -1)  # a hub with users of their own
+        assert "another student's name" in refused(*collect)
+    assert invoke(*collect) == {"submissions": ["alice"]}
+
+
+def test_collect_loses_nobody(released, tmp_path):
+    before, notebook = released
+    root = shutil.copytree(before, tmp_path / "course")
+    small.write_submissions(tmp_path / "in", notebook, {"alice_1/x": {}, "alice_1/y": {}})
+    assert "would be small of alice" in refused(
+        "collect", "small", "--from", tmp_path / "in", "--course", root
+    )
+
+
 @pytest.mark.parametrize(
     ("label", "student"),
     [
@@ -194,6 +254,28 @@ def test_feedback_gives_nothing_away(graded, tmp_path):
             assert hidden not in plain, hidden
         assert "the mean of 1, 2, 3 is 2" in plain or "bob" in page
         assert not re.search(r"<(script|link)[^>]*(src|href)=[\"']?(https?:)?//", text)
+
+
+def test_a_hub_has_one_exchange(tmp_path):
+    hub, root = tmp_path / "exchange", tmp_path / "course"
+    nowhere = refused("new-course", root, "--exchange", hub)
+    assert "no folder that you may write to" in nowhere
+    hub.mkdir()
+    hub.chmod(0o1777)
+    assert "exchange" not in invoke("new-course", root, "--exchange", hub)["made"]
+    invoke("release", "small", "--master", small.write_master(tmp_path / "m"), "--course", root)
+    assert (hub / "course/outbound/small/small.ipynb").is_file()
+    assert hub.stat().st_mode & 0o7777 == 0o1777, "others could remove the course's folder"
+
+
+def test_feedback_goes_to_those_who_handed_in_through_the_exchange(graded, tmp_path):
+    root = shutil.copytree(graded[0], tmp_path / "course")
+    release = ("feedback", "small", "--release", "--course", root)
+    assert "came through the exchange" in refused(*release)
+    (root / "autograded/alice/small/submission_secret.txt").write_text("alice's own")
+    assert len(invoke(*release)["pages"]) == 3
+    [page] = (root / "exchange").glob("*/feedback/*.html")
+    assert page.read_bytes() == (root / "feedback/alice/small/small.html").read_bytes()
 
 
 def test_peers_get_a_folder_without_names(released, tmp_path):

@@ -99,7 +99,7 @@ def test_launch_buttons_open_the_chapter_in_the_named_repository(
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_dockerfile_copies_what_is_there(path):
-    """It cannot be built here, so at least: files that exist and are not ignored, no root."""
+    """Building takes minutes, so at least: files that exist and are not ignored, no root."""
     lines = path.read_text().replace("\\\n", " ").splitlines()
     steps = [line.split() for line in lines if line and not line.startswith("#")]
     ignored = (ROOT / ".dockerignore").read_text().split()
@@ -111,7 +111,7 @@ def test_dockerfile_copies_what_is_there(path):
     ]
     assert "pyproject.toml" in copied
     for source in copied:
-        assert (ROOT / source).exists(), f"{path.name} copies {source}, which is not there"
+        assert list(ROOT.glob(source)), f"{path.name} copies {source}, which is not there"
         assert source not in ignored
     assert steps[0][0] == "FROM" and ":" in steps[0][1], "name the version of the base image"
     for word, *rest in steps:

@@ -63,7 +63,7 @@ here = Path(__file__).resolve().parent
 c.CourseDirectory.course_id = {name!r}
 c.CourseDirectory.root = str(here)
 c.CourseDirectory.db_url = f"sqlite:///{{here / 'gradebook.db'}}"
-c.Exchange.root = str(here / "exchange")  # on a hub: one folder that all users reach
+c.Exchange.root = {exchange}
 c.Exchange.assignment_dir = str(here)
 c.ClearSolutions.code_stub = {{"python": "# your code here\\nraise NotImplementedError"}}
 
@@ -86,17 +86,27 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 ROSTER = ["id", "first_name", "last_name", "email", "lms_user_id"]
 
 
-def new_course(folder: Path) -> list[str]:
-    """Lay out a course in a new or empty folder; returns what was made."""
+def new_course(folder: Path, exchange: Path | None = None) -> list[str]:
+    """Lay out a course in a new or empty folder; returns what was made.
+
+    ``exchange`` is a folder that all users of a hub write to; without one the course has its own.
+    """
+    if exchange is not None and not (exchange.is_dir() and os.access(exchange, os.W_OK | os.X_OK)):
+        raise UserError(
+            f"{exchange} is no folder that you may write to; have it made as the instructor guide "
+            "says, or leave out --exchange to work without a hub"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; give a new folder for the course")
     name = re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name)
     folder.mkdir(parents=True, exist_ok=True)
     for part in PRIVATE:
         (folder / part).mkdir(mode=0o700)
-    (folder / "exchange").mkdir()
-    (folder / "exchange").chmod(0o777)
-    (folder / "nbgrader_config.py").write_text(CONFIG.format(name=name))
+    where = 'str(here / "exchange")' if exchange is None else repr(str(exchange.resolve()))
+    if exchange is None:
+        (folder / "exchange").mkdir()
+        (folder / "exchange").chmod(0o777)
+    (folder / "nbgrader_config.py").write_text(CONFIG.format(name=name, exchange=where))
     with (folder / "roster.csv").open("w", newline="") as file:
         csv.writer(file).writerow(ROSTER)
     (folder / "roster.csv").chmod(0o600)
@@ -222,6 +232,7 @@ class Course:
         self.check_released(assignment)
         submitted = self.coursedir.submitted_directory
         if downloaded is None:
+            self.check_inbound(assignment)
             done = self.api.collect(assignment)
             if not done["success"]:
                 raise UserError(f"cannot collect {assignment}: {last_line(done)}")
@@ -235,13 +246,38 @@ class Course:
                 if downloaded.is_file():
                     folder = Path(scratch)
                     unzip(downloaded, folder)
-                for student, notebook, file in downloaded_notebooks(folder, names, self.students()):
+                found = downloaded_notebooks(folder, names, self.students())
+                for student, notebook, file, own_folder in found:
                     target = self.path(submitted, student, assignment)
                     target.mkdir(parents=True, exist_ok=True)
+                    if own_folder:  # a capstone is more than its notebook
+                        shutil.copytree(file.parent, target, dirs_exist_ok=True, ignore=not_taken)
                     shutil.copyfile(file, target / f"{notebook}.ipynb")
                     when = datetime.fromtimestamp(file.stat().st_mtime, UTC)
                     (target / "timestamp.txt").write_text(f"{when:%Y-%m-%d %H:%M:%S.%f} UTC\n")
         return self.submissions(assignment)
+
+    def check_inbound(self, assignment: str) -> None:
+        """Refuse what nbgrader would take from the exchange: links, and another student's name.
+
+        Anybody can put a folder there. A link in it would be followed with the grader's rights,
+        for example to the master, which would then be the student's own answer.
+        """
+        inbound = Path(self.config.Exchange.root) / self.coursedir.course_id / "inbound"
+        for folder in sorted(inbound.glob(f"*+{assignment}+*")):
+            owner = folder.lstat().st_uid
+            try:
+                name = folder.owner()
+            except (KeyError, OSError, NotImplementedError):
+                name = f"user {owner}"
+            wrong = ""
+            if any(path.is_symlink() for path in (folder, *folder.rglob("*"))):
+                wrong = "holds a link, which collecting would follow with your rights"
+            # where all of a hub are one user, as in containers, owners say nothing
+            elif owner != os.getuid() and name != folder.name.split("+")[0]:
+                wrong = "has another student's name"
+            if wrong:
+                raise UserError(f"{folder}, made by {name}, {wrong}; look at it and move it away")
 
     def submissions(self, assignment: str) -> list[str]:
         folder = self.root / self.coursedir.submitted_directory
@@ -450,8 +486,11 @@ class Course:
 
     # Afterwards
 
-    def feedback(self, assignment: str) -> list[Path]:
-        """HTML pages without hidden tests and mark schemes; returns their paths."""
+    def feedback(self, assignment: str, release: bool = False) -> list[Path]:
+        """HTML pages without hidden tests and mark schemes; returns their paths.
+
+        ``release`` puts them into the exchange, where nbgrader gives each student their own.
+        """
         from cpugrpo_edu.grading.feedback import Feedback
 
         self.check_released(assignment)
@@ -476,7 +515,22 @@ class Course:
             raise UserError(
                 f"no graded submission of {assignment}; first: cpugrpo assign autograde"
             )
+        if release:
+            self.release_feedback(assignment, {page.parent for page in made})
         return made
+
+    def release_feedback(self, assignment: str, folders: set[Path]) -> None:
+        """Into the exchange, for those who handed in through it: a download has no secret."""
+        without = {f.parent.name for f in folders if not (f / "submission_secret.txt").is_file()}
+        if len(without) == len(folders):
+            raise UserError(
+                f"no submission of {assignment} came through the exchange, so nobody could fetch "
+                f"the feedback there; hand out {self.coursedir.feedback_directory}/"
+            )
+        self.coursedir.student_id_exclude = ",".join(sorted(without))
+        done = self.api.release_feedback(assignment)
+        if not done["success"]:
+            raise UserError(f"cannot put the feedback into the exchange: {last_line(done)}")
 
     def scores(self, assignment: str) -> dict[str, tuple[float, float]]:
         with self.gradebook() as book:
@@ -601,24 +655,39 @@ def unzip(path: Path, folder: Path, largest: int = 2**30, deep: int = 2) -> None
             members = archive.infolist()
             if sum(member.file_size for member in members) > largest:
                 raise UserError(f"{path} unpacks to more than {largest} bytes; split it")
-            archive.extractall(folder)  # it keeps members inside the folder
+            for member in members:  # inside the folder, and with the time it was packed with
+                to = archive.extract(member, folder)
+                packed = datetime(*member.date_time).timestamp()
+                os.utime(to, (packed, packed))
             for inner in sorted(folder.rglob("*.zip")):
                 if not deep:
                     raise UserError(f"{inner.name} is a zip in a zip in a zip; unpack it by hand")
                 unzip(inner, inner.with_suffix(""), largest, deep - 1)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is no zip file; give a folder or a .zip") from error
+    except (zipfile.BadZipFile, RuntimeError) as error:  # the latter: a password
+        raise UserError(
+            f"{path} is no zip file that can be read; give a folder or a .zip"
+        ) from error
+
+
+def not_taken(folder: str, names: list[str]) -> list[str]:
+    """Other notebooks, hidden files and links of a downloaded folder."""
+    return [
+        n
+        for n in names
+        if n.startswith((".", "__")) or n.endswith(".ipynb") or Path(folder, n).is_symlink()
+    ]
 
 
 def downloaded_notebooks(
     folder: Path, names: list[str], roster: dict[str, dict[str, str]]
-) -> list[tuple[str, str, Path]]:
-    """Student, notebook and file of each download.
+) -> list[tuple[str, str, Path, bool]]:
+    """Student, notebook and file of each download, and whether its folder is the student's.
 
     Understood are ``STUDENT/NOTEBOOK.ipynb`` (the folder may go on after ``_``, as Moodle's do)
-    and ``STUDENT_..._NOTEBOOK.ipynb`` (as Canvas and nbgrader's zip collector name them).
+    and ``STUDENT_..._NOTEBOOK.ipynb`` (as Canvas and nbgrader's zip collector name them). Folders
+    may lie in between: the outermost name that the roster knows counts.
     """
-    found = []
+    found: list[tuple[str, str, Path, bool]] = []
     strange = []
     for file in sorted(folder.rglob("*.ipynb")):
         if ".ipynb_checkpoints" in file.parts or file.is_symlink():
@@ -626,12 +695,18 @@ def downloaded_notebooks(
         inside = file.relative_to(folder).parts
         stem = re.sub(r"-\d+$", "", file.stem)  # Canvas adds -1 to a second hand-in
         notebook = next((n for n in sorted(names, key=len)[::-1] if stem.endswith(n)), None)
-        label = inside[-2] if len(inside) > 1 else stem
+        known = [label for label in (*inside[:-1], stem) if who(label, roster) in roster]
+        label = [*known, *[name for name in inside[:-1] if name not in names][::-1], stem][0]
         student = who(label, roster)
-        if notebook is None or (len(inside) == 1 and stem == notebook) or not ID.fullmatch(student):
+        if notebook is None or label == notebook or not ID.fullmatch(student):
             strange.append(str(file.relative_to(folder)))
             continue
-        found.append((student, notebook, file))
+        for other in [each[2] for each in found if each[:2] == (student, notebook)]:
+            raise UserError(
+                f"both {other.relative_to(folder)} and {file.relative_to(folder)} would be "
+                f"{notebook} of {student}; keep one, or enter both students in roster.csv"
+            )
+        found.append((student, notebook, file, label in inside[:-1]))
     if strange or not found:
         what = (
             f"cannot tell whose these are: {', '.join(strange[:5])}" if strange else "it is empty"

@@ -92,6 +92,9 @@ class HideAnswers(Preprocessor):
         return nb, resources
 
 
+BY_OWNER = ("timestamp.txt", "submission_secret.txt")
+
+
 class Feedback(GenerateFeedback):
     """nbgrader's pages from cleaned notebooks; they load nothing from the network."""
 
@@ -101,8 +104,13 @@ class Feedback(GenerateFeedback):
         super().write_single_notebook(OUTSIDE.sub("", output), resources)
 
     def init_assignment(self, assignment_id: str, student_id: str) -> None:
-        """Only pages: the files beside a notebook are not copied."""
-        Path(self._format_dest(assignment_id, student_id)).mkdir(parents=True, exist_ok=True)
+        """Only pages, and what the exchange finds their owner by; no other file is copied."""
+        target = Path(self._format_dest(assignment_id, student_id))
+        target.mkdir(parents=True, exist_ok=True)
+        for name in BY_OWNER:
+            source = Path(self._format_source(assignment_id, student_id)) / name
+            if source.is_file() and not source.is_symlink():
+                (target / name).write_bytes(source.read_bytes())
 
 
 def _released(resources: Any) -> list[str]:
