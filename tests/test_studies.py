@@ -473,3 +473,18 @@ def test_the_page_on_generalisation_says_what_its_record_says():
         for pair in ((one, "lists"), ("lists", one)):
             assert abs(gain[pair]["difference"]) < 0.05
     assert gain["basic", "advanced"]["low"] > gain["advanced", "advanced"]["high"]
+
+
+def test_the_page_on_quantization_says_what_its_record_says():
+    record = RunRecord.load(Path(__file__).parents[1] / "records" / "study-quantization.json")
+    mean = record.results["predictor"]["mean_absolute_error"]
+    assert min(mean, key=lambda name: mean[name]) == "output_error"
+    assert mean["no loss"] - mean["output_error"] < 0.003
+    clear = {
+        (row["model"], row["format"]): row["against_fp32"]["overall"]["difference"]
+        for row in record.results["rows"]
+        if "against_fp32" in row and row["against_fp32"]["overall"]["p_holm"] < 0.05
+    }
+    better = {cell for cell, difference in clear.items() if difference > 0}
+    assert better == {("bundled after GRPO", "INT8 dynamic, per channel")}
+    assert {chosen for _, chosen in clear.keys() - better} == {"INT4 weight-only"}
