@@ -74,11 +74,11 @@ NOT_FOUND = """<!DOCTYPE html>
 body {{ font: 1.1rem/1.5 sans-serif; margin: 3rem }}
 </style>
 </head>
-<body><main>
+<body><main><article>
 <h1>No such page</h1>
 <p>The book has no page at this address; it may have got another name.</p>
 <p><a href="{0}/index.html">Contents</a> · <a href="{0}/search.html">Search</a></p>
-</main></body>
+</article></main></body>
 </html>
 """
 
