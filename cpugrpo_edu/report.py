@@ -636,7 +636,9 @@ def _esc(text: str) -> str:
     return html.escape(_clean(text))
 
 
-_SHORT = ' class="short"'
+def _cell(text: str) -> str:
+    """A table's cell; a number with its unit stays on one line."""
+    return f'<td class="short">{_esc(text)}</td>' if len(text) < 12 else f"<td>{_esc(text)}</td>"
 
 
 def _html(block: Block) -> str:
@@ -648,9 +650,7 @@ def _html(block: Block) -> str:
         case Table():
             head = "".join(f'<th scope="col">{_esc(cell)}</th>' for cell in block.header)
             body = "".join(
-                f'<tr><th scope="row">{_esc(first)}</th>'
-                + "".join(f"<td{_SHORT * (len(cell) < 12)}>{_esc(cell)}</td>" for cell in rest)
-                + "</tr>"
+                f'<tr><th scope="row">{_esc(first)}</th>' + "".join(map(_cell, rest)) + "</tr>"
                 for first, *rest in block.rows
             )
             caption = _esc(block.caption)

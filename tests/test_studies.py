@@ -464,7 +464,7 @@ def test_every_input_of_the_form_has_a_label_and_a_source():
 
 
 def test_the_page_on_generalisation_says_what_its_record_says():
-    record = RunRecord.load(Path(__file__).parents[1] / "records" / "study-generalisation.json")
+    record = RunRecord.load(ROOT / "records" / "study-generalisation.json")
     gain = {(g["trained"], g["tested"]): g for g in record.results["gains"]}
     alike = ("arithmetic", "word_problems", "algebra")
     for one in alike:
@@ -476,7 +476,7 @@ def test_the_page_on_generalisation_says_what_its_record_says():
 
 
 def test_the_page_on_quantization_says_what_its_record_says():
-    record = RunRecord.load(Path(__file__).parents[1] / "records" / "study-quantization.json")
+    record = RunRecord.load(ROOT / "records" / "study-quantization.json")
     mean = record.results["predictor"]["mean_absolute_error"]
     assert min(mean, key=lambda name: mean[name]) == "output_error"
     assert mean["no loss"] - mean["output_error"] < 0.003
