@@ -103,7 +103,7 @@ WORKLOADS = {
 PEERS = {
     "stock": "TRL's GRPOTrainer, full fine-tuning, float32",
     "stock-lora": "TRL's GRPOTrainer with LoRA on all linear layers, float32",
-    "ours-full": "this package, full fine-tuning, float32",
+    "ours-full": "this package, full fine-tuning in float32, INT8 rollouts",
 }
 PEER_MEMORY = {"stock": 13 * 2**30, "stock-lora": 5 * 2**30, "ours-full": 8 * 2**30}
 """Free bytes that a peer needs; it is skipped with the reason where they are missing."""
@@ -210,7 +210,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     from cpugrpo_edu.ewc import Anchor, merge_anchors, normalize_fisher, take_anchor
     from cpugrpo_edu.fisher import examples_from_groups, fisher_diagonal
     from cpugrpo_edu.frozen import load_frozen
-    from cpugrpo_edu.models import Policy, add_lora, fingerprint, relative_change, snapshot
+    from cpugrpo_edu.models import Policy, add_lora, relative_change, snapshot
     from cpugrpo_edu.quantization import quantized_engine
     from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
 
@@ -226,7 +226,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     if lora:
         model = add_lora(model, LORA_RANK)
     policy = endless(Policy(model, tokenizer, str(source)))
-    before, first = fingerprint(model) if lora else "", snapshot(model)
+    first = snapshot(model)
     loaded = time.perf_counter()
     anchor: Anchor | None = None
     prompts = workload.prompts()
@@ -257,6 +257,9 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
                     engine="fast" if options.fast_rollouts else "generate",
                     share_prefix=options.share_prefix,
                     recompute=options.recompute,
+                    int8_rollouts=not lora,
+                    int8_head=not lora,
+                    offload_reference=not lora,
                     patience=0,
                 ),
                 anchor=anchor,
@@ -290,7 +293,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
         "step_seconds": steps,
         "int8_kernel": quantized_engine() if options.frozen_int8 and lora else None,
         "weights_changed": {
-            "changed": fingerprint(model) != before if lora else True,
+            "changed": relative_change(model, first) > 0,
             "relative_l2": relative_change(model, first),
         },
         "reward": [row["reward"] for row in logged],

@@ -7,6 +7,7 @@ strict order forget, so each stage may replay a share of the other difficulties.
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class Stage:
     mixture: dict[str, float]
     steps: int
     learning_rate: float
+
+    @property
+    def trained(self) -> list[str]:
+        """The difficulties it trains, those that are only replayed included."""
+        return [name for name, share in self.mixture.items() if share and self.steps]
 
 
 def make_stages(
@@ -74,7 +80,7 @@ def stage_problems(stage: Stage, domains: Sequence[str], count: int, seed: int) 
     for difficulty, share in stage.mixture.items():
         for domain in domains:
             if share > 0:
-                need = 2 + int(share * count / len(domains)) + count // 8
+                need = 2 + int(share * count / len(domains))
                 pools[domain, difficulty] = make_problems(
                     domain, check_difficulty(difficulty), "train", need, seed
                 )
@@ -94,7 +100,8 @@ def select_problems(
 ) -> list[Problem]:
     """The same from a fixed set such as GSM8K: cycles through it if it is too small.
 
-    Difficulties that the set lacks give their share to the others.
+    Difficulties that the set lacks give their share to the others. Another ``offset`` takes
+    others of the set, in another order.
     """
     if not problems:
         raise UserError("the training data is empty; give at least one problem")
@@ -119,7 +126,8 @@ def select_problems(
         for difficulty, pool in pools.items()
         for i in range(take[difficulty])
     ]
-    return sorted(chosen, key=lambda problem: complexity(problem.question))
+    random.Random(offset).shuffle(chosen)  # else a "mixed" stage would go from easy to hard
+    return chosen
 
 
 def check_difficulty(name: str) -> Difficulty:

@@ -99,6 +99,11 @@ def save_evaluation(evaluation: Evaluation, path: str | Path) -> Path:
     return Path(path)
 
 
+def evaluation_path(run: Path, label: str) -> Path:
+    """Where the run in the folder ``run`` keeps the evaluation ``label``."""
+    return run / "evaluations" / f"{label.replace(' ', '_').replace(',', '')}.json.gz"
+
+
 def load_evaluation(path: str | Path) -> Evaluation:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:

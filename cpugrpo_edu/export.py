@@ -191,6 +191,18 @@ def read_int8(folder: Path, original: Policy, record: RunRecord) -> Policy:
     return load_int8(folder, original.system)
 
 
+def describe_qwen2(writer: Any, config: Any) -> None:
+    """The sizes of a Qwen2 model, as GGUF names them."""
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
 def write_gguf(policy: Policy, run: Path, record: RunRecord, folder: Path) -> None:
     """One float32 GGUF file with its tokenizer (Qwen2's layout), by the ``gguf`` package."""
     try:
@@ -207,14 +219,7 @@ def write_gguf(policy: Policy, run: Path, record: RunRecord, folder: Path) -> No
         )
     writer = gguf.GGUFWriter(folder / "model.gguf", "qwen2")
     writer.add_name(run.name)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    describe_qwen2(writer, config)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     names = {index: token for token, index in tokenizer.get_vocab().items()}

@@ -216,6 +216,9 @@ def describe_machine() -> Machine:
     )
 
 
+_before_torch: bool | None = None
+
+
 def configure_threads(threads: int | None = None) -> dict[str, Any]:
     """Give torch its threads; call it before torch does any work. Safe to call again.
 
@@ -230,7 +233,9 @@ def configure_threads(threads: int | None = None) -> dict[str, Any]:
             f"threads is {threads!r}; it must be a whole number from 1 to 1024; "
             "leave it out to use every usable core"
         )
-    early = "torch" not in sys.modules
+    global _before_torch
+    if _before_torch is None:  # of the first call, which is the one that counts
+        _before_torch = "torch" not in sys.modules
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)  # read at import, and inherited by child processes
     # Large tensors on pages of 2 MiB where the system has them: a fresh page of 4 KiB costs a
@@ -247,7 +252,7 @@ def configure_threads(threads: int | None = None) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "interop_threads": torch.get_num_interop_threads(),
-        "before_torch": early,
+        "before_torch": _before_torch,
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "mkl": torch.backends.mkl.is_available(),
     }

@@ -89,7 +89,8 @@ def packed_log_probs(
         before, start = [], len(prompt)
         for completion in completions:
             last = torch.tensor([len(prompt) - 1])
-            before.append(torch.cat([last, torch.arange(start, start + len(completion) - 1)]))
+            own = torch.arange(start, start + max(1, len(completion)) - 1)
+            before.append(torch.cat([last, own])[: len(completion)])  # empty where it is masked
             start += len(completion)
         log_p, entropy = token_log_probs(
             hidden[torch.cat(before)], torch.cat(completions), lm.lm_head, temperature

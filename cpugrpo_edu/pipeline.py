@@ -40,6 +40,7 @@ from cpugrpo_edu.curriculum import (
 )
 from cpugrpo_edu.evaluate import (
     evaluate,
+    evaluation_path,
     held_out_problems,
     load_evaluation,
     save_evaluation,
@@ -88,6 +89,7 @@ from cpugrpo_edu.models import (
     fingerprint,
     load_policy,
     relative_change,
+    resolve_source,
     save_policy,
     snapshot,
 )
@@ -210,17 +212,17 @@ def run(
     distributed.join()
     with writing_to(output):
         with PeakMemory() as peak, display or ProgressDisplay(quiet=True) as shown:
-            work = Run(config, Path(output), shown, started, control, report_to)
+            work = Run(config, Path(output), shown, started, control, report_to, peak)
             work.prepare(resume)
             work.load()
             work.measure("before")
             for index in range(len(config.stages)):
                 work.do_stage(index)
             record = distributed.on_main(work.finish)
-        record.results["peak_rss_bytes"] = peak.peak_rss_bytes
+        record.results["peak_rss_bytes"] = work.peak_rss_bytes()
         record.results["cpu_percent"] = peak.cpu_percent
         if distributed.size() > 1:
-            record.results["distributed"] = work.processes(peak.peak_rss_bytes)
+            record.results["distributed"] = work.processes(work.peak_rss_bytes())
 
         def write() -> None:
             seconds = record.results["seconds"]
@@ -263,6 +265,7 @@ class Run:
         started: float,
         control: Control | None = None,
         report_to: str = "none",
+        peak: PeakMemory | None = None,
     ):
         self.config = config
         self.control = control or Control()
@@ -270,6 +273,7 @@ class Run:
         self.output = output
         self.display = display
         self.started = started
+        self.peak = peak or PeakMemory()
         self.state: dict[str, Any] = {
             "config": plain(config),
             "stages": [],
@@ -301,7 +305,9 @@ class Run:
                 "an int8 base cannot be trained by several processes yet; "
                 "choose --dtype float32 or bfloat16 with --lora, or one process"
             )
-        self.reward_functions, self.reward_weights = combine(self.config.rewards)
+        self.reward_functions, self.reward_weights = combine(
+            self.config.rewards, self.config.max_completion
+        )
         stages = self.config.stages
         self.train_problems, self.eval_problems = load_data(self.config)
         check_output_folder(self.output)
@@ -312,6 +318,8 @@ class Run:
                 f"{self.output} already exists and is not empty; give another --output, "
                 "or --resume to go on with the run in it"
             )
+        for index, stage in enumerate(stages):  # too few problems shall show before hours of work
+            self.problems_for(stage, index)
         self.threads = configure_threads(self.config.threads)
         self.display.message(
             f"{len(stages)} stages of {', '.join(str(s.steps) for s in stages)} GRPO steps "
@@ -363,8 +371,13 @@ class Run:
         """Since the run began, without the pauses between an interruption and its resumption."""
         return time.time() - self.started + float(self.state["seconds_before"])
 
+    def peak_rss_bytes(self) -> int:
+        """The largest so far, before an interruption as well."""
+        return max(self.peak.peak_rss_bytes, int(self.state.get("peak_rss_before", 0)))
+
     def save_state(self) -> None:
         self.state["seconds_before"] = self.seconds()
+        self.state["peak_rss_before"] = self.peak_rss_bytes()
         self.started = time.time()
         if distributed.is_main():
             write_text(self.output / "state.json", json.dumps(self.state, indent=1))
@@ -385,6 +398,8 @@ class Run:
             system=config.system,
             seed=config.seed,
         )
+        if not config.lora_rank:  # TRL loads the reference of a KL term from here
+            self.policy.model.config._name_or_path = resolve_source(config.model)
         check_policy(self.policy)
         self.first = self.starting_point(done)
         if done and config.lora_rank:
@@ -445,7 +460,10 @@ class Run:
         return self.output / "stages" / f"{index + 1}-{self.config.stages[index].name}"
 
     def do_stage(self, index: int) -> None:
-        if index < len(self.state["stages"]):
+        done = len(self.state["stages"])
+        if index < done:
+            if index == done - 1:  # the run may have ended before this was measured
+                self.measure(f"after {self.names()[index]}")
             return
         stage = self.config.stages[index]
         begun = time.perf_counter()
@@ -514,7 +532,8 @@ class Run:
             return stage_problems(
                 stage, self.config.domains, count, seed=1000 * self.config.seed + index
             )
-        return select_problems(stage, self.train_problems, count, offset=self.config.seed)
+        offset = count * index + 7919 * self.config.seed  # other problems in each stage and seed
+        return select_problems(stage, self.train_problems, count, offset)
 
     def checkpoints(self, index: int) -> Path:
         return self.output / "checkpoints" / f"{index + 1}"
@@ -588,14 +607,16 @@ class Run:
     def consolidate(self, problems: Sequence[Problem], index: int) -> dict[str, Any]:
         """Fisher information on this stage's problems, kept for EWC in the next one."""
         config = self.config
-        if config.fisher_examples == 0:
-            return {}
+        if config.fisher_examples == 0 or not self.config.stages[index].steps:
+            return {}  # nothing learnt since the last anchor: it would only count twice
         chosen = distributed.share(list(problems)[-config.fisher_examples :])
         mine = config.seed + 101 * distributed.rank()
         prompts = [self.policy.encode_problem(problem) for problem in chosen]
         if config.fisher in ("empirical", "batched"):
             solutions = [self.policy.tokenizer(p.solution or p.answer)["input_ids"] for p in chosen]
             examples = [Example(p, s) for p, s in zip(prompts, solutions, strict=True)]
+        elif config.fisher == "lightning":
+            examples = []  # it looks at weights alone
         else:
             sampling = Sampling(config.max_completion, 1.0, seed=mine + index)
             groups = rollout(
@@ -621,7 +642,7 @@ class Run:
             )
 
         fisher = retry_smaller(estimate, 8, self.display.message)
-        fisher = distributed.average(fisher, len(examples))
+        fisher = distributed.average(fisher, len(chosen))
         values = torch.cat([f.flatten() for f in fisher.values()])
         mean = float(values.mean())
         if mean > 0:
@@ -629,16 +650,13 @@ class Run:
             self.anchor = merge_anchors(self.anchor, latest, config.ewc_decay)
         return {
             "variant": config.fisher,
-            "examples": config.fisher_examples if distributed.size() > 1 else len(examples),
+            "examples": config.fisher_examples if distributed.size() > 1 else len(chosen),
             "mean": mean,
             "largest": float(values.max()),
             "parameters": values.numel(),
         }
 
     # Measuring
-
-    def evaluation_path(self, label: str) -> Path:
-        return self.output / "evaluations" / f"{label.replace(' ', '_').replace(',', '')}.json.gz"
 
     def measure(self, label: str) -> None:
         """Evaluate, on the first process while others wait."""
@@ -649,7 +667,7 @@ class Run:
         """Evaluate on the held-out problems, unless that was done before an interruption."""
         if self.config.per_cell == 0:
             return None
-        path = self.evaluation_path(label)
+        path = evaluation_path(self.output, label)
         if path.exists():
             return load_evaluation(path)
         begun = time.perf_counter()
@@ -738,6 +756,7 @@ class Run:
 
     def results_of(self, evaluations: list[Evaluation], int8: Evaluation | None) -> dict[str, Any]:
         before, after = evaluations[0], evaluations[-1]
+        trained = [[], *(stage.trained for stage in self.config.stages)]
         tables = [{"label": e.label, "table": accuracy_table(e)} for e in evaluations]
         comparisons = {"after vs before": compare(before, after)}
         if int8 is not None:
@@ -762,7 +781,7 @@ class Run:
         return {
             "evaluations": tables,
             "comparisons": comparisons,
-            "forgetting": forgetting_matrix(evaluations),
+            "forgetting": forgetting_matrix(evaluations, trained),
             "working": {"before": working_share(before), "after": working_share(after)},
             "samples": samples,
         }
@@ -784,9 +803,7 @@ class Run:
             },
             "int8_rollouts": {
                 "on": config.int8_rollouts or self.frozen,
-                "detail": {
-                    "importance_correction": config.importance_correction and not self.frozen
-                },
+                "detail": {"importance_correction": config.importance_correction},
             },
             "int8_evaluation": {
                 "on": config.int8_evaluation or self.frozen,
@@ -878,6 +895,7 @@ def check_settings(config: RunConfig) -> None:
         ("beta", 0),
         ("ewc_strength", 0),
         ("save_minutes", 0),
+        ("epsilon", 0),
     ):
         value = getattr(config, name)
         if value is not None and not least <= value < float("inf"):

@@ -166,12 +166,13 @@ def parse_rewards(text: str) -> list[Reward]:
 
 
 def combine(
-    rewards: str | Mapping[str, float] | Sequence[Reward],
+    rewards: str | Mapping[str, float] | Sequence[Reward], max_completion: int | None = None
 ) -> tuple[list[RewardFunction], list[float]]:
     """Return the functions for ``GRPOTrainer`` and the weights for ``GRPOConfig.reward_weights``.
 
     Takes the command line's text, ``{"correct_answer": 1.0}``, or `Reward` objects, which
-    may hold functions of your own; those are `guarded`.
+    may hold functions of your own; those are `guarded`. Given ``max_completion``, the length
+    penalty falls over its last quarter.
     """
     if isinstance(rewards, str):
         rewards = parse_rewards(rewards)
@@ -184,7 +185,11 @@ def combine(
             )
     if not any(reward.weight for reward in rewards):
         raise UserError("all reward weights are zero; give at least one a weight above 0")
-    return [guarded(reward.function) for reward in rewards], [reward.weight for reward in rewards]
+    functions = [reward.function for reward in rewards]
+    if max_completion:
+        fitting = make_length_penalty(3 * max_completion // 4, max_completion)
+        functions = [fitting if f is length_penalty else f for f in functions]
+    return [guarded(f) for f in functions], [reward.weight for reward in rewards]
 
 
 def problem_columns(problems: Sequence[Problem]) -> dict[str, list[str]]:

@@ -129,6 +129,8 @@ class Projection:
             and type(layer).__module__ == "peft.tuners.lora.layer"
             and type(layer).__name__ == "Linear"
             and not layer.merged
+            # PEFT keeps adapters in float32 and casts for a base in bfloat16
+            and all(a.weight.dtype == layer.base_layer.weight.dtype for a in layer.lora_A.values())
             and not getattr(layer, "lora_variant", None)
             and all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
         )

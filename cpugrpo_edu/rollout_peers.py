@@ -69,18 +69,13 @@ def write_gguf(source: Path, target: Path) -> Path:
     from safetensors import safe_open
     from transformers import AutoConfig
 
+    from cpugrpo_edu.export import describe_qwen2
+
     config = AutoConfig.from_pretrained(source)
     partial = target.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, "qwen2")
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    describe_qwen2(writer, config)
     writer.add_tokenizer_model("no_vocab")
     q8 = gguf.GGMLQuantizationType.Q8_0
     with safe_open(source / "model.safetensors", "pt") as weights:

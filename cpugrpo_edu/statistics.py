@@ -310,7 +310,8 @@ def forgetting_matrix(
     ``evaluations`` are in the order of training, the first one before it, all of the
     same items. ``trained[i]`` holds the difficulties trained since evaluation i - 1;
     left out, it is read from labels such as "after basic", and labels that name no
-    difficulty at all mean that every stage trained all of them.
+    difficulty at all mean that every stage trained all of them. Runs give it, since with
+    replay every stage trains every difficulty.
 
     Forgetting of difficulty j follows Chaudhry et al. 2018 (Riemannian Walk, eq. 3),
     f_j = max_l a[l, j] - a[last, j], with l from the stage that trained j up to the

@@ -110,7 +110,8 @@ def _measure_point(point: Point, folder: Path, started: float) -> dict[str, Any]
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
         policy = Policy(add_lora(model, LORA_RANK), tokenizer, str(source))
     policy = endless(policy)
-    architecture = Architecture.from_config(policy.model.config)
+    # by its own name: the configuration has the folder's
+    architecture = replace(Architecture.from_config(policy.model.config), name=point.name)
     loaded = time.perf_counter()
     data = sweep_prompts(policy, point)
     default = RunConfig()

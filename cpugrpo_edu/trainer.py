@@ -25,8 +25,9 @@ import torch
 import trl.trainer.utils
 from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback
+from transformers import AutoModelForCausalLM, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from cpugrpo_edu import distributed
 from cpugrpo_edu.control import Control
@@ -58,6 +59,18 @@ MEAN_OVER_ROWS = {"grpo", "sapo", "dr_grpo", "luspo"}
 the token count of the whole generation batch, whatever the micro-batch."""
 
 
+UNSUPPORTED: dict[str, Any] = {
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "top_entropy_quantile": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "generation_kwargs": None,
+}
+"""Fields of TRL's config that must keep their default: a bonus or a quantile of each micro-batch
+is another one than of the batch, and our decode engine samples by temperature and top-p only."""
+
 CACHE_BYTES = 96 * 2**20
 """Activations a micro-batch may take even where memory abounds: a few times a processor's
 last cache. Larger ones were slower (128 completions of the bundled model: by half)."""
@@ -77,6 +90,8 @@ class CPUOptions:
     """What the subclass adds to TRL's configuration."""
 
     int8_rollouts: bool = False
+    int8_head: bool = False
+    """The head in INT8 as well: with a vocabulary of 150,000 a quarter of what decoding reads."""
     importance_correction: bool = True
     """Take the policy ratio against the INT8 policy that sampled, not against the float one."""
     engine: str = "fast"
@@ -89,6 +104,9 @@ class CPUOptions:
     """Score the completions of a prompt behind one copy of it, see :mod:`cpugrpo_edu.packing`."""
     recompute: bool = False
     """Compute the inside of each MLP again in the backward pass, see ``rollout.hidden_states``."""
+    offload_reference: bool = False
+    """With a KL term and full fine-tuning, read the reference's weights from their files in each
+    step and let them go before the backward pass, which then has the memory."""
     ewc_strength: float = 0.0
     patience: int = 8
     """Steps without any learning signal before the run is stopped; 0 never stops it."""
@@ -106,7 +124,8 @@ def cpu_config(
     """A ``GRPOConfig`` that works on a CPU: the stock defaults ask for bf16 and raise.
 
     One optimizer step trains ``prompts_per_step`` groups of ``num_generations``
-    completions. Any field of TRL's config can be given as well.
+    completions. Other fields of TRL's config can be given as well, but for those that
+    our rollouts and micro-batches would ignore or change (``UNSUPPORTED``).
     """
     if num_generations < 2:
         raise UserError(
@@ -123,6 +142,11 @@ def cpu_config(
         raise UserError(
             f"unknown importance level {level!r}; allowed are {', '.join(IMPORTANCE_LEVELS)}"
         )
+    for name, only in UNSUPPORTED.items():
+        if overrides.get(name, only) != only:
+            raise UserError(
+                f"{name} is {overrides[name]!r}; the CPU trainer knows only {only!r}: leave it out"
+            )
     defaults: dict[str, Any] = {
         "use_cpu": True,
         "bf16": False,
@@ -138,6 +162,8 @@ def cpu_config(
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
     }
+    if loss_type == "cispo":  # here the bound cuts the ratio itself; TRL's default is 0.2
+        defaults["epsilon_high"] = 5.0
     return GRPOConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=prompts_per_step * num_generations,
@@ -211,10 +237,25 @@ class RolloutTally:
         )
 
 
+@dataclass(frozen=True)
+class Offloaded:
+    """A model that lies in its files until it is needed."""
+
+    config: Any
+    dtype: torch.dtype
+
+    def load(self, temperature: float) -> Any:
+        """With the forward pass that TRL gives its models: it returns log-probabilities."""
+        model = AutoModelForCausalLM.from_pretrained(self.config._name_or_path, dtype=self.dtype)
+        add_fused_lm_head(model, temperature=temperature)
+        return model.eval().requires_grad_(False)
+
+
 class CPUGRPOTrainer(GRPOTrainer):
     """GRPO (Shao et al. 2024, arXiv:2402.03300) on a CPU.
 
-    ``policy.model`` is trained in place; ``anchor`` holds what EWC protects.
+    ``policy.model`` is trained in place; ``anchor`` holds what EWC protects. The entropy, KL and
+    clip fraction that TRL logs are means over micro-batches, of the rows that were trained on.
     ``on_step`` receives every optimizer step's metrics, ``say`` a sentence when memory is short.
     ``requests`` pauses training between two steps, or ends it with a checkpoint to resume from.
     """
@@ -237,6 +278,11 @@ class CPUGRPOTrainer(GRPOTrainer):
         # project completion positions only. Same values (tested), fewer of them.
         trl.trainer.utils._use_triton = lambda device: True
         self.options = options or CPUOptions()
+        if args.top_p < 1 and self.options.int8_rollouts and self.options.importance_correction:
+            raise UserError(
+                f"top_p is {args.top_p}: log-probs of the tokens kept are no policy's to correct "
+                "for; give top_p 1, or importance_correction=False"
+            )
         self.policy = policy
         self.anchor = anchor
         self.on_step = on_step
@@ -255,6 +301,11 @@ class CPUGRPOTrainer(GRPOTrainer):
             processing_class=policy.tokenizer,
         )
         self.remove_callback(PrinterCallback)
+        if self.options.offload_reference and self.ref_model is not None:
+            self.ref_model = Offloaded(  # type: ignore[assignment]
+                policy.model.config, self.ref_model.dtype
+            )
+            trim_heap()
         if "ref" in getattr(policy.model, "peft_config", {}):
             # TRL would take a copy of the adapter, as it is now, for the reference. Ours is the
             # base model, in every stage: the policy with its adapter switched off.
@@ -268,7 +319,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         if not self.options.int8_rollouts or is_frozen(live):
             return live  # a frozen base is INT8 already
         if self.int8_copy is None:
-            self.int8_copy = quantize_for_rollout(live)
+            self.int8_copy = quantize_for_rollout(live, quantize_head=self.options.int8_head)
         else:
             refresh(self.int8_copy, live)
         return self.int8_copy
@@ -322,8 +373,13 @@ class CPUGRPOTrainer(GRPOTrainer):
         step = self.state.global_step * accumulation + self._step % accumulation
         return self.args.seed * 1_000_003 + step * 101 + self.accelerator.process_index
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """In float64: in float32 the mean of 8 equal rewards of 0.7 is another number."""
+        return super()._calculate_rewards(*args, **kwargs).double()
+
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        output["advantages"] = output["advantages"].float()
         # The clipped surrogate's ratio is pi / pi_old, where pi_old is whoever sampled. That
         # was the INT8 policy, whose log-probs we have; with delta set, the ratio is truncated.
         sampled = output.pop("sampling_per_token_logps", None)
@@ -348,9 +404,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         self.tally.rows += rows
         self.tally.skipped += rows - len(keep)
         alone = self.accelerator.num_processes == 1
-        if len(keep) == 0 and alone:
-            return self.zero_loss()
-        if len(keep) == 0:  # the others wait in the backward pass: go there with a zero gradient
+        if len(keep) == 0:  # a zero gradient, so that momentum still acts and other ranks are met
             keep = torch.arange(1)
         planned = min(self.plan(inputs), len(keep))
         if not alone:  # gradients meet in the last backward: no retry
@@ -444,6 +498,17 @@ class CPUGRPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's, or the same values from packed groups. Several processes need TRL's, since
         their gradients meet in the wrapped model."""
+        if isinstance(model, Offloaded):
+            result = self._get_per_token_logps_and_entropies(
+                model.load(self.temperature),
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                *args,
+                **kwargs,
+            )
+            trim_heap()
+            return result
         live = self.accelerator.unwrap_model(model)
         frozen = is_frozen(live)
         if not torch.is_grad_enabled():  # log-probs of the whole batch, before it is split
@@ -475,14 +540,6 @@ class CPUGRPOTrainer(GRPOTrainer):
         advantages = inputs["advantages"]
         nonzero = advantages != 0 if advantages.dim() == 1 else (advantages != 0).any(1)
         return everything[nonzero.cpu()]
-
-    def zero_loss(self) -> Tensor:
-        """A step without signal: zero gradients, so that the optimizer's momentum still acts."""
-        trainable = [p for p in self.policy.model.parameters() if p.requires_grad]
-        for parameter in trainable:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return (trainable[0].flatten()[0] * 0.0).float()
 
     def plan(self, inputs: dict[str, Any]) -> int:
         """Completions per micro-batch: as given, or what the memory now available allows.

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cpugrpo_edu.pipeline as pipeline
+from cpugrpo_edu.control import Control
+from cpugrpo_edu.curriculum import make_stages
 from cpugrpo_edu.evaluate import load_evaluation
 from cpugrpo_edu.ewc import load_anchor
 from cpugrpo_edu.monitor import read_metrics
 from cpugrpo_edu.pipeline import Checkpoints, Interrupted, RunConfig, run
 from cpugrpo_edu.rewards import REWARDS, guarded
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.types import DIFFICULTIES, RunRecord, UserError
 
 ask_after = 0  # calls of the reward until it sends Ctrl-C; 0 never does
 
@@ -274,6 +277,43 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(first, config, tmp_path, 
     assert len(resumed.results["stages"]) == 3 and len(resumed.results["evaluations"]) == 5
 
 
+def stop_when_measured(label, monkeypatch, config, folder):
+    """Run until the evaluation ``label`` begins, and stop there."""
+    control, evaluate = Control(), pipeline.evaluate
+
+    def stopping(policy, problems, name, **options):
+        if name == label:
+            control.stop()
+        return evaluate(policy, problems, name, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate", stopping)
+        with pytest.raises(Interrupted):
+            run(config, folder, control=control)
+
+
+def test_a_stage_is_measured_on_its_own_model_after_a_resumption(
+    first, config, tmp_path, no_report, monkeypatch
+):
+    folder, _ = first
+    stop_when_measured("after basic", monkeypatch, config, tmp_path / "cut")
+    run(config, tmp_path / "cut", resume=True)
+    for label in ("after_basic", "after_intermediate"):
+        path = Path("evaluations") / f"{label}.json.gz"
+        cut, straight = (load_evaluation(where / path) for where in (tmp_path / "cut", folder))
+        assert cut.completions == straight.completions
+
+
+def test_the_reference_is_the_base_after_a_resumption(config, tmp_path, no_report, monkeypatch):
+    config = small(config, beta=0.5, steps=(1, 2, 0), per_cell=1, int8_rollouts=False)
+    run(config, tmp_path / "straight")
+    stop_when_measured("after basic", monkeypatch, config, tmp_path / "cut")
+    run(config, tmp_path / "cut", resume=True)
+    wanted = weights(tmp_path / "straight")
+    for name, tensor in weights(tmp_path / "cut").items():
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_lora_goes_on_after_a_complete_stage(config, tmp_path, no_report):
     config = small(config, lora_rank=2, steps=(1, 1, 0), fisher_examples=1)
     folder = tmp_path / "lora"
@@ -290,6 +330,30 @@ def test_lora_goes_on_after_a_complete_stage(config, tmp_path, no_report):
 
 
 # Switches and data
+
+
+@pytest.mark.parametrize("engine", ["fast", "generate"])
+def test_lora_on_a_bfloat16_base(config, tmp_path, no_report, engine):
+    config = small(config, dtype="bfloat16", lora_rank=2, engine=engine)
+    assert run(config, tmp_path / engine).results["weights_changed"]["changed"]
+
+
+def test_too_few_problems_show_before_anything_is_trained(config, tmp_path):
+    config = small(config, domains=("algebra",), steps=(1, 0, 5000))
+    with pytest.raises(UserError, match="distinct basic algebra problems"):
+        run(config, tmp_path / "many")
+    assert not (tmp_path / "many").exists()
+
+
+def test_a_stage_of_no_steps_is_not_consolidated(config, tmp_path, no_report):
+    record = run(small(config, fisher_examples=2), tmp_path / "one")
+    assert [bool(stage["fisher"]) for stage in record.results["stages"]] == [True, False, False]
+
+
+def test_forgetting_counts_what_a_stage_replays():
+    stages = make_stages("reversed", steps=(1, 1, 0), replay=0.3)
+    assert [sorted(stage.trained) for stage in stages] == [sorted(DIFFICULTIES)] * 2 + [[]]
+    assert make_stages("curriculum", replay=0.0)[0].trained == ["basic"]
 
 
 def test_everything_off(config, tmp_path):

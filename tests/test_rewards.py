@@ -381,3 +381,10 @@ def test_names_agree_with_functions():
 def test_a_million_characters_are_handled(text):
     """A super-linear parser would not come back from this."""
     assert all(math.isfinite(score(f, text)[0]) for f in REWARDS.values())
+
+
+def test_the_length_penalty_fits_the_run():
+    [penalty], _ = combine("length_penalty=1", max_completion=100)
+    ids = [[0] * n for n in (75, 80, 100)]
+    given = penalty(prompts=[""] * 3, completions=[""] * 3, completion_ids=ids)
+    assert given == pytest.approx([0.0, -0.2, -1.0])

@@ -581,3 +581,64 @@ def test_the_configuration_works_where_the_stock_one_refuses(tmp_path):
 def test_bad_settings(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
         cpu_config(tmp_path, **settings)
+
+
+# Groups without signal, and settings that would be wrong without a word
+
+
+@pytest.mark.parametrize("value", [0.5, 0.7, 1 / 3])
+def test_equal_rewards_teach_nothing_whatever_their_value(tiny_folder, tmp_path, value):
+    rows = []
+    policy = load_policy(tiny_folder)
+    before = fingerprint(policy.model)
+    trainer = make(
+        policy,
+        tmp_path,
+        reward=guarded(lambda prompts, completions, **columns: [value] * len(completions)),
+        on_step=rows.append,
+        num_generations=8,
+        max_steps=2,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    assert [row["frac_reward_zero_std"] for row in rows] == [1.0, 1.0]
+    assert trainer.tally.skipped == trainer.tally.rows
+    assert fingerprint(policy.model) == before
+
+
+@pytest.mark.parametrize("name, value", [("entropy_coef", 0.1), ("top_k", 1), ("min_p", 0.5)])
+def test_what_rollouts_or_micro_batches_would_change_is_refused(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"{name} is {value}; the CPU trainer knows only"):
+        cpu_config(tmp_path, **{name: value})
+
+
+def test_top_p_has_no_importance_correction(tiny_folder, tmp_path):
+    with pytest.raises(UserError, match="top_p is 0.5"):
+        make(load_policy(tiny_folder), tmp_path, CPUOptions(int8_rollouts=True), top_p=0.5)
+
+
+def test_cispo_cuts_the_ratio_at_five(tmp_path):
+    assert cpu_config(tmp_path, loss_type="cispo").epsilon_high == 5.0
+    assert cpu_config(tmp_path, loss_type="cispo", epsilon_high=2.0).epsilon_high == 2.0
+    assert cpu_config(tmp_path).epsilon_high is None
+
+
+def test_an_offloaded_reference_is_the_same_reference(tiny_folder, tmp_path):
+    ends = []
+    for offload in (False, True):
+        policy = load_policy(tiny_folder)
+        options = CPUOptions(patience=0, offload_reference=offload)
+        rows = []
+        make(
+            policy,
+            tmp_path,
+            options,
+            on_step=rows.append,
+            beta=0.5,
+            max_steps=3,
+            learning_rate=1e-2,
+        ).train()
+        assert rows[-1]["kl"] > 0
+        ends.append([p.detach().clone() for p in policy.model.parameters()])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)

@@ -226,11 +226,10 @@ def serve() -> None:
 
 def last_evaluation(record: RunRecord, folder: Path) -> dict[str, Any]:
     """The last evaluation of a run in ``folder``, packed."""
-    from cpugrpo_edu.evaluate import load_evaluation
+    from cpugrpo_edu.evaluate import evaluation_path, load_evaluation
 
     label = record.results["evaluations"][-1]["label"]
-    path = folder / "evaluations" / f"{label.replace(' ', '_')}.json.gz"
-    return packed_evaluation(load_evaluation(path))
+    return packed_evaluation(load_evaluation(evaluation_path(folder, label)))
 
 
 def packed_evaluation(evaluation: Evaluation) -> dict[str, Any]:
