@@ -137,7 +137,7 @@ def limit(spec: dict[str, Any]) -> None:
         ("RLIMIT_AS", spec["memory_bytes"]),
         ("RLIMIT_FSIZE", spec["file_bytes"]),
         ("RLIMIT_NPROC", processes),
-        ("RLIMIT_CPU", spec["seconds"]),
+        ("RLIMIT_CPU", spec["seconds"] + 60),  # behind the watch, which can name the reason
         ("RLIMIT_NOFILE", 512),
         ("RLIMIT_CORE", 0),
     ):
