@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -85,22 +85,13 @@ def merge_anchors(previous: Anchor | None, latest: Anchor, decay: float = 1.0) -
     return Anchor(params=latest.params, fisher=fisher)
 
 
-def normalize_fisher(
-    fisher: dict[str, Tensor], mode: Literal["mean", "max"] = "mean"
-) -> dict[str, Tensor]:
-    """Scale all parameters' Fisher by one factor so that its overall mean (or max) is 1.
+def normalize_fisher(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scale all parameters' Fisher by one factor so that its overall mean is 1.
 
     Ratios between parameters stay. Lambda then loses its meaning in nats, but one value can
     be tried on differently scaled estimates. Raises ``UserError`` on an all-zero Fisher.
     """
-    if mode == "mean":
-        scale = sum(f.sum().item() for f in fisher.values()) / sum(
-            f.numel() for f in fisher.values()
-        )
-    elif mode == "max":
-        scale = max(f.max().item() for f in fisher.values())
-    else:
-        raise UserError(f"mode is {mode!r}; allowed are 'mean' and 'max': choose one")
+    scale = sum(f.sum().item() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
     if scale <= 0:
         raise UserError(
             "the Fisher is 0 everywhere and cannot be scaled; at least one entry must be positive: "

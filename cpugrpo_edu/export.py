@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from cpugrpo_edu.answers import answers_match, extract_answer
 from cpugrpo_edu.evaluate import held_out_problems
 from cpugrpo_edu.files import check_output_folder, replacing
+from cpugrpo_edu.gguf_layout import describe_qwen2
 from cpugrpo_edu.models import Policy, load_policy
 from cpugrpo_edu.quantization import dequantize, quantize_tensor
 from cpugrpo_edu.rollout import Sampling, rollout
@@ -189,18 +190,6 @@ def load_int8(folder: str | Path, system: str | None = None) -> Policy:
 
 def read_int8(folder: Path, original: Policy, record: RunRecord) -> Policy:
     return load_int8(folder, original.system)
-
-
-def describe_qwen2(writer: Any, config: Any) -> None:
-    """The sizes of a Qwen2 model, as GGUF names them."""
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
 def write_gguf(policy: Policy, run: Path, record: RunRecord, folder: Path) -> None:

@@ -273,7 +273,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(folder: str | Path = PACKAGE) -> str:
-    """The commit the folder's files come from, "+dirty" if tracked files differ from it.
+    """The commit the folder's files come from, "+dirty" if tracked ones among them differ.
 
     "unknown" without git, outside a repository, or where the files are not tracked
     (a package installed in an environment that happens to lie inside a repository).
@@ -289,7 +289,7 @@ def git_commit(folder: str | Path = PACKAGE) -> str:
         if not git("ls-files", "--", "."):
             return "unknown"
         commit = git("rev-parse", "HEAD")
-        return commit + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+        return commit + ("+dirty" if git("status", "--porcelain", "-uno", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

@@ -430,7 +430,7 @@ class Run:
                 self.policy.model.config,
                 mode="lora" if config.lora_rank else "full",
                 lora_rank=config.lora_rank or 16,
-                dtype_bytes=2 if self.frozen else self.policy.model.dtype.itemsize,
+                dtype_bytes=self.policy.model.dtype.itemsize,
                 tokens_per_sequence=config.max_completion + 64,
                 micro_batch=config.micro_batch or 1,
                 checkpointing=checkpointing,

@@ -69,7 +69,7 @@ def write_gguf(source: Path, target: Path) -> Path:
     from safetensors import safe_open
     from transformers import AutoConfig
 
-    from cpugrpo_edu.export import describe_qwen2
+    from cpugrpo_edu.gguf_layout import describe_qwen2
 
     config = AutoConfig.from_pretrained(source)
     partial = target.with_suffix(".partial")
@@ -102,9 +102,9 @@ class LlamaCpp:
         self._silence = silence  # the C side keeps the pointer
         api.llama_log_set(silence, ctypes.c_void_p(0))
         api.llama_backend_init()
-        self.model = api.llama_model_load_from_file(
-            str(path).encode(), api.llama_model_default_params()
-        )
+        how = api.llama_model_default_params()
+        how.use_extra_bufts = False  # its kernels for AMX end the process on some machines
+        self.model = api.llama_model_load_from_file(str(path).encode(), how)
         if not self.model:
             raise UserError(f"llama.cpp cannot load {path}; delete it, to have it made again")
         settings = api.llama_context_default_params()

@@ -325,6 +325,11 @@ def test_the_page_calculates_as_the_package_does():
 # --- ablations, generalisation --------------------------------------------------------------
 
 
+def completions_of(config) -> int:
+    """Completions that a run samples for training: the compute that is held equal."""
+    return sum(config.steps) * config.prompts_per_step * config.num_generations
+
+
 def test_every_arm_is_allowed_and_samples_as_much_as_the_others():
     default = ablations.config_of(ablations.ARMS[0], 0, False)
     assert len({arm.name for arm in ablations.ARMS}) == len(ablations.ARMS)
@@ -333,9 +338,9 @@ def test_every_arm_is_allowed_and_samples_as_much_as_the_others():
         for arm in ablations.ARMS:
             config = ablations.config_of(arm, 0, reduced)
             pipeline.check_settings(config)
-            sizes.add(ablations.completions_of(config))
+            sizes.add(completions_of(config))
         assert len(sizes) == 1, reduced
-    assert ablations.completions_of(default) == 18 * ablations.COMPLETIONS
+    assert completions_of(default) == 18 * ablations.COMPLETIONS
     for arm in ablations.ARMS[1:]:
         assert replace(default, **arm.change) != default, arm.name
 
@@ -370,7 +375,7 @@ def test_every_condition_trains_as_long_as_the_others():
         for condition in generalisation.conditions(reduced):
             config = generalisation.config_of(condition, 0, reduced)
             pipeline.check_settings(config)
-            total.add(ablations.completions_of(config))
+            total.add(completions_of(config))
             trained = [stage for stage in config.stages if stage.steps]
             if condition.kind == "difficulty":
                 assert {k for k, v in trained[0].mixture.items() if v} == {condition.name}

@@ -98,11 +98,6 @@ def config_of(arm: Arm, seed: int, reduced: bool) -> Any:
     return config
 
 
-def completions_of(config: Any) -> int:
-    """Completions that a run samples for training: the compute that is held equal."""
-    return int(sum(config.steps) * config.prompts_per_step * config.num_generations)
-
-
 def chosen_arms(setting: Setting) -> tuple[Arm, ...]:
     """The default and the arms to compare with it; reduced, one of each of three factors."""
     if setting.only is not None and setting.only not in FACTORS:
