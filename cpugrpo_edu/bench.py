@@ -259,7 +259,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
                     recompute=options.recompute,
                     int8_rollouts=not lora,
                     int8_head=not lora,
-                    offload_reference=not lora,
+                    spare_memory=not lora,
                     patience=0,
                 ),
                 anchor=anchor,

@@ -37,6 +37,7 @@ from cpugrpo_edu.memory import (
     estimate_training_memory,
     free_memory,
     plan_micro_batch,
+    release_memory,
     retry_smaller,
     trim_heap,
 )
@@ -104,9 +105,10 @@ class CPUOptions:
     """Score the completions of a prompt behind one copy of it, see :mod:`cpugrpo_edu.packing`."""
     recompute: bool = False
     """Compute the inside of each MLP again in the backward pass, see ``rollout.hidden_states``."""
-    offload_reference: bool = False
-    """With a KL term and full fine-tuning, read the reference's weights from their files in each
-    step and let them go before the backward pass, which then has the memory."""
+    spare_memory: bool = False
+    """Hold a second model only while it is needed, so that the backward pass has the memory: the
+    INT8 copy is made anew for each rollout, and a reference (a KL term with full fine-tuning) is
+    read from its files in each step."""
     ewc_strength: float = 0.0
     patience: int = 8
     """Steps without any learning signal before the run is stopped; 0 never stops it."""
@@ -301,11 +303,11 @@ class CPUGRPOTrainer(GRPOTrainer):
             processing_class=policy.tokenizer,
         )
         self.remove_callback(PrinterCallback)
-        if self.options.offload_reference and self.ref_model is not None:
+        if self.options.spare_memory and self.ref_model is not None:
             self.ref_model = Offloaded(  # type: ignore[assignment]
                 policy.model.config, self.ref_model.dtype
             )
-            trim_heap()
+            release_memory()
         if "ref" in getattr(policy.model, "peft_config", {}):
             # TRL would take a copy of the adapter, as it is now, for the reference. Ours is the
             # base model, in every stage: the policy with its adapter switched off.
@@ -356,6 +358,8 @@ class CPUGRPOTrainer(GRPOTrainer):
             engine=self.options.engine,
             memory_limit=self.options.memory_limit,
         )
+        if self.options.spare_memory:
+            self.int8_copy = None
         seconds = time.perf_counter() - start
         self.last_groups = groups
         episodes = [episode for group in groups for episode in group.episodes]
@@ -507,7 +511,7 @@ class CPUGRPOTrainer(GRPOTrainer):
                 *args,
                 **kwargs,
             )
-            trim_heap()
+            release_memory()  # TRL's forward refers to its model: it takes a collection to end it
             return result
         live = self.accelerator.unwrap_model(model)
         frozen = is_frozen(live)
@@ -590,6 +594,8 @@ class CPUGRPOTrainer(GRPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
+        if self.options.spare_memory:
+            trim_heap()  # what the backward pass freed, before the optimizer takes as much
         if (
             self.anchor is not None
             and self.options.ewc_strength

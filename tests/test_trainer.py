@@ -627,7 +627,7 @@ def test_an_offloaded_reference_is_the_same_reference(tiny_folder, tmp_path):
     ends = []
     for offload in (False, True):
         policy = load_policy(tiny_folder)
-        options = CPUOptions(patience=0, offload_reference=offload)
+        options = CPUOptions(patience=0, spare_memory=offload)
         rows = []
         make(
             policy,
