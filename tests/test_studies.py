@@ -460,6 +460,17 @@ def test_pages_say_what_was_not_run_and_what_was_reduced(tmp_path, monkeypatch):
     assert "reduced version only" in pages.table_studies()
 
 
+def test_a_page_says_whether_the_code_has_changed_since(monkeypatch):
+    pages = extension()
+    said = "with code that has changed since"
+    monkeypatch.setattr(pages, "staleness", lambda path: "")
+    assert said not in pages.study_text("generalisation")
+    asked = []
+    monkeypatch.setattr(pages, "staleness", lambda path: asked.append(path) or "measure again")
+    assert said in pages.study_text("generalisation")
+    assert asked == [ROOT / "records" / "study-generalisation.json"]
+
+
 def test_every_input_of_the_form_has_a_label_and_a_source():
     form = extension().calculator_form()
     for each in cpu_or_gpu.ASSUMPTIONS:
