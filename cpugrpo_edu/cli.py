@@ -7,6 +7,7 @@ sentence and exit code 2, an interrupted run with 130.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -120,6 +121,27 @@ def check_seed(value: int) -> int:
     return value
 
 
+def fewer_threads(model: str) -> int | None:
+    """Threads to use where fewer than all cores are faster, measured once; else None."""
+    from cpugrpo_edu.hardware import usable_cores
+    from cpugrpo_edu.threads import fastest_threads
+
+    try:
+        threads = fastest_threads(model)
+    except (UserError, RuntimeError):  # a model that the run itself will complain of
+        return None
+    return threads if threads < usable_cores() else None
+
+
+def begun_with(output: Path | None) -> int | None:
+    """The threads that the interrupted run in a folder was begun with; None: all cores."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        state = json.loads(((output or Path()) / "state.json").read_text(encoding="utf-8"))
+        found = state["config"]["threads"]
+        return found if isinstance(found, int) else None
+    return None
+
+
 def comma_numbers(text: str, kind: type, what: str) -> tuple[Any, Any, Any]:
     """Read ``16`` or ``16,16,16`` into three numbers."""
     try:
@@ -206,7 +228,9 @@ def run(
         typer.Option("--memory-budget", help="Most memory to take in all, such as 4GB."),
     ] = None,
     cleanup: Annotated[bool, typer.Option(help="Give memory back after each stage.")] = True,
-    threads: Annotated[int | None, typer.Option(help="Default: all physical cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Default: all cores, or fewer if those are faster here.")
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="Rollouts: fast, or generate.")] = None,
     int8_rollouts: Annotated[bool | None, typer.Option(help="Sample from an INT8 copy.")] = None,
     share_prefix: Annotated[
@@ -260,6 +284,9 @@ def run(
     from cpugrpo_edu.monitor import ProgressDisplay
     from cpugrpo_edu.pipeline import Interrupted, RunConfig, check_settings
     from cpugrpo_edu.pipeline import run as run_pipeline
+
+    if threads is None and nproc == 1 and not distributed.joined():
+        threads = begun_with(output) if resume else fewer_threads(model)
 
     given: dict[str, Any] = {
         "threads": threads,

@@ -10,18 +10,21 @@ from cpugrpo_edu.hardware import (
     cgroup_memory,
     cpu_quota,
     describe_machine,
+    usable_cores,
     usable_cpus,
     versions,
 )
 from cpugrpo_edu.hardware import doctor as installation
 from cpugrpo_edu.memory import swap_pressure
+from cpugrpo_edu.threads import choose, measured
 
 SHOWN = ("torch", "transformers", "trl", "peft", "datasets")
 
 
 def examine() -> list[Check]:
     """Every check, the installation first; "fail" means that a run will not work."""
-    return [*installation(), check_limits(), check_numbers(), check_blas(), check_swap(), which()]
+    more = [check_limits(), check_numbers(), check_speed(), check_blas(), check_swap(), which()]
+    return [*installation(), *more]
 
 
 def check_limits() -> Check:
@@ -50,6 +53,16 @@ def check_numbers() -> Check:
         return Check("short numbers", "ok", detail)
     mend = "INT8 rollouts work, but try --no-int8-rollouts as well: which is faster differs"
     return Check("short numbers", "warn", detail, mend)
+
+
+def check_speed() -> Check:
+    """The fastest number of threads for the bundled model, measured once."""
+    if usable_cores() == 1:
+        return Check("fastest", "ok", "one core, one thread")
+    seconds = measured()
+    shown = ", ".join(f"{threads}: {1000 * s:.0f} ms" for threads, s in sorted(seconds.items()))
+    chosen = choose(seconds)
+    return Check("fastest", "ok", f"{chosen} threads for the bundled model ({shown})")
 
 
 def check_blas() -> Check:

@@ -29,6 +29,9 @@ def one_thread(monkeypatch):
         "configure_threads",
         lambda threads=None: original(1 if threads is None else threads),
     )
+    monkeypatch.setattr(
+        "cpugrpo_edu.threads.fastest_threads", lambda model: hardware.usable_cores()
+    )
 
 
 def refused(*arguments):

@@ -1,0 +1,129 @@
+"""How many threads are fastest here: measured once, then remembered.
+
+More threads are not always faster. A small model's layers take microseconds, and threads meet
+after each; cores that share a cache or a memory channel wait for each other. So a piece of work
+like a run's is timed with one thread, two, four, and so on up to all cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cpugrpo_edu.bench import cache_folder
+from cpugrpo_edu.files import write_text
+from cpugrpo_edu.hardware import BUNDLED_MODEL, describe_machine, usable_cores
+from cpugrpo_edu.memory import Architecture, trim_heap
+
+CLEARLY = 0.9
+"""Fewer threads are taken only if they need less than this share of the time of all cores:
+what is measured in a second differs by some per cent from one second to the next."""
+
+MOST_BYTES = 64 * 2**20
+"""Weights to time with: a few layers of a large model stand for all."""
+
+
+def candidates(cores: int) -> list[int]:
+    """1, 2, 4, ... and all cores."""
+    return sorted({2**i for i in range(cores.bit_length()) if 2**i < cores} | {cores})
+
+
+def choose(seconds: dict[int, float]) -> int:
+    """All cores, or the fastest fewer if they are clearly faster."""
+    every = max(seconds)
+    best = min(seconds, key=lambda threads: seconds[threads])
+    return best if seconds[best] < CLEARLY * seconds[every] else every
+
+
+def sample_work(a: Architecture) -> Callable[[], None]:
+    """Decoding 8 tokens of 64 completions and one training pass over 512 tokens, through some
+    layers of this shape with random weights (attention over the context is left out)."""
+    import torch
+    import torch.nn.functional as F
+
+    shapes = [(a.attention + 2 * a.kv, a.hidden), (a.hidden, a.attention)]
+    shapes += [(2 * a.ffn, a.hidden), (a.hidden, a.ffn)]
+    one = 4 * sum(out * into for out, into in shapes)
+    count = max(1, min(a.layers, MOST_BYTES // one))
+    layers = [[torch.randn(shape) / shape[1] ** 0.5 for shape in shapes] for _ in range(count)]
+    few, many = torch.randn(64, a.hidden), torch.randn(512, a.hidden, requires_grad=True)
+
+    def through(x: Any) -> Any:
+        for heads, output, gate_up, down in layers:
+            mixed = F.linear(F.rms_norm(x, (a.hidden,)), heads)[:, : a.attention]
+            x = x + F.linear(mixed, output)
+            gate, up = F.linear(F.rms_norm(x, (a.hidden,)), gate_up).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, down)
+        return x
+
+    def work() -> None:
+        with torch.inference_mode():
+            for _ in range(8):
+                through(few)
+        through(many).sum().backward()
+
+    return work
+
+
+def time_threads(a: Architecture, counts: list[int], budget: float = 0.3) -> dict[int, float]:
+    """The shortest seconds of the sample work for each number of threads, ``budget`` seconds of
+    trying each. Torch keeps the number it had."""
+    import torch
+
+    before, work = torch.get_num_threads(), sample_work(a)
+    found = {}
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            work()
+            begun, times = time.perf_counter(), []
+            while len(times) < 3 or time.perf_counter() - begun < budget:
+                start = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - start)
+            found[threads] = min(times)
+    finally:
+        torch.set_num_threads(before)
+        del work
+        trim_heap()
+    return found
+
+
+def shape_of(model: str) -> Architecture:
+    """The sizes of a local model; the bundled one's where they are not known without loading."""
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        folder = BUNDLED_MODEL.parent
+    return Architecture.from_config(folder)
+
+
+def measured(model: str = "bundled", folder: Path | None = None) -> dict[int, float]:
+    """Seconds by number of threads for a model of this shape, from the cache or measured now."""
+    import torch
+
+    cores = usable_cores()
+    counts = candidates(cores)
+    a = shape_of(model)
+    key = f"{describe_machine().cpu}, {cores} cores, torch {torch.__version__}, "
+    key += f"{a.layers} layers of {a.hidden} and {a.ffn}"
+    path = (folder or cache_folder()) / "threads.json"
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+        kept = {int(threads): float(seconds) for threads, seconds in known[key].items()}
+        if sorted(kept) == counts and min(kept.values()) > 0:
+            return kept
+    found = time_threads(a, counts)
+    with contextlib.suppress(OSError):  # no room for a cache: measured again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({**known, key: found}, indent=1))
+    return found
+
+
+def fastest_threads(model: str = "bundled", folder: Path | None = None) -> int:
+    """Threads to use for a model: all usable cores, unless fewer are clearly faster here."""
+    return 1 if usable_cores() == 1 else choose(measured(model, folder))
