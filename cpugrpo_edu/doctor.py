@@ -60,9 +60,12 @@ def check_speed() -> Check:
     if usable_cores() == 1:
         return Check("fastest", "ok", "one core, one thread")
     seconds = measured()
+    if not seconds:
+        return Check("fastest", "ok", "not measured, since other programs are at work")
     shown = ", ".join(f"{threads}: {1000 * s:.0f} ms" for threads, s in sorted(seconds.items()))
     chosen = choose(seconds)
-    return Check("fastest", "ok", f"{chosen} threads for the bundled model ({shown})")
+    threads = "1 thread" if chosen == 1 else f"{chosen} threads"
+    return Check("fastest", "ok", f"{threads} for the bundled model ({shown})")
 
 
 def check_blas() -> Check:

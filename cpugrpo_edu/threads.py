@@ -14,14 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cpugrpo_edu.bench import cache_folder
 from cpugrpo_edu.files import write_text
 from cpugrpo_edu.hardware import BUNDLED_MODEL, describe_machine, usable_cores
 from cpugrpo_edu.memory import Architecture, trim_heap
+from cpugrpo_edu.types import UserError
 
 CLEARLY = 0.9
 """Fewer threads are taken only if they need less than this share of the time of all cores:
 what is measured in a second differs by some per cent from one second to the next."""
+
+BUSY = 25
+"""Per cent of all processors' time that others may use while threads are timed."""
 
 MOST_BYTES = 64 * 2**20
 """Weights to time with: a few layers of a large model stand for all."""
@@ -80,7 +86,8 @@ def time_threads(a: Architecture, counts: list[int], budget: float = 0.3) -> dic
         for threads in counts:
             torch.set_num_threads(threads)
             work()
-            begun, times = time.perf_counter(), []
+            begun = time.perf_counter()
+            times: list[float] = []
             while len(times) < 3 or time.perf_counter() - begun < budget:
                 start = time.perf_counter()
                 work()
@@ -94,15 +101,32 @@ def time_threads(a: Architecture, counts: list[int], budget: float = 0.3) -> dic
 
 
 def shape_of(model: str) -> Architecture:
-    """The sizes of a local model; the bundled one's where they are not known without loading."""
-    folder = Path(model)
-    if not (folder / "config.json").is_file():
-        folder = BUNDLED_MODEL.parent
-    return Architecture.from_config(folder)
+    """The sizes in a local model's config, read as plain numbers: nothing of it is loaded or run.
+    The bundled model's where there is none that can be read."""
+    for folder in (Path(model), BUNDLED_MODEL.parent):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            heads = config["num_attention_heads"]
+            a = Architecture(
+                name=folder.name,
+                layers=config["num_hidden_layers"],
+                hidden=config["hidden_size"],
+                ffn=config["intermediate_size"],
+                heads=heads,
+                kv_heads=config.get("num_key_value_heads") or heads,
+                vocab=config["vocab_size"],
+                tied=True,
+                head_dim=config.get("head_dim") or 0,
+            )
+            sizes = (a.layers, a.hidden, a.ffn, a.attention, a.kv)
+            if all(isinstance(n, int) and 0 < n < 2**16 for n in sizes):
+                return a
+    raise UserError(f"{BUNDLED_MODEL.parent} has no readable config.json; reinstall the package")
 
 
 def measured(model: str = "bundled", folder: Path | None = None) -> dict[int, float]:
-    """Seconds by number of threads for a model of this shape, from the cache or measured now."""
+    """Seconds by number of threads for a model of this shape, from the cache or measured now.
+    Nothing, and nothing is kept, where other programs are at work: they would be measured too."""
     import torch
 
     cores = usable_cores()
@@ -117,6 +141,8 @@ def measured(model: str = "bundled", folder: Path | None = None) -> dict[int, fl
         kept = {int(threads): float(seconds) for threads, seconds in known[key].items()}
         if sorted(kept) == counts and min(kept.values()) > 0:
             return kept
+    if psutil.cpu_percent(0.1) > BUSY:
+        return {}
     found = time_threads(a, counts)
     with contextlib.suppress(OSError):  # no room for a cache: measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,4 +152,5 @@ def measured(model: str = "bundled", folder: Path | None = None) -> dict[int, fl
 
 def fastest_threads(model: str = "bundled", folder: Path | None = None) -> int:
     """Threads to use for a model: all usable cores, unless fewer are clearly faster here."""
-    return 1 if usable_cores() == 1 else choose(measured(model, folder))
+    seconds = {} if usable_cores() == 1 else measured(model, folder)
+    return choose(seconds) if seconds else usable_cores()

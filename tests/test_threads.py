@@ -41,6 +41,22 @@ def test_every_number_is_timed_and_torch_keeps_its_own():
     assert torch.get_num_threads() == before
 
 
+def test_sizes_come_from_the_config_and_nothing_of_it_is_run(tmp_path, capsys):
+    bundled = T.shape_of("bundled")
+    assert bundled.layers > 1 and T.shape_of(str(tmp_path / "none")) == bundled
+    config = tmp_path / "config.json"
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        '{"num_attention_heads": "many"}',
+        '{"auto_map": {"AutoConfig": "a.B"}}',
+    ):
+        config.write_text(text)
+        assert T.shape_of(str(tmp_path)) == bundled
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_measurement_is_kept_for_the_machine_and_the_shape(tmp_path, monkeypatch):
     calls = []
 
@@ -50,6 +66,9 @@ def test_a_measurement_is_kept_for_the_machine_and_the_shape(tmp_path, monkeypat
 
     monkeypatch.setattr(T, "time_threads", fake)
     monkeypatch.setattr(T, "usable_cores", lambda: 4)
+    monkeypatch.setattr(T.psutil, "cpu_percent", lambda seconds: 90.0)
+    assert T.fastest_threads("bundled", tmp_path) == 4 and not calls  # others are at work
+    monkeypatch.setattr(T.psutil, "cpu_percent", lambda seconds: 5.0)
     assert T.fastest_threads("bundled", tmp_path) == 1
     assert T.fastest_threads("bundled", tmp_path) == 1 and len(calls) == 1
     model = tmp_path / "model"
