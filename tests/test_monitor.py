@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from cpugrpo_edu.memory import release_memory
 from cpugrpo_edu.monitor import (
     MetricsLog,
     ProgressDisplay,
@@ -157,6 +158,7 @@ def test_a_counter_counts_what_is_reported_done():
 
 def test_resident_memory_is_in_bytes_and_grows():
     display, *_ = display_to_pipe()
+    release_memory()  # else what other tests left may be collected, or used, in between
     before = display.rss_bytes()
     held = np.ones(8 * 2**20)  # 64 MiB
     assert isinstance(before, int) and display.rss_bytes() - before > 32 * 2**20
