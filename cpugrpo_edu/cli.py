@@ -128,7 +128,7 @@ def fewer_threads(model: str) -> int | None:
 
     try:
         threads = fastest_threads(model)
-    except (UserError, RuntimeError):  # a model that the run itself will complain of
+    except UserError:  # no model at all: the run itself will complain
         return None
     return threads if threads < usable_cores() else None
 

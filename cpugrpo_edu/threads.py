@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 
 from cpugrpo_edu.bench import cache_folder
+from cpugrpo_edu.cost import best_of
 from cpugrpo_edu.files import write_text
 from cpugrpo_edu.hardware import BUNDLED_MODEL, describe_machine, usable_cores
 from cpugrpo_edu.memory import Architecture, trim_heap
@@ -75,9 +76,9 @@ def sample_work(a: Architecture) -> Callable[[], None]:
     return work
 
 
-def time_threads(a: Architecture, counts: list[int], budget: float = 0.3) -> dict[int, float]:
-    """The shortest seconds of the sample work for each number of threads, ``budget`` seconds of
-    trying each. Torch keeps the number it had."""
+def time_threads(a: Architecture, counts: list[int], repeats: int = 6) -> dict[int, float]:
+    """The shortest seconds of the sample work for each number of threads. Torch keeps the
+    number it had."""
     import torch
 
     before, work = torch.get_num_threads(), sample_work(a)
@@ -85,14 +86,7 @@ def time_threads(a: Architecture, counts: list[int], budget: float = 0.3) -> dic
     try:
         for threads in counts:
             torch.set_num_threads(threads)
-            work()
-            begun = time.perf_counter()
-            times: list[float] = []
-            while len(times) < 3 or time.perf_counter() - begun < budget:
-                start = time.perf_counter()
-                work()
-                times.append(time.perf_counter() - start)
-            found[threads] = min(times)
+            found[threads] = best_of(work, repeats)
     finally:
         torch.set_num_threads(before)
         del work
@@ -104,20 +98,10 @@ def shape_of(model: str) -> Architecture:
     """The sizes in a local model's config, read as plain numbers: nothing of it is loaded or run.
     The bundled model's where there is none that can be read."""
     for folder in (Path(model), BUNDLED_MODEL.parent):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, ZeroDivisionError, UserError):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            heads = config["num_attention_heads"]
-            a = Architecture(
-                name=folder.name,
-                layers=config["num_hidden_layers"],
-                hidden=config["hidden_size"],
-                ffn=config["intermediate_size"],
-                heads=heads,
-                kv_heads=config.get("num_key_value_heads") or heads,
-                vocab=config["vocab_size"],
-                tied=True,
-                head_dim=config.get("head_dim") or 0,
-            )
+            usual = {"model_type": "qwen2", "tie_word_embeddings": True}
+            a = Architecture.from_config(SimpleNamespace(**{**usual, **config}))
             sizes = (a.layers, a.hidden, a.ffn, a.attention, a.kv)
             if all(isinstance(n, int) and 0 < n < 2**16 for n in sizes):
                 return a

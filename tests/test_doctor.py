@@ -12,6 +12,7 @@ import torch
 
 from cpugrpo_edu import doctor as D
 from cpugrpo_edu import hardware as H
+from cpugrpo_edu import threads as T
 
 
 def test_every_check_names_what_to_do():
@@ -106,3 +107,10 @@ def test_one_core(monkeypatch):
     monkeypatch.setattr(H, "_affinity", lambda: [0])
     assert H.usable_cpus() == H.usable_cores() == 1
     assert {c.name: c.ok for c in D.examine()}["cores"] == "warn"
+
+
+def test_without_the_bundled_model_the_doctor_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "BUNDLED_MODEL", tmp_path / "none" / "model.safetensors")
+    monkeypatch.setattr(D, "usable_cores", lambda: 2)
+    found = D.check_speed()
+    assert found.ok == "ok" and "no readable config.json" in found.detail

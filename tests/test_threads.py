@@ -36,7 +36,7 @@ def test_fewer_threads_only_where_they_are_clearly_faster(seconds, chosen):
 
 def test_every_number_is_timed_and_torch_keeps_its_own():
     before = torch.get_num_threads()
-    found = T.time_threads(TINY, [1, 2], budget=0.0)
+    found = T.time_threads(TINY, [1, 2], repeats=2)
     assert sorted(found) == [1, 2] and min(found.values()) > 0
     assert torch.get_num_threads() == before
 
@@ -50,6 +50,9 @@ def test_sizes_come_from_the_config_and_nothing_of_it_is_run(tmp_path, capsys):
         "[]",
         "{}",
         '{"num_attention_heads": "many"}',
+        '{"num_attention_heads": 0, "num_hidden_layers": 1, "hidden_size": 8, '
+        '"intermediate_size": 8, "vocab_size": 8}',
+        '{"model_type": "bert", "hidden_size": "big"}',
         '{"auto_map": {"AutoConfig": "a.B"}}',
     ):
         config.write_text(text)
@@ -60,7 +63,7 @@ def test_sizes_come_from_the_config_and_nothing_of_it_is_run(tmp_path, capsys):
 def test_a_measurement_is_kept_for_the_machine_and_the_shape(tmp_path, monkeypatch):
     calls = []
 
-    def fake(a, counts, budget=0.3):
+    def fake(a, counts):
         calls.append(a.layers)
         return {n: (0.1 if n == 1 else 1.0) for n in counts}
 
