@@ -347,6 +347,7 @@ def sweep_in_process(in_process, monkeypatch):
     monkeypatch.setitem(bench.WORKERS, "evaluation", lambda: sweep.measure_evaluation(per_cell=1))
 
 
+@pytest.mark.slow
 def test_a_sweep_is_fitted_shown_and_resumed(sweep_in_process, monkeypatch, tmp_path):
     partial, lines = tmp_path / "partial.json", []
     real = bench.WORKERS["sweep"]
@@ -378,6 +379,7 @@ def test_a_sweep_is_fitted_shown_and_resumed(sweep_in_process, monkeypatch, tmp_
     assert shown.exit_code == 0 and (tmp_path / "sweep.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_point_that_fails_is_left_out(sweep_in_process, monkeypatch):
     real = bench.WORKERS["sweep"]
 

@@ -62,6 +62,7 @@ def small_book(folder, **environment):
     return [html.unescape(link) for link in re.findall(r'href="(https://[^"]*)"', page)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("repository", "on_binder", "on_colab"),
     [

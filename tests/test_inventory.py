@@ -98,6 +98,7 @@ def test_a_known_gain_is_recovered(bank, gain):
     assert covered >= 33  # 38 expected of 40; fewer than 33 by chance in less than 1 of 200
 
 
+@pytest.mark.slow
 def test_item_indices_are_recovered(bank):
     chances = inventory.simulated_chances(4000, len(bank.items), 0.4)
     pre, _ = inventory.matched(inventory.simulate(bank, chances), bank)
@@ -198,6 +199,7 @@ def test_mistakes_get_one_sentence(bank, tmp_path):
         assert text in refused(inventory.read_bank, tmp_path / "bank.json")
 
 
+@pytest.mark.slow
 def test_the_analysis_notebook_runs(tmp_path):
     """As stored and, by its variable, on a folder of sheets."""
     from nbclient import NotebookClient

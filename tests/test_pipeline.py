@@ -304,6 +304,7 @@ def test_a_stage_is_measured_on_its_own_model_after_a_resumption(
         assert cut.completions == straight.completions
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_base_after_a_resumption(config, tmp_path, no_report, monkeypatch):
     config = small(config, beta=0.5, steps=(1, 2, 0), per_cell=1, int8_rollouts=False)
     run(config, tmp_path / "straight")
@@ -314,6 +315,7 @@ def test_the_reference_is_the_base_after_a_resumption(config, tmp_path, no_repor
         torch.testing.assert_close(tensor, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_lora_goes_on_after_a_complete_stage(config, tmp_path, no_report):
     config = small(config, lora_rank=2, steps=(1, 1, 0), fisher_examples=1)
     folder = tmp_path / "lora"

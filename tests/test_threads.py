@@ -34,6 +34,7 @@ def test_fewer_threads_only_where_they_are_clearly_faster(seconds, chosen):
     assert T.choose(seconds) == chosen
 
 
+@pytest.mark.slow
 def test_every_number_is_timed_and_torch_keeps_its_own():
     before = torch.get_num_threads()
     found = T.time_threads(TINY, [1, 2], repeats=2)
