@@ -219,6 +219,10 @@ def run(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, auto, or int8 with LoRA.")
     ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(help="For an int8 base: packed, or compiled (decodes in C; needs gcc)."),
+    ] = None,
     checkpointing: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Completions a backward pass; default from memory.")
@@ -305,6 +309,7 @@ def run(
         "rewards": rewards,
         "lora_rank": lora,
         "dtype": dtype,
+        "kernel": kernel,
         "checkpointing": checkpointing,
         "engine": engine,
         "int8_rollouts": int8_rollouts,
