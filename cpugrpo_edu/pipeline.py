@@ -808,12 +808,14 @@ class Run:
             },
             "int8_rollouts": {
                 "on": config.int8_rollouts or self.frozen,
-                "detail": {"importance_correction": config.importance_correction},
+                "detail": {
+                    "importance_correction": config.importance_correction,
+                    "kernel": frozen.usable_kernel(config.kernel),
+                },
             },
             "int8_evaluation": {
                 "on": config.int8_evaluation or self.frozen,
-                "detail": quantization
-                or {"base": "int8", "kernel": frozen.usable_kernel(config.kernel)},
+                "detail": quantization or {"base": "int8"},
             },
             "gradient_checkpointing": {
                 "on": self.checkpointing,

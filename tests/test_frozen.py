@@ -189,7 +189,7 @@ def test_a_token_in_c_is_that_of_torch(tiny_folder, adapter):
     with torch.inference_mode(), nullcontext() if adapter else model.disable_adapter():
         found = []
         for decoder in (CompiledDecoder(lm), Decoder(lm)):
-            hidden, lengths, cache = prefill(decoder, prompts, 0)
+            _, lengths, cache = prefill(decoder, prompts, 0)
             cache = cache.select(torch.tensor([0, 1, 1]), cache.length + 4)
             position = lengths[torch.tensor([0, 1, 1])]
             states = []
