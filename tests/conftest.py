@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ TINY = PretrainConfig(hidden=32, layers=2, heads=2, kv_heads=1, ffn=64, vocabula
 settings.register_profile("cpugrpo", deadline=None)
 settings.load_profile("cpugrpo")
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A core of its own for each test process, and for all that it starts: runs in processes of
+    their own would take a thread for each core, and wait for each other's."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
 
 
 @pytest.fixture(scope="session")

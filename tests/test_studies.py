@@ -504,3 +504,25 @@ def test_the_page_on_quantization_says_what_its_record_says():
     better = {cell for cell, difference in clear.items() if difference > 0}
     assert better == {("bundled after GRPO", "INT8 dynamic, per channel")}
     assert {chosen for _, chosen in clear.keys() - better} == {"INT4 weight-only"}
+
+
+def test_the_page_on_ablations_says_what_its_record_says():
+    record = RunRecord.load(ROOT / "records" / "study-ablations.json")
+    arms = {each["arm"]: each for each in record.results["arms"]}
+    change = {name: arm["accuracy_difference"] for name, arm in arms.items() if name != "default"}
+    clear = {name for name, row in change.items() if row["p_holm"] < 0.05}
+    strong = {name for name in change if name.endswith(", 1")}
+    assert len(strong) == 5 and strong | {"no EWC", "grpo", "dr_grpo"} <= clear
+    for name in ("no EWC", "lightning, 0.1"):  # nothing held back, or hardly
+        assert change[name]["low"] > 0.04
+    assert all(change[name]["high"] < -0.03 for name in strong)
+    for fisher in ("sample", "empirical", "batched"):
+        assert abs(change[f"{fisher}, 0.1"]["difference"]) < 0.015
+        spread = change[f"{fisher}, 1"]["difference"] - change["rollout_score, 1"]["difference"]
+        assert abs(spread) < 0.015
+    for run in record.results["runs"]:  # no arm forgets: it gains on what it learnt before
+        assert run["forgetting"] < 0
+    assert change["answer and format"]["low"] > change["answer"]["high"]
+    assert not clear & {"answer and format", "mixed", "reversed", "G = 4", "G = 16", "G = 2"}
+    assert not clear & {"no checkpointing", "float32 rollouts", "beta = 0.1"}
+    assert change["beta = 0.01"]["difference"] < 0.02
