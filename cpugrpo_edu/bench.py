@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cpugrpo_edu.cost import calibrate, machine_floors
+from cpugrpo_edu.files import cache_folder
 from cpugrpo_edu.hardware import (
     available_memory,
     code_hash,
@@ -112,10 +113,6 @@ PEER_MEMORY |= {"ours-compiled": 3 * 2**30, "ours-full": 8 * 2**30}
 
 
 # The model
-
-
-def cache_folder() -> Path:
-    return Path.home() / ".cache" / "cpugrpo_edu"
 
 
 def workload_model(workload: Workload, folder: Path | None = None) -> Path:
@@ -287,6 +284,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
             trainer.optimizer = None
             del trainer
     ended = time.perf_counter()
+    moved = relative_change(model, first)
     return {
         "seconds": {
             "import": imported - started,
@@ -297,10 +295,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
         },
         "step_seconds": steps,
         "int8_kernel": "compiled" if compiled_used else quantized_engine(),
-        "weights_changed": {
-            "changed": relative_change(model, first) > 0,
-            "relative_l2": relative_change(model, first),
-        },
+        "weights_changed": {"changed": moved > 0, "relative_l2": moved},
         "reward": [row["reward"] for row in logged],
         "kl": [row["kl"] for row in logged],
         "ewc_penalty": [row["ewc_penalty"] for row in logged if "ewc_penalty" in row],

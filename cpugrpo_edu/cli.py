@@ -725,23 +725,12 @@ def silent(line: str) -> None:
     """Progress for who asked for none."""
 
 
-def short_names(data: Any) -> None:
-    """A model's name that is a folder becomes its last part: where it lay concerns nobody."""
-    for value in data.values() if isinstance(data, dict) else data:
-        if isinstance(value, dict | list):
-            short_names(value)
-    name = data.get("name") if isinstance(data, dict) else None
-    if isinstance(name, str) and Path(name).is_absolute():
-        data["name"] = Path(name).name
-
-
 def give(
     record: Any, path: Path | None, header: list[str], rows: list[list[str]], as_json: bool
 ) -> None:
     """Write a benchmark's record; print it, or its table."""
     from cpugrpo_edu.report import markdown_table
 
-    short_names(record.results)
     if path is not None:
         record.save(path)
         print(f"record: {path}", file=sys.stderr)
@@ -852,7 +841,7 @@ def bench_sweep_command(
     Example: `cpugrpo bench sweep --output records/bench-sweep.json`
     """
     from cpugrpo_edu import sweep
-    from cpugrpo_edu.bench import cache_folder
+    from cpugrpo_edu.files import cache_folder
     from cpugrpo_edu.report import markdown_table
 
     partial = (cache or cache_folder()) / "sweep.partial.json"

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import cache_folder
+
 SOURCE = Path(__file__).with_name("decode.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 """Nothing that would let the compiler take NaN for impossible."""
@@ -79,10 +81,6 @@ class Room(ctypes.Structure):
         room = cls(*(tensors[name].data_ptr() for name in ROOM))
         room.tensors = tensors
         return room
-
-
-def cache_folder() -> Path:
-    return Path.home() / ".cache" / "cpugrpo_edu"
 
 
 def compile_library(folder: Path) -> Path:

@@ -319,8 +319,8 @@ class Run:
                 f"{self.output} already exists and is not empty; give another --output, "
                 "or --resume to go on with the run in it"
             )
-        for index, stage in enumerate(stages):  # too few problems shall show before hours of work
-            self.problems_for(stage, index)
+        # now: too few problems shall show before hours of work
+        self.problems = [self.problems_for(stage, index) for index, stage in enumerate(stages)]
         self.threads = configure_threads(self.config.threads)
         self.display.message(
             f"{len(stages)} stages of {', '.join(str(s.steps) for s in stages)} GRPO steps "
@@ -471,7 +471,7 @@ class Run:
             return
         stage = self.config.stages[index]
         begun = time.perf_counter()
-        problems = self.problems_for(stage, index)
+        problems = self.problems[index]
         trainer = self.train(stage, index, problems)
         trained = time.perf_counter() - begun
         now = fingerprint(self.policy.model)
