@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from cpugrpo_edu import compiled, distributed, frozen
+from cpugrpo_edu import distributed
 from cpugrpo_edu.checkpoints import MARK
 from cpugrpo_edu.control import Control
 from cpugrpo_edu.curriculum import (
@@ -162,7 +162,6 @@ class RunConfig:
     # Model and memory
     lora_rank: int = 0
     dtype: str = "float32"
-    kernel: str = "packed"
     checkpointing: str = "on"
     micro_batch: int | None = None
     memory_budget_gib: float | None = None
@@ -319,8 +318,8 @@ class Run:
                 f"{self.output} already exists and is not empty; give another --output, "
                 "or --resume to go on with the run in it"
             )
-        # now: too few problems shall show before hours of work
-        self.problems = [self.problems_for(stage, index) for index, stage in enumerate(stages)]
+        for index, stage in enumerate(stages):  # too few problems shall show before hours of work
+            self.problems_for(stage, index)
         self.threads = configure_threads(self.config.threads)
         self.display.message(
             f"{len(stages)} stages of {', '.join(str(s.steps) for s in stages)} GRPO steps "
@@ -395,15 +394,12 @@ class Run:
         self.policy = load_policy(
             source,
             dtype=config.dtype,
-            kernel=config.kernel,
             lora_rank=config.lora_rank,
             system=config.system,
             seed=config.seed,
         )
         if not config.lora_rank:  # TRL loads the reference of a KL term from here
             self.policy.model.config._name_or_path = resolve_source(config.model)
-        if config.kernel == "compiled" and not compiled.available():
-            self.display.message(f"no compiled kernel here: {compiled.library()[1]}; torch's it is")
         check_policy(self.policy)
         self.first = self.starting_point(done)
         if done and config.lora_rank:
@@ -471,7 +467,7 @@ class Run:
             return
         stage = self.config.stages[index]
         begun = time.perf_counter()
-        problems = self.problems[index]
+        problems = self.problems_for(stage, index)
         trainer = self.train(stage, index, problems)
         trained = time.perf_counter() - begun
         now = fingerprint(self.policy.model)
@@ -557,7 +553,6 @@ class Run:
         )
         options = CPUOptions(
             int8_rollouts=config.int8_rollouts,
-            kernel=config.kernel,
             importance_correction=config.importance_correction,
             engine=config.engine,
             micro_batch=config.micro_batch,
@@ -808,10 +803,7 @@ class Run:
             },
             "int8_rollouts": {
                 "on": config.int8_rollouts or self.frozen,
-                "detail": {
-                    "importance_correction": config.importance_correction,
-                    "kernel": frozen.usable_kernel(config.kernel),
-                },
+                "detail": {"importance_correction": config.importance_correction},
             },
             "int8_evaluation": {
                 "on": config.int8_evaluation or self.frozen,
@@ -922,10 +914,6 @@ def check_settings(config: RunConfig) -> None:
         raise UserError(f"a domain in {', '.join(config.domains)} is named twice; name each once")
     if config.dtype == FROZEN and not config.lora_rank:
         raise UserError("an int8 base is frozen, so only LoRA can train on it; add --lora 16")
-    if config.kernel not in ("packed", "compiled"):
-        raise UserError(f"unknown kernel {config.kernel!r}; allowed are packed and compiled")
-    if config.kernel == "compiled" and not (config.int8_rollouts or config.dtype == FROZEN):
-        raise UserError("the compiled kernel is for INT8 rollouts; leave out --no-int8-rollouts")
     if not 0 <= config.ewc_decay <= 1:
         raise UserError(f"ewc_decay is {config.ewc_decay}; give a number from 0 to 1")
     if not 0 < config.temperature < float("inf"):
