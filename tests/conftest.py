@@ -19,7 +19,7 @@ settings.load_profile("cpugrpo")
 torch.set_num_threads(1)
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """A core of its own for each test process, and for all that it starts: runs in processes of
     their own would take a thread for each core, and wait for each other's."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")

@@ -523,6 +523,15 @@ def test_the_page_on_ablations_says_what_its_record_says():
     for run in record.results["runs"]:  # no arm forgets: it gains on what it learnt before
         assert run["forgetting"] < 0
     assert change["answer and format"]["low"] > change["answer"]["high"]
+    left_out = -change["answer"]["difference"]
+    earned = change["answer and steps"]["difference"] + left_out
+    assert 0.35 < earned / left_out < 0.65
+    default, kept, floats = (
+        arms[name] for name in ("default", "no checkpointing", "float32 rollouts")
+    )
+    assert default["seconds"] - kept["seconds"] > 5
+    assert abs(kept["peak_rss_bytes"] / default["peak_rss_bytes"] - 1) < 0.05
+    assert abs(floats["seconds"] - default["seconds"]) < 2
     assert not clear & {"answer and format", "mixed", "reversed", "G = 4", "G = 16", "G = 2"}
     assert not clear & {"no checkpointing", "float32 rollouts", "beta = 0.1"}
     assert change["beta = 0.01"]["difference"] < 0.02
