@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cpugrpo_edu.cost import calibrate, machine_floors
+from cpugrpo_edu.files import cache_folder
 from cpugrpo_edu.hardware import (
     available_memory,
     code_hash,
@@ -103,17 +104,15 @@ WORKLOADS = {
 PEERS = {
     "stock": "TRL's GRPOTrainer, full fine-tuning, float32",
     "stock-lora": "TRL's GRPOTrainer with LoRA on all linear layers, float32",
-    "ours-full": "this package, full fine-tuning in float32, INT8 rollouts",
+    "ours-compiled": "this package, its INT8 products from C compiled here",
+    "ours-full": "this package, full fine-tuning in float32, INT8 rollouts, compiled if it can",
 }
-PEER_MEMORY = {"stock": 13 * 2**30, "stock-lora": 5 * 2**30, "ours-full": 8 * 2**30}
+PEER_MEMORY = {"stock": 13 * 2**30, "stock-lora": 5 * 2**30}
+PEER_MEMORY |= {"ours-compiled": 3 * 2**30, "ours-full": 8 * 2**30}
 """Free bytes that a peer needs; it is skipped with the reason where they are missing."""
 
 
 # The model
-
-
-def cache_folder() -> Path:
-    return Path.home() / ".cache" / "cpugrpo_edu"
 
 
 def workload_model(workload: Workload, folder: Path | None = None) -> Path:
@@ -180,7 +179,7 @@ class Options:
     share_prefix: bool = True
     fast_rollouts: bool = True
     recompute: bool = True
-    exact: bool = False
+    kernel: str = "packed"
 
 
 def endless(policy: Any) -> Any:
@@ -207,6 +206,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    from cpugrpo_edu import compiled
     from cpugrpo_edu.ewc import Anchor, merge_anchors, normalize_fisher, take_anchor
     from cpugrpo_edu.fisher import examples_from_groups, fisher_diagonal
     from cpugrpo_edu.frozen import load_frozen
@@ -216,9 +216,10 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
 
     imported = time.perf_counter()
     lora = options.method == "lora"
+    compiled_used = options.kernel == "compiled" and compiled.available()
     if options.frozen_int8 and lora:
         source = folder / "bf16"
-        model = load_frozen(str(source), AutoConfig.from_pretrained(source), options.exact)
+        model = load_frozen(str(source), AutoConfig.from_pretrained(source), options.kernel)
     else:
         source = folder / "fp32"
         model = AutoModelForCausalLM.from_pretrained(source)
@@ -259,6 +260,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
                     recompute=options.recompute,
                     int8_rollouts=not lora,
                     int8_head=not lora,
+                    kernel=options.kernel if not lora else "packed",
                     spare_memory=not lora,
                     patience=0,
                 ),
@@ -282,6 +284,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
             trainer.optimizer = None
             del trainer
     ended = time.perf_counter()
+    moved = relative_change(model, first)
     return {
         "seconds": {
             "import": imported - started,
@@ -291,11 +294,8 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
             **tally,
         },
         "step_seconds": steps,
-        "int8_kernel": quantized_engine() if options.frozen_int8 and lora else None,
-        "weights_changed": {
-            "changed": relative_change(model, first) > 0,
-            "relative_l2": relative_change(model, first),
-        },
+        "int8_kernel": "compiled" if compiled_used else quantized_engine(),
+        "weights_changed": {"changed": moved > 0, "relative_l2": moved},
         "reward": [row["reward"] for row in logged],
         "kl": [row["kl"] for row in logged],
         "ewc_penalty": [row["ewc_penalty"] for row in logged if "ewc_penalty" in row],
@@ -425,9 +425,10 @@ def _rollout_engine(
     from cpugrpo_edu.frozen import load_frozen
     from cpugrpo_edu.rollout import Sampling, rollout
 
-    if engine == "ours-int8":
+    if engine in ("ours-int8", "ours-int8-compiled"):
         source = folder / "bf16"
-        model = load_frozen(str(source), AutoConfig.from_pretrained(source))
+        kernel = "compiled" if engine == "ours-int8-compiled" else "packed"
+        model = load_frozen(str(source), AutoConfig.from_pretrained(source), kernel)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder / "fp32")
 
@@ -440,7 +441,7 @@ def _rollout_engine(
     return once
 
 
-ENGINES = ("generate", "ours-float32", "ours-int8")
+ENGINES = ("generate", "ours-float32", "ours-int8", "ours-int8-compiled")
 
 
 # Floors: what the machine could at best do
@@ -586,9 +587,12 @@ def bench_b1(
         say(f"{peer}: {peer_steps} steps of {PEERS[peer]}")
 
         def call(peer: str = peer) -> dict[str, Any]:
+            if peer == "ours-compiled":
+                ours = asdict(replace(options, kernel="compiled"))
+                return run_worker("ours", say, workload=shape, folder=model, options=ours)
             if peer == "ours-full":
                 some = asdict(replace(workload, steps=peer_steps, stages=1))
-                full = asdict(Options("full"))
+                full = asdict(Options("full", kernel="compiled"))
                 return run_worker("ours", say, workload=some, folder=model, options=full)
             lora = peer == "stock-lora"
             return run_worker(
@@ -646,9 +650,10 @@ B1_HEADER = ["", "s a step", "tokens/s", "peak GB", "x ours", "ours' memory, x"]
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "all on": {},
-    "float products": {"exact": True},
+    "float products": {"kernel": "exact"},
     "prompt not shared": {"share_prefix": False},
     "generate": {"fast_rollouts": False},
+    "compiled": {"kernel": "compiled"},
     "MLPs kept": {"recompute": False},
     "float32 base": {"frozen_int8": False},
 }

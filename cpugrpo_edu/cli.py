@@ -219,6 +219,10 @@ def run(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, auto, or int8 with LoRA.")
     ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(help="For an int8 base: packed, or compiled (decodes in C; needs gcc)."),
+    ] = None,
     checkpointing: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Completions a backward pass; default from memory.")
@@ -305,6 +309,7 @@ def run(
         "rewards": rewards,
         "lora_rank": lora,
         "dtype": dtype,
+        "kernel": kernel,
         "checkpointing": checkpointing,
         "engine": engine,
         "int8_rollouts": int8_rollouts,
@@ -720,23 +725,12 @@ def silent(line: str) -> None:
     """Progress for who asked for none."""
 
 
-def short_names(data: Any) -> None:
-    """A model's name that is a folder becomes its last part: where it lay concerns nobody."""
-    for value in data.values() if isinstance(data, dict) else data:
-        if isinstance(value, dict | list):
-            short_names(value)
-    name = data.get("name") if isinstance(data, dict) else None
-    if isinstance(name, str) and Path(name).is_absolute():
-        data["name"] = Path(name).name
-
-
 def give(
     record: Any, path: Path | None, header: list[str], rows: list[list[str]], as_json: bool
 ) -> None:
     """Write a benchmark's record; print it, or its table."""
     from cpugrpo_edu.report import markdown_table
 
-    short_names(record.results)
     if path is not None:
         record.save(path)
         print(f"record: {path}", file=sys.stderr)
@@ -847,7 +841,7 @@ def bench_sweep_command(
     Example: `cpugrpo bench sweep --output records/bench-sweep.json`
     """
     from cpugrpo_edu import sweep
-    from cpugrpo_edu.bench import cache_folder
+    from cpugrpo_edu.files import cache_folder
     from cpugrpo_edu.report import markdown_table
 
     partial = (cache or cache_folder()) / "sweep.partial.json"

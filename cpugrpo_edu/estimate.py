@@ -8,8 +8,6 @@ model's completions are, comes from the recorded runs.
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +15,6 @@ from statistics import StatisticsError, fmean, median
 from types import SimpleNamespace
 from typing import Any
 
-from cpugrpo_edu.bench import cache_folder
 from cpugrpo_edu.cost import (
     FLOORS,
     CostModel,
@@ -27,7 +24,7 @@ from cpugrpo_edu.cost import (
     rollout_work,
     training_work,
 )
-from cpugrpo_edu.files import write_text
+from cpugrpo_edu.files import cache_folder, remembered
 from cpugrpo_edu.hardware import BUNDLED_MODEL, GIB, describe_machine
 from cpugrpo_edu.memory import CATALOGUE, Architecture, estimate_training_memory
 from cpugrpo_edu.report import records_folder
@@ -47,17 +44,11 @@ def calibration(folder: Path | None = None) -> dict[str, float]:
     machine = describe_machine()
     key = f"{machine.cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     path = (folder or cache_folder()) / "calibration.json"
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if set(known[key]) == set(FLOORS) and all(value > 0 for value in known[key].values()):
-            return dict(known[key])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        known = {}
-    floors = calibrate()
-    with contextlib.suppress(OSError):  # no room for a cache: measured again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({**known, key: floors}, indent=1))
-    return floors
+
+    def usable(floors: Any) -> bool:
+        return set(floors) == set(FLOORS) and all(value > 0 for value in floors.values())
+
+    return dict(remembered(path, key, usable, calibrate))
 
 
 def recorded_model(path: Path | None = None) -> CostModel:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cpugrpo_edu.types import UserError
 
@@ -51,6 +54,30 @@ def write_text(path: str | Path, text: str) -> Path:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def cache_folder() -> Path:
+    """Where this user's measurements and models wait for the next time."""
+    return Path.home() / ".cache" / "cpugrpo_edu"
+
+
+def remembered(
+    path: Path, key: str, usable: Callable[[Any], bool], measure: Callable[[], Any]
+) -> Any:
+    """``measure()``, or what it gave before under ``key`` in the JSON file ``path``.
+
+    What cannot be read or is not ``usable`` is measured again; an empty result is not kept.
+    """
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+        if usable(known[key]):
+            return known[key]
+    found = measure()
+    if found:
+        with contextlib.suppress(OSError):  # no room for a cache: measured again next time
+            write_text(path, json.dumps({**known, key: found}, indent=1))
+    return found
 
 
 def flush(path: Path) -> None:

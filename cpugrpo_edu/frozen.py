@@ -12,8 +12,10 @@ The kernel quantizes x and g on the fly, with one scale for all rows, so rows ar
 equal size first. The adapters stay in float32; the gradient reaches them through the frozen
 layers.
 
-``exact=True`` computes the same layers by float products of the dequantized weights: the
-reference in tests, and what happens where the machine has no working INT8 kernel.
+``kernel`` says how: "packed" by torch's INT8 layers, which keep copies in an order of their own;
+"compiled" from the plain integers, one copy of them, by :mod:`cpugrpo_edu.compiled`; "exact" by
+float products of the dequantized weights: the reference in tests, and what happens where the
+machine has no working INT8 kernel.
 """
 
 from __future__ import annotations
@@ -31,10 +33,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from cpugrpo_edu import compiled
 from cpugrpo_edu.hardware import native_bfloat16
 from cpugrpo_edu.memory import trim_heap
 from cpugrpo_edu.quantization import _linear_dynamic, _pack, quantize_tensor, quantized_engine
 from cpugrpo_edu.types import UserError
+
+KERNELS = ("packed", "compiled", "exact")
 
 ABSENT_IS_NONE = {"_raise_exceptions_for_missing_entries": False}
 
@@ -43,6 +48,13 @@ TILE_ROWS = 4096
 
 FEW_ROWS = 8
 """So few rows share one scale: when decoding, calls cost more than the arithmetic."""
+
+
+def usable_kernel(wanted: str) -> str:
+    """The kernel that is used where ``wanted`` is asked for."""
+    if wanted == "compiled" and not compiled.available():
+        wanted = "packed"
+    return "exact" if wanted == "packed" and quantized_engine() in ("torch", "qnnpack") else wanted
 
 
 def pack(q: Tensor, scale: Tensor) -> Any:
@@ -75,12 +87,12 @@ class _FrozenProduct(torch.autograd.Function):
 class FrozenInt8Linear(nn.Linear):
     """``x @ W.T + b`` with frozen INT8 weights, through which a gradient can pass.
 
-    ``x`` is (..., in_features) in float32. Two packed copies are kept, Q and Q
-    transposed: 2 bytes a weight; with ``exact`` one of 1 byte. It calls itself an
+    ``x`` is (..., in_features) in float32. "packed" keeps two copies, Q and Q
+    transposed: 2 bytes a weight; the other kernels one of 1 byte. It calls itself an
     ``nn.Linear``, so that PEFT puts adapters on it, but ``weight`` is empty.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, exact: bool = False):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, kernel: str = "packed"):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -88,16 +100,18 @@ class FrozenInt8Linear(nn.Linear):
             "bias", None if bias is None else nn.Parameter(bias.float().clone(), False)
         )
         q, self.scale, _ = quantize_tensor(weight)
-        self.exact = exact or quantized_engine() in ("torch", "qnnpack")
-        if self.exact:
-            self.q = q
-        else:
+        self.kernel = usable_kernel(kernel)
+        if self.kernel == "packed":
             self.packed = pack(q, self.scale)
             self.packed_transposed = pack(q.t().contiguous(), torch.ones(self.in_features))
+        else:
+            self.q, self.row_sum = q, q.sum(1, dtype=torch.int32)
 
     def product(self, x: Tensor) -> Tensor:
         y: Tensor
-        if self.exact:
+        if self.kernel == "compiled":
+            return compiled.product(x, self)
+        if self.kernel == "exact":
             y = F.linear(x, self.q.float()).mul_(self.scale)
         elif x.numel() <= FEW_ROWS * self.in_features:
             y = _linear_dynamic(x, self.packed, True)
@@ -106,7 +120,9 @@ class FrozenInt8Linear(nn.Linear):
         return y if self.bias is None else y.add_(self.bias)
 
     def transposed_product(self, gradient: Tensor) -> Tensor:
-        if self.exact:
+        if self.kernel == "compiled":
+            return compiled.many_rows(gradient * self.scale, self.q, None, None)
+        if self.kernel == "exact":
             return (gradient * self.scale) @ self.q.float()
         return rowwise(gradient * self.scale, self.packed_transposed)
 
@@ -118,7 +134,7 @@ class FrozenInt8Linear(nn.Linear):
 
     def dequantized(self) -> Tensor:
         """The weights it computes with, float32 (out_features, in_features)."""
-        if self.exact:
+        if self.kernel != "packed":
             return self.q.float() * self.scale[:, None]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -163,35 +179,41 @@ class FrozenInt8Embedding(nn.Embedding):
 
 
 class FrozenInt8Head(nn.Linear):
-    """The output projection on INT8 embedding rows: its own packed copy for the product."""
+    """The output projection on INT8 embedding rows; "packed" has a copy of its own."""
 
     rows: FrozenInt8Embedding
 
-    def __init__(self, rows: FrozenInt8Embedding, exact: bool = False):
+    def __init__(self, rows: FrozenInt8Embedding, kernel: str = "packed"):
         nn.Module.__init__(self)
         self.out_features, self.in_features = rows.num_embeddings, rows.embedding_dim
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_parameter("bias", None)
         # not as a submodule: the embedding may be the same object
         object.__setattr__(self, "rows", rows)
-        self.exact = exact or quantized_engine() in ("torch", "qnnpack")
-        self.rounded = not self.exact and native_bfloat16()
+        self.kernel = usable_kernel(kernel)
+        self.rounded = self.kernel != "exact" and native_bfloat16()
         self.tiles = list(rows.tiles())
-        self.packed = [
-            None if self.exact else pack(rows.q[tile], rows.scale[tile]) for tile in self.tiles
-        ]
+        if self.kernel == "packed":
+            self.packed = [pack(rows.q[tile], rows.scale[tile]) for tile in self.tiles]
+        else:
+            self.q, self.scale = rows.q, rows.scale
+            self.row_sum = rows.q.sum(1, dtype=torch.int32)
 
     def tile_product(self, hidden: Tensor, index: int) -> Tensor:
         """Logits (..., rows of the tile) for one tile of the vocabulary."""
-        if self.exact:
-            tile = self.tiles[index]
-            return F.linear(hidden, self.rows.q[tile].float()).mul_(self.rows.scale[tile])
+        if self.kernel != "packed":
+            q, scale = self.q[self.tiles[index]], self.scale[self.tiles[index]]
+            if self.kernel == "compiled":
+                return compiled.many_rows(hidden, q.t(), scale, None)
+            return F.linear(hidden, q.float()).mul_(scale)
         if hidden.numel() <= FEW_ROWS * self.in_features:
             logits: Tensor = _linear_dynamic(hidden, self.packed[index], True)
             return logits
         return rowwise(hidden, self.packed[index])
 
     def product(self, hidden: Tensor) -> Tensor:
+        if self.kernel == "compiled" and hidden.numel() <= compiled.FEW_ROWS * self.in_features:
+            return compiled.few_rows(hidden, self)
         return torch.cat([self.tile_product(hidden, i) for i in range(len(self.tiles))], -1)
 
     def transposed_product(self, gradient: Tensor) -> Tensor:
@@ -288,7 +310,7 @@ def weight_files(source: str) -> dict[str, str]:
     )
 
 
-def load_frozen(source: str, config: Any, exact: bool = False) -> Any:
+def load_frozen(source: str, config: Any, kernel: str = "packed") -> Any:
     """A causal LM from safetensors with all linear layers and embeddings in INT8.
 
     One tensor is read at a time, and its file mapped anew for each, so that the float
@@ -314,10 +336,10 @@ def load_frozen(source: str, config: Any, exact: bool = False) -> Any:
         if module is embedding:
             new = rows
         elif module is head:
-            new = FrozenInt8Head(head_rows, exact)
+            new = FrozenInt8Head(head_rows, kernel)
         elif isinstance(module, nn.Linear):
             bias = read(name + ".bias") if module.bias is not None else None
-            new = FrozenInt8Linear(read(name + ".weight"), bias, exact)
+            new = FrozenInt8Linear(read(name + ".weight"), bias, kernel)
         elif any(True for _ in module.buffers(recurse=False)):
             new = type(module)(config)  # the rotary tables: computed, not stored
         else:

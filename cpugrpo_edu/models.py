@@ -103,6 +103,7 @@ def load_policy(
     name: str | Path = "bundled",
     *,
     dtype: str = "float32",
+    kernel: str = "packed",
     lora_rank: int = 0,
     system: str | None = None,
     seed: int = 0,
@@ -111,7 +112,8 @@ def load_policy(
     """Load model and tokenizer; ``lora_rank`` > 0 freezes the base and adds adapters.
 
     ``dtype`` is float32, bfloat16, auto (bfloat16 where the CPU computes in it), or int8:
-    a frozen integer base that only LoRA can train, in a quarter of the memory.
+    a frozen integer base that only LoRA can train, in a quarter of the memory, whose products
+    ``kernel`` does (``frozen.KERNELS``; "compiled" is "packed" where there is no C compiler).
     A model other than ours gets ``SYSTEM_PROMPT`` unless ``system`` says otherwise.
     Raises UserError for an unknown model, a broken download, or too little memory.
     """
@@ -129,7 +131,7 @@ def load_policy(
             ensure_fits(f"loading {name}", estimate_model_bytes(config, dtype))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if dtype == FROZEN:
-            model = load_frozen(source, config)
+            model = load_frozen(source, config, kernel)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from cpugrpo_edu import distributed
+from cpugrpo_edu import compiled, distributed, frozen
 from cpugrpo_edu.checkpoints import MARK
 from cpugrpo_edu.control import Control
 from cpugrpo_edu.curriculum import (
@@ -162,6 +162,7 @@ class RunConfig:
     # Model and memory
     lora_rank: int = 0
     dtype: str = "float32"
+    kernel: str = "packed"
     checkpointing: str = "on"
     micro_batch: int | None = None
     memory_budget_gib: float | None = None
@@ -318,8 +319,8 @@ class Run:
                 f"{self.output} already exists and is not empty; give another --output, "
                 "or --resume to go on with the run in it"
             )
-        for index, stage in enumerate(stages):  # too few problems shall show before hours of work
-            self.problems_for(stage, index)
+        # now: too few problems shall show before hours of work
+        self.problems = [self.problems_for(stage, index) for index, stage in enumerate(stages)]
         self.threads = configure_threads(self.config.threads)
         self.display.message(
             f"{len(stages)} stages of {', '.join(str(s.steps) for s in stages)} GRPO steps "
@@ -394,12 +395,15 @@ class Run:
         self.policy = load_policy(
             source,
             dtype=config.dtype,
+            kernel=config.kernel,
             lora_rank=config.lora_rank,
             system=config.system,
             seed=config.seed,
         )
         if not config.lora_rank:  # TRL loads the reference of a KL term from here
             self.policy.model.config._name_or_path = resolve_source(config.model)
+        if config.kernel == "compiled" and not compiled.available():
+            self.display.message(f"no compiled kernel here: {compiled.library()[1]}; torch's it is")
         check_policy(self.policy)
         self.first = self.starting_point(done)
         if done and config.lora_rank:
@@ -467,7 +471,7 @@ class Run:
             return
         stage = self.config.stages[index]
         begun = time.perf_counter()
-        problems = self.problems_for(stage, index)
+        problems = self.problems[index]
         trainer = self.train(stage, index, problems)
         trained = time.perf_counter() - begun
         now = fingerprint(self.policy.model)
@@ -553,6 +557,7 @@ class Run:
         )
         options = CPUOptions(
             int8_rollouts=config.int8_rollouts,
+            kernel=config.kernel,
             importance_correction=config.importance_correction,
             engine=config.engine,
             micro_batch=config.micro_batch,
@@ -803,7 +808,10 @@ class Run:
             },
             "int8_rollouts": {
                 "on": config.int8_rollouts or self.frozen,
-                "detail": {"importance_correction": config.importance_correction},
+                "detail": {
+                    "importance_correction": config.importance_correction,
+                    "kernel": frozen.usable_kernel(config.kernel),
+                },
             },
             "int8_evaluation": {
                 "on": config.int8_evaluation or self.frozen,
@@ -914,6 +922,10 @@ def check_settings(config: RunConfig) -> None:
         raise UserError(f"a domain in {', '.join(config.domains)} is named twice; name each once")
     if config.dtype == FROZEN and not config.lora_rank:
         raise UserError("an int8 base is frozen, so only LoRA can train on it; add --lora 16")
+    if config.kernel not in ("packed", "compiled"):
+        raise UserError(f"unknown kernel {config.kernel!r}; allowed are packed and compiled")
+    if config.kernel == "compiled" and not (config.int8_rollouts or config.dtype == FROZEN):
+        raise UserError("the compiled kernel is for INT8 rollouts; leave out --no-int8-rollouts")
     if not 0 <= config.ewc_decay <= 1:
         raise UserError(f"ewc_decay is {config.ewc_decay}; give a number from 0 to 1")
     if not 0 < config.temperature < float("inf"):

@@ -36,6 +36,9 @@ MODEL_FILES = (
 )
 """Files of the bundled model; they count wherever ``models`` does."""
 
+OTHER_SOURCES = {f"{NAME}.compiled": "decode.c"}
+"""What a module does by means of another file than its own."""
+
 ENTRIES = {
     "run": f"{NAME}.pipeline",
     "bench": f"{NAME}.bench",
@@ -145,6 +148,8 @@ def entry_hash(entry: str, package: Path = PACKAGE) -> str:
         path = module_file(name, package)
         assert path is not None
         digest.update(f"{name}\0{meaning(path.read_bytes())}\0".encode())
+        if name in OTHER_SOURCES:
+            digest.update(path.with_name(OTHER_SOURCES[name]).read_bytes().replace(b"\r\n", b"\n"))
     if f"{package.name}.models" in names:
         for file in MODEL_FILES:
             content = (package / "bundled" / file).read_bytes()

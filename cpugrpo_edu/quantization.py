@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import compiled
 from .memory import drop_input_grad_hooks
 from .types import UserError
 
@@ -141,12 +142,21 @@ class Int8Linear(nn.Module):
     back), the result (..., out_features). On x86 activations get 7 bits: without
     VNNI instructions the kernel adds two u8 * s8 products in 16 bits, and
     2 * 255 * 127 would saturate and give wrong sums silently; 2 * 127 * 127 fits.
+    ``kernel`` "compiled" computes with the plain integers, see :mod:`cpugrpo_edu.compiled`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, per_channel: bool = True):
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        per_channel: bool = True,
+        kernel: str = "packed",
+    ):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.per_channel = per_channel
+        usable = kernel == "compiled" and per_channel and compiled.available()
+        self.kernel = kernel if usable else "packed"
         self.pack(weight, bias)
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -157,7 +167,10 @@ class Int8Linear(nn.Module):
         self.reduce_range = engine != "qnnpack"
         self.packed: Any = None
         self.plain: Any = None  # what the fallback computes with
-        if engine == "torch":
+        if self.kernel == "compiled":
+            self.q, self.scale, self.bias = q, scale, bias
+            self.row_sum = q.sum(1, dtype=torch.int32)
+        elif engine == "torch":
             self.plain = (q, scale, zero_point, bias)
         else:
             self.packed = _pack(q, scale, zero_point, bias)
@@ -166,6 +179,8 @@ class Int8Linear(nn.Module):
 
     def dequantized(self) -> Tensor:
         """The weights it computes with, float32 (out_features, in_features)."""
+        if self.kernel == "compiled":
+            return self.q.float() * self.scale[:, None]
         if self.plain:
             return dequantize(*self.plain[:3])
         with warnings.catch_warnings():
@@ -178,6 +193,8 @@ class Int8Linear(nn.Module):
             raise RuntimeError(  # torch would go on and return zero gradients
                 "an INT8 layer has no gradient; train the float model and refresh() this copy"
             )
+        if self.kernel == "compiled":
+            return compiled.product(x.float(), self).to(x.dtype)
         if self.plain:
             return self._forward_plain(x)
         if x.dtype is torch.float32:  # the one path that runs at every decode step
@@ -237,7 +254,11 @@ def _float_weights(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def quantize_for_rollout(
-    model: nn.Module, *, per_channel: bool = True, quantize_head: bool = False
+    model: nn.Module,
+    *,
+    per_channel: bool = True,
+    quantize_head: bool = False,
+    kernel: str = "packed",
 ) -> nn.Module:
     """A drop-in copy of a causal LM whose linear layers are INT8, for generation and scoring.
 
@@ -254,7 +275,7 @@ def quantize_for_rollout(
     memo: dict[int, Any] = {}  # deepcopy puts these in place of what they stand for
     for _, layer in _linears(live):
         if quantize_head or layer is not head:
-            memo[id(layer)] = Int8Linear(*_float_weights(layer), per_channel)
+            memo[id(layer)] = Int8Linear(*_float_weights(layer), per_channel, kernel)
     if not memo:
         raise UserError(
             f"{type(live).__name__} has no torch.nn.Linear layer to quantize; "

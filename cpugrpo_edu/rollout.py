@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cpugrpo_edu import compiled
 from cpugrpo_edu.memory import free_memory, retry_smaller, rows_that_fit, trim_heap
 from cpugrpo_edu.types import Episode, Group, UserError
 
@@ -315,6 +316,78 @@ class Decoder:
         return self.norm(hidden[:, -1])
 
 
+PLACES = {
+    **{"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"},
+    **{"output": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj"},
+    "down": "mlp.down_proj",
+}
+"""Where C's names for a layer's products lie in the model."""
+
+
+class CompiledDecoder(Decoder):
+    """The same for a frozen INT8 model; single tokens of few rows are one call of C."""
+
+    def __init__(self, lm: Any):
+        super().__init__(lm)
+        self.layers = (compiled.Layer * len(self.blocks))()
+        self.kept: list[Projection] = []  # C knows addresses, and keeps nothing alive
+        for ours, layer in zip(self.layers, lm.model.layers, strict=True):
+            ours.before_attention = compiled.address(layer.input_layernorm.weight)
+            ours.before_mlp = compiled.address(layer.post_attention_layernorm.weight)
+            for name, path in PLACES.items():
+                module = layer.get_submodule(path)
+                projection = Projection.of(module)
+                linear = compiled.describe(base_layer(module), projection.down, projection.up)
+                setattr(ours, name, linear)
+                self.kept.append(projection)
+        self.epsilon = lm.model.layers[0].input_layernorm.variance_epsilon
+        self.cache: Cache | None = None
+
+    @classmethod
+    def serves(cls, lm: Any) -> bool:
+        """Whether C knows every layer: compiled INT8 products, float32 norms, silu."""
+        for layer, block in ((layer, Block.of(layer)) for layer in lm.model.layers):
+            modules = [layer.get_submodule(path) for path in PLACES.values()]
+            norms = (layer.input_layernorm, layer.post_attention_layernorm)
+            if (
+                block.activation is not None
+                or any(norm.weight.dtype != torch.float32 for norm in norms)
+                or any(getattr(base_layer(m), "kernel", "") != "compiled" for m in modules)
+                or any(Projection.of(m).base != base_layer(m).forward for m in modules)
+            ):
+                return False
+        return True
+
+    def attach(self, cache: Cache) -> None:
+        """Tell C where this cache lies, and make room for it to work in."""
+        for ours, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            ours.keys, ours.values = compiled.address(keys), compiled.address(values)
+        self.room = compiled.Room.make(self.layers, *cache.keys[0].shape)
+        self.cache = cache
+
+    def forward(self, ids: Tensor, positions: Tensor, valid: Tensor, cache: Cache) -> Tensor:
+        if ids.shape[1] > 1 or len(ids) > compiled.FEW_ROWS:
+            return super().forward(ids, positions, valid, cache)
+        if cache is not self.cache:
+            self.attach(cache)
+        start = cache.length
+        cache.length = start + 1
+        cache.mask[:, start : cache.length] = valid
+        hidden = self.lm.model.embed_tokens(ids)
+        cos, sin = self.lm.model.rotary_emb(hidden, positions)
+        visible, bias = cache.mask[:, : cache.length], None
+        if not bool(visible.all()):
+            bias = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+        shape = cache.keys[0].shape
+        compiled.decode(self.layers, self.room, hidden, shape, start, cos, sin, bias, self.epsilon)
+        return self.norm(hidden[:, -1])
+
+
+def base_layer(module: Any) -> Any:
+    """The layer that LoRA wraps, or the layer itself."""
+    return getattr(module, "base_layer", module)
+
+
 def attend(
     block: Block,
     hidden: Tensor,
@@ -422,7 +495,7 @@ def decode(
     generator: torch.Generator,
 ) -> list[Group]:
     """Complete each prompt ``copies`` times, all rows in one batch."""
-    decoder = Decoder(lm)
+    decoder = (CompiledDecoder if CompiledDecoder.serves(lm) else Decoder)(lm)
     hidden, lengths, prompt_cache = prefill(decoder, prompts, pad_id)
     rows = torch.arange(len(prompts)).repeat_interleave(copies)
     cache = prompt_cache.select(rows, prompt_cache.length + sampling.max_new_tokens)

@@ -198,7 +198,7 @@ def measure_evaluation(per_cell: int = 100) -> dict[str, Any]:
     result = evaluate(policy, problems, "sweep", max_new_tokens=RunConfig().max_completion)
     lengths = [len(policy.encode_problem(problem)) for problem in problems]
     step = Step(
-        Architecture.from_config(policy.model.config),
+        replace(Architecture.from_config(policy.model.config), name="bundled"),
         prompts=len(problems),
         group=1,
         prompt_tokens=fmean(lengths),

@@ -16,9 +16,8 @@ from typing import Any
 
 import psutil
 
-from cpugrpo_edu.bench import cache_folder
 from cpugrpo_edu.cost import best_of
-from cpugrpo_edu.files import write_text
+from cpugrpo_edu.files import cache_folder, remembered
 from cpugrpo_edu.hardware import BUNDLED_MODEL, describe_machine, usable_cores
 from cpugrpo_edu.memory import Architecture, trim_heap
 from cpugrpo_edu.types import UserError
@@ -119,19 +118,15 @@ def measured(model: str = "bundled", folder: Path | None = None) -> dict[int, fl
     key = f"{describe_machine().cpu}, {cores} cores, torch {torch.__version__}, "
     key += f"{a.layers} layers of {a.hidden} and {a.ffn}"
     path = (folder or cache_folder()) / "threads.json"
-    known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        known = dict(json.loads(path.read_text(encoding="utf-8")))
-        kept = {int(threads): float(seconds) for threads, seconds in known[key].items()}
-        if sorted(kept) == counts and min(kept.values()) > 0:
-            return kept
-    if psutil.cpu_percent(0.1) > BUSY:
-        return {}
-    found = time_threads(a, counts)
-    with contextlib.suppress(OSError):  # no room for a cache: measured again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({**known, key: found}, indent=1))
-    return found
+
+    def usable(seconds: Any) -> bool:
+        return sorted(map(int, seconds)) == counts and min(seconds.values()) > 0
+
+    def measure() -> dict[int, float]:
+        return {} if psutil.cpu_percent(0.1) > BUSY else time_threads(a, counts)
+
+    found = remembered(path, key, usable, measure)
+    return {int(threads): float(seconds) for threads, seconds in found.items()}
 
 
 def fastest_threads(model: str = "bundled", folder: Path | None = None) -> int:

@@ -93,6 +93,8 @@ class CPUOptions:
     int8_rollouts: bool = False
     int8_head: bool = False
     """The head in INT8 as well: with a vocabulary of 150,000 a quarter of what decoding reads."""
+    kernel: str = "packed"
+    """Of the INT8 copy: "packed", or "compiled" (see :mod:`cpugrpo_edu.compiled`)."""
     importance_correction: bool = True
     """Take the policy ratio against the INT8 policy that sampled, not against the float one."""
     engine: str = "fast"
@@ -321,7 +323,9 @@ class CPUGRPOTrainer(GRPOTrainer):
         if not self.options.int8_rollouts or is_frozen(live):
             return live  # a frozen base is INT8 already
         if self.int8_copy is None:
-            self.int8_copy = quantize_for_rollout(live, quantize_head=self.options.int8_head)
+            self.int8_copy = quantize_for_rollout(
+                live, quantize_head=self.options.int8_head, kernel=self.options.kernel
+            )
         else:
             refresh(self.int8_copy, live)
         return self.int8_copy

@@ -199,6 +199,8 @@ SETTINGS: list[Case] = [
         ("lora_rank is -1", ["--lora", "-1"]),
         ("unknown dtype 'float8'", ["--dtype", "float8"]),
         ("unknown dtype ''", ["--dtype", ""]),
+        ("unknown kernel 'cuda'", ["--kernel", "cuda"]),
+        ("leave out --no-int8-rollouts", ["--kernel", "compiled", "--no-int8-rollouts"]),
         ("add --lora", ["--dtype", "int8"]),
         ("unknown checkpointing 'maybe'", ["--checkpointing", "maybe"]),
         ("micro_batch is 0", ["--micro-batch", "0"]),

@@ -345,10 +345,3 @@ def test_export_and_checkpoints_of_a_folder_that_holds_no_run(tmp_path):
     assert "cannot export to 'pickle'" in refused("export", tmp_path, "--to", "pickle")
     assert "holds no run" in refused("checkpoints", "list", tmp_path)
     assert "keep is 0" in refused("checkpoints", "prune", tmp_path, "--keep", 0)
-
-
-def test_names_of_models_in_a_record_say_nothing_of_folders(tmp_path):
-    name = str(tmp_path / "x")
-    data = {"points": [{"name": "a, b"}, {"step": {"architecture": {"name": name}}}]}
-    cli.short_names(data)
-    assert data == {"points": [{"name": "a, b"}, {"step": {"architecture": {"name": "x"}}}]}

@@ -244,7 +244,7 @@ def member_folder(member: Member, cache: Path | None) -> Path:
     """Where the trained model is kept: a build product, named after all that decides it."""
     import hashlib
 
-    from cpugrpo_edu.bench import cache_folder
+    from cpugrpo_edu.files import cache_folder
     from cpugrpo_edu.hardware import PACKAGE, code_hash
 
     decides = json.dumps(asdict(pretraining_of(member)), sort_keys=True)

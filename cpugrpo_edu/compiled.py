@@ -1,0 +1,217 @@
+"""``decode.c``, compiled on this machine: a token through all layers in one call.
+
+Decoding with torch takes some thousand calls a token, and for a model of half a billion
+parameters and two completions they take as long as reading its weights. The same arithmetic in
+C leaves the reading. Optional, and only where a C compiler is found: torch alone always works.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import cache_folder
+
+SOURCE = Path(__file__).with_name("decode.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+"""Nothing that would let the compiler take NaN for impossible."""
+
+FEW_ROWS = 16
+"""With more rows the arithmetic counts, which torch's products do faster."""
+
+Pointer = ctypes.c_void_p
+
+
+class Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, Pointer) for name in ("q", "scale", "row_sum", "bias", "down", "up")),
+        *((name, ctypes.c_int) for name in ("inputs", "outputs", "rank")),
+    )
+
+
+LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        ("before_attention", Pointer),
+        ("before_mlp", Pointer),
+        *((name, Linear) for name in LINEARS),
+        ("keys", Pointer),
+        ("values", Pointer),
+    )
+
+
+ROOM = (
+    *("normed", "mixed", "change", "query", "key", "value"),
+    *("gate", "up", "scores", "low", "sizes", "levels"),
+)
+
+
+class Room(ctypes.Structure):
+    """Where C keeps what lies between the steps of a layer."""
+
+    _fields_ = tuple((name, Pointer) for name in ROOM)
+
+    @classmethod
+    def make(cls, layers: Any, rows: int, kv_heads: int, capacity: int, dim: int) -> Room:
+        first = layers[0]
+        hidden, attention, ffn = first.query.inputs, first.query.outputs, first.gate.outputs
+        rank = max(getattr(layer, name).rank for layer in layers for name in LINEARS)
+        numbers = {
+            **dict.fromkeys(("normed", "change"), hidden),
+            **dict.fromkeys(("mixed", "query"), attention),
+            **dict.fromkeys(("key", "value"), kv_heads * dim),
+            **dict.fromkeys(("gate", "up"), ffn),
+            **{"scores": attention // dim * capacity, "low": 3 * rank, "sizes": 1},
+        }
+        tensors = {name: torch.empty(rows * n) for name, n in numbers.items()}
+        tensors["levels"] = torch.empty(rows * max(hidden, attention, ffn), dtype=torch.uint8)
+        room = cls(*(tensors[name].data_ptr() for name in ROOM))
+        room.tensors = tensors
+        return room
+
+
+def compile_library(folder: Path) -> Path:
+    """Compile ``decode.c`` into ``folder``, once for this source, processor and compiler.
+
+    RuntimeError where that cannot be done.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if sys.platform != "linux" or compiler is None:
+        raise RuntimeError("it needs Linux and a C compiler (the package gcc)")
+    about = subprocess.run(
+        [compiler, "-march=native", "-Q", "--help=target", "--version"],
+        capture_output=True,
+        text=True,
+    ).stdout
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join((about, *FLAGS)).encode()).hexdigest()
+    library = folder / f"decode-{key[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            new = Path(place) / library.name
+            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(new), str(SOURCE), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{compiler} fails: {done.stderr.strip()[-200:]}")
+            new.replace(library)
+    return library
+
+
+@lru_cache
+def library() -> tuple[Any, str]:
+    """The compiled functions, or None and why there are none."""
+    try:
+        # torch has loaded its OpenMP already: the library finds that one, and its threads
+        functions = ctypes.CDLL(str(compile_library(cache_folder())))
+        for name in ("decode", "few_rows", "round_rows", "scale_rows"):
+            getattr(functions, name).restype = None
+        check(functions)
+    except (OSError, RuntimeError) as error:
+        return None, str(error)
+    return functions, ""
+
+
+def available() -> bool:
+    return library()[0] is not None
+
+
+def check(functions: Any) -> None:
+    """RuntimeError where torch's integer product, which training needs, is wrong or missing.
+
+    Without VNNI it may add two products in 16 bits, which 2 * 127 * 127 does not fit.
+    """
+    q = torch.full((64, 256), 127, dtype=torch.int8)
+    for matrix in (q.t(), q.t().contiguous()):
+        if not bool((torch._int_mm(q, matrix) == 256 * 127 * 127).all()):
+            raise RuntimeError("this processor's INT8 products are not exact")
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where C finds it. The caller keeps the tensor alive."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def describe(layer: Any, down: Tensor | None = None, up: Tensor | None = None) -> Linear:
+    """A frozen INT8 layer, with ``q``, ``scale``, ``row_sum`` and ``bias``, and its LoRA."""
+    outputs, inputs = layer.q.shape
+    return Linear(
+        *(address(t) for t in (layer.q, layer.scale, layer.row_sum, layer.bias, down, up)),
+        *(inputs, outputs, 0 if down is None else len(down)),
+    )
+
+
+def decode(
+    layers: Any,
+    room: Room,
+    hidden: Tensor,
+    shape: tuple[int, ...],
+    start: int,
+    cos: Tensor,
+    sin: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+) -> None:
+    """One token: ``hidden`` (rows, 1, hidden) through all layers, in place.
+
+    ``shape`` is the cache's (rows, kv heads, capacity, head dim), ``start`` the position that
+    the new keys and values get; cos and sin are (rows, 1, head dim), ``bias`` (rows, start + 1).
+    """
+    rows, kv_heads, capacity, dim = shape
+    cos, sin = (x.expand(rows, 1, dim).contiguous() for x in (cos, sin))
+    heads = layers[0].query.outputs // dim
+    library()[0].decode(
+        layers,
+        *map(ctypes.c_int, (len(layers), rows, hidden.shape[-1], heads, kv_heads, dim)),
+        *map(ctypes.c_long, (capacity, start)),
+        *(Pointer(address(tensor)) for tensor in (cos, sin, bias)),
+        ctypes.c_float(epsilon),
+        Pointer(address(hidden)),
+        ctypes.byref(room),
+    )
+
+
+def product(x: Tensor, layer: Any) -> Tensor:
+    """x W^T + b, float32 (..., out), for x of float32 with few or many rows."""
+    if x.numel() <= FEW_ROWS * x.shape[-1]:
+        return few_rows(x, layer)
+    return many_rows(x, layer.q.t(), layer.scale, layer.bias)
+
+
+def few_rows(x: Tensor, layer: Any) -> Tensor:
+    """x W^T + b, float32 (..., out), for few rows x of float32."""
+    x = x.contiguous()
+    rows, y = x.numel() // x.shape[-1], x.new_empty(*x.shape[:-1], len(layer.q))
+    levels, sizes = torch.empty_like(x, dtype=torch.uint8), x.new_empty(rows)
+    pointers = (Pointer(address(tensor)) for tensor in (levels, sizes, y))
+    library()[0].few_rows(ctypes.byref(describe(layer)), Pointer(address(x)), rows, *pointers)
+    return y
+
+
+def many_rows(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x Q * scale + b for integers Q (in, out), each row of x rounded to 127 levels a side."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    rows, inputs = flat.shape
+    levels, sizes = torch.empty_like(flat, dtype=torch.int8), flat.new_empty(rows)
+    functions = library()[0]
+    into = (Pointer(address(tensor)) for tensor in (levels, sizes))
+    functions.round_rows(Pointer(address(flat)), rows, inputs, *into)
+    sums = torch._int_mm(levels, q)
+    given = (Pointer(address(tensor)) for tensor in (sizes, scale, bias))
+    functions.scale_rows(Pointer(address(sums)), rows, q.shape[1], *given)
+    return sums.view(torch.float32).view(*x.shape[:-1], -1)

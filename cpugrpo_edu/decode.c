@@ -1,0 +1,254 @@
+/* One token through the layers of a frozen INT8 model with LoRA, for a few rows.
+ *
+ * What rollout.Decoder does with some thousand calls of torch a token is one call here, so that
+ * little is left of a token's time but reading the weights. compiled.py compiles this file, hands
+ * it the model's tensors as they are, and says what every pointer is.
+ *
+ * A product with INT8 weights W = diag(scale) Q: a row of x becomes the levels
+ * round(127 x / peak) + 128, from 1 to 255, since processors multiply unsigned by signed bytes;
+ * the 128 comes off again as 128 times the sum of a row of Q. Compilers turn `dot` into such
+ * instructions (VNNI) themselves.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 64 /* outputs that a thread takes at a time */
+
+typedef struct { /* y = x W^T + bias + (x down^T) up */
+  const int8_t *q;         /* (out, in) */
+  const float *scale;      /* (out) */
+  const int32_t *row_sum;  /* (out), of q */
+  const float *bias;       /* (out) or none */
+  const float *down, *up;  /* (rank, in), (rank, out): LoRA's A and scaled B^T, or none */
+  int in, out, rank;
+} linear;
+
+typedef struct {
+  const float *before_attention, *before_mlp; /* weights of the two norms (hidden) */
+  linear query, key, value, output, gate, up, down;
+  float *keys, *values; /* (rows, kv heads, capacity, dim) */
+} layer;
+
+typedef struct { /* room to work in; as many floats as said, for all rows together */
+  float *normed, *mixed, *change; /* (rows, hidden), (rows, heads * dim), (rows, hidden) */
+  float *query, *key, *value;
+  float *gate, *up;                       /* (rows, ffn) */
+  float *scores;                          /* (rows, heads, capacity) */
+  float *low;                             /* (3, rows, rank) */
+  float *sizes;                           /* (rows) */
+  uint8_t *levels;                        /* (rows, largest input) */
+} room;
+
+/* The largest |x|, compared as integers: the same order, and NaN above all, so that it shows. */
+static float peak_of(const float *x, int n) {
+  int32_t top = 1;
+  for (int i = 0; i < n; i++) {
+    int32_t bits;
+    memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    top = bits > top ? bits : top;
+  }
+  float peak;
+  memcpy(&peak, &top, 4);
+  return peak < 1e-30f ? 1e-30f : peak;
+}
+
+static float to_levels(const float *x, int n, uint8_t *levels) {
+  const float peak = peak_of(x, n), by = 127 / peak;
+  for (int i = 0; i < n; i++) levels[i] = (uint8_t)(int)(x[i] * by + 128.5f);
+  return peak / 127;
+}
+
+static int32_t dot(const uint8_t *levels, const int8_t *q, int n) {
+  int32_t sum = 0;
+  for (int i = 0; i < n; i++) sum += (int)levels[i] * (int)q[i];
+  return sum;
+}
+
+static float float_dot(const float *a, const float *b, int n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+/* Without LoRA's second half, which needs all of `low`. The threads share the work and do not
+ * wait for each other at the end. */
+static void product(const linear *l, const float *x, const uint8_t *levels, const float *sizes,
+                    int rows, float *y, float *low) {
+#pragma omp for schedule(static) nowait
+  for (int block = 0; block < l->out; block += BLOCK) {
+    const int end = block + BLOCK < l->out ? block + BLOCK : l->out;
+    for (int o = block; o < end; o++) {
+      const int8_t *q = l->q + (long)o * l->in;
+      const float bias = l->bias ? l->bias[o] : 0;
+      for (int r = 0; r < rows; r++) {
+        const int32_t sum = dot(levels + (long)r * l->in, q, l->in) - 128 * l->row_sum[o];
+        y[(long)r * l->out + o] = sizes[r] * l->scale[o] * (float)sum + bias;
+      }
+    }
+  }
+#pragma omp for schedule(static) nowait
+  for (int k = 0; k < l->rank; k++)
+    for (int r = 0; r < rows; r++)
+      low[r * l->rank + k] = float_dot(l->down + (long)k * l->in, x + (long)r * l->in, l->in);
+}
+
+/* LoRA's second half for the outputs from `start` to `end` of row r. */
+static void adapt(const linear *l, const float *low, int r, int start, int end, float *y) {
+  y += (long)r * l->out;
+  for (int k = 0; k < l->rank; k++) {
+    const float share = low[r * l->rank + k], *up = l->up + (long)k * l->out;
+    for (int o = start; o < end; o++) y[o] += share * up[o];
+  }
+}
+
+static void norm(const float *x, const float *weight, int n, float epsilon, float *y) {
+  const float by = 1 / sqrtf(float_dot(x, x, n) / n + epsilon);
+  for (int i = 0; i < n; i++) y[i] = x[i] * by * weight[i];
+}
+
+static void rotate(const float *x, const float *cos, const float *sin, int dim, float *y) {
+  const int half = dim / 2;
+  for (int i = 0; i < half; i++) {
+    y[i] = x[i] * cos[i] - x[i + half] * sin[i];
+    y[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
+  }
+}
+
+/* One query over the first n keys and values; `bias` (n) is added to the scores, or none. */
+static void attend(const float *query, const float *keys, const float *values, const float *bias,
+                   long n, int dim, float *scores, float *y) {
+  const float by = 1 / sqrtf(dim);
+  float top = -INFINITY, total = 0;
+  for (long t = 0; t < n; t++) {
+    scores[t] = by * float_dot(query, keys + t * dim, dim) + (bias ? bias[t] : 0);
+    top = scores[t] > top ? scores[t] : top;
+  }
+  memset(y, 0, dim * sizeof(float));
+  for (long t = 0; t < n; t++) {
+    const float share = expf(scores[t] - top);
+    total += share;
+    for (int i = 0; i < dim; i++) y[i] += share * values[t * dim + i];
+  }
+  for (int i = 0; i < dim; i++) y[i] /= total;
+}
+
+/* x (rows, hidden) through all layers, in place. Its keys and values go to position `start` of
+ * the cache; cos, sin (rows, dim); mask (rows, start + 1), added to the scores, or none. */
+void decode(const layer *layers, int count, int rows, int hidden, int heads, int kv_heads, int dim,
+            long capacity, long start, const float *cos, const float *sin, const float *mask,
+            float epsilon, float *x, const room *w) {
+  const int ffn = layers->gate.out, attention = heads * dim;
+#pragma omp parallel
+  for (int index = 0; index < count; index++) {
+    const layer *l = layers + index;
+    float *low[3] = {w->low, w->low + rows * l->query.rank,
+                     w->low + rows * (l->query.rank + l->key.rank)};
+#pragma omp for schedule(static)
+    for (int r = 0; r < rows; r++) {
+      float *normed = w->normed + (long)r * hidden;
+      norm(x + (long)r * hidden, l->before_attention, hidden, epsilon, normed);
+      w->sizes[r] = to_levels(normed, hidden, w->levels + (long)r * hidden);
+    }
+    product(&l->query, w->normed, w->levels, w->sizes, rows, w->query, low[0]);
+    product(&l->key, w->normed, w->levels, w->sizes, rows, w->key, low[1]);
+    product(&l->value, w->normed, w->levels, w->sizes, rows, w->value, low[2]);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int job = 0; job < rows * kv_heads; job++) { /* one head's key and value into the cache */
+      const int r = job / kv_heads, from = job % kv_heads * dim;
+      const long to = (job * capacity + start) * dim, at = (long)r * kv_heads * dim + from;
+      adapt(&l->key, low[1], r, from, from + dim, w->key);
+      adapt(&l->value, low[2], r, from, from + dim, w->value);
+      rotate(w->key + at, cos + (long)r * dim, sin + (long)r * dim, dim, l->keys + to);
+      memcpy(l->values + to, w->value + at, dim * sizeof(float));
+    }
+#pragma omp for schedule(static)
+    for (int job = 0; job < rows * heads; job++) { /* one head's attention */
+      const int r = job / heads, head = job % heads, from = head * dim;
+      const long at = (long)r * attention + from;
+      const long kv = ((long)r * kv_heads + head / (heads / kv_heads)) * capacity * dim;
+      float *scores = w->scores + (long)job * capacity, *rotated = w->mixed + at;
+      adapt(&l->query, low[0], r, from, from + dim, w->query);
+      rotate(w->query + at, cos + (long)r * dim, sin + (long)r * dim, dim, rotated);
+      memcpy(w->query + at, rotated, dim * sizeof(float));
+      attend(w->query + at, l->keys + kv, l->values + kv, mask ? mask + r * (start + 1) : 0,
+             start + 1, dim, scores, w->mixed + at);
+    }
+#pragma omp for schedule(static)
+    for (int r = 0; r < rows; r++)
+      w->sizes[r] = to_levels(w->mixed + (long)r * attention, attention,
+                              w->levels + (long)r * attention);
+    product(&l->output, w->mixed, w->levels, w->sizes, rows, w->change, low[0]);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int r = 0; r < rows; r++) {
+      const long at = (long)r * hidden;
+      adapt(&l->output, low[0], r, 0, hidden, w->change);
+      for (int i = 0; i < hidden; i++) x[at + i] += w->change[at + i];
+      norm(x + at, l->before_mlp, hidden, epsilon, w->normed + at);
+      w->sizes[r] = to_levels(w->normed + at, hidden, w->levels + at);
+    }
+    low[1] = w->low + rows * l->gate.rank;
+    product(&l->gate, w->normed, w->levels, w->sizes, rows, w->gate, low[0]);
+    product(&l->up, w->normed, w->levels, w->sizes, rows, w->up, low[1]);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int block = 0; block < ffn; block += BLOCK)
+      for (int r = 0; r < rows; r++) {
+        const int end = block + BLOCK < ffn ? block + BLOCK : ffn;
+        float *gate = w->gate + (long)r * ffn, *up = w->up + (long)r * ffn;
+        adapt(&l->gate, low[0], r, block, end, w->gate);
+        adapt(&l->up, low[1], r, block, end, w->up);
+        for (int i = block; i < end; i++) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+      }
+#pragma omp for schedule(static)
+    for (int r = 0; r < rows; r++)
+      w->sizes[r] = to_levels(w->gate + (long)r * ffn, ffn, w->levels + (long)r * ffn);
+    product(&l->down, w->gate, w->levels, w->sizes, rows, w->change, low[0]);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int r = 0; r < rows; r++) {
+      const long at = (long)r * hidden;
+      adapt(&l->down, low[0], r, 0, hidden, w->change);
+      for (int i = 0; i < hidden; i++) x[at + i] += w->change[at + i];
+    }
+  }
+}
+
+/* y (rows, out) of one layer without LoRA, such as the head. */
+void few_rows(const linear *l, const float *x, int rows, uint8_t *levels, float *sizes, float *y) {
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int r = 0; r < rows; r++)
+      sizes[r] = to_levels(x + (long)r * l->in, l->in, levels + (long)r * l->in);
+    product(l, x, levels, sizes, rows, y, 0);
+  }
+}
+
+/* For products of many rows, which torch does in integers: each row of x as integers from -127
+ * to 127, and the size of one. */
+void round_rows(const float *x, int rows, int in, int8_t *q, float *sizes) {
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < rows; r++) {
+    const float *row = x + (long)r * in, peak = peak_of(row, in), by = 127 / peak;
+    for (int i = 0; i < in; i++) q[(long)r * in + i] = (int8_t)((int)(row[i] * by + 128.5f) - 128);
+    sizes[r] = peak / 127;
+  }
+}
+
+/* Their sums (rows, out) to floats in the same place: sum * size * scale + bias. */
+void scale_rows(int32_t *sums, int rows, int out, const float *sizes, const float *scale,
+                const float *bias) {
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < rows; r++)
+    for (int o = 0; o < out; o++) {
+      int32_t *at = sums + (long)r * out + o;
+      const float y =
+          (float)*at * (sizes[r] * (scale ? scale[o] : 1)) + (bias ? bias[o] : 0);
+      memcpy(at, &y, 4);
+    }
+}

@@ -1,0 +1,98 @@
+"""The compiled kernel: the same products as torch, or none at all and the reason."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cpugrpo_edu import compiled
+from cpugrpo_edu.frozen import FrozenInt8Linear, usable_kernel
+from cpugrpo_edu.quantization import Int8Linear
+
+needs_compiler = pytest.mark.skipif(not compiled.available(), reason=compiled.library()[1])
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """As on a machine where nothing was compiled yet."""
+    monkeypatch.setattr(compiled, "cache_folder", lambda: tmp_path)
+    compiled.library.cache_clear()
+    yield tmp_path
+    compiled.library.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 40])
+@pytest.mark.parametrize("make", [FrozenInt8Linear, Int8Linear])
+def test_products_of_few_and_many_rows(make, rows):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(130, 72), torch.randn(130)
+    layer = make(weight, bias, kernel="compiled")
+    assert layer.kernel == "compiled"
+    x = torch.randn(rows, 72) * 10.0 ** torch.linspace(-3, 3, rows)[:, None]
+    expected = F.linear(x, layer.dequantized(), bias)
+    for got, want in zip(layer(x), expected, strict=True):
+        assert (got - want).norm() / (want - bias).norm() < 0.01
+    assert layer(x[None]).shape == (1, rows, 130)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_hidden(rows, bad):
+    layer = FrozenInt8Linear(torch.randn(20, 64), kernel="compiled")
+    x = torch.randn(rows, 64)
+    x[1, 5] = bad
+    y = layer(x)
+    assert not y[1].isfinite().any() and y[0].isfinite().all()
+    assert layer(torch.zeros(rows, 64)).abs().max() == 0
+
+
+@needs_compiler
+def test_it_is_compiled_once(anew, monkeypatch):
+    assert compiled.available()
+    [library] = anew.iterdir()
+    assert library.name.startswith("decode-") and library.suffix == ".so"
+    compiled.library.cache_clear()
+    real = compiled.subprocess.run
+
+    def run(command, **more):
+        assert "-shared" not in command, "compiled again"
+        return real(command, **more)
+
+    monkeypatch.setattr(compiled, "subprocess", SimpleNamespace(run=run))
+    assert compiled.available()
+
+
+def test_without_a_compiler_torch_does_it(anew, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    functions, why = compiled.library()
+    assert functions is None and "C compiler" in why
+    assert usable_kernel("compiled") == usable_kernel("packed") != "compiled"
+    layer = Int8Linear(torch.randn(8, 16), kernel="compiled")
+    assert layer.kernel == "packed" and layer(torch.randn(2, 16)).shape == (2, 8)
+    assert not any(anew.iterdir())
+
+
+def test_elsewhere_than_on_linux_torch_does_it(anew, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not compiled.available()
+
+
+def test_a_compiler_that_fails_is_quoted(anew, monkeypatch):
+    bad = anew / "bad.c"
+    bad.write_text("this is no C")
+    monkeypatch.setattr(compiled, "SOURCE", bad)
+    if sys.platform == "linux" and compiled.shutil.which("cc"):
+        assert "fails" in compiled.library()[1]
+    assert not compiled.available()
+
+
+def test_a_processor_whose_integer_products_saturate_is_refused(monkeypatch):
+    monkeypatch.setattr(compiled.torch, "_int_mm", lambda a, b: torch.zeros(64, 64).int())
+    with pytest.raises(RuntimeError, match="not exact"):
+        compiled.check(None)
