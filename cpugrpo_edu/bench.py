@@ -209,7 +209,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     from cpugrpo_edu import compiled
     from cpugrpo_edu.ewc import Anchor, merge_anchors, normalize_fisher, take_anchor
     from cpugrpo_edu.fisher import examples_from_groups, fisher_diagonal
-    from cpugrpo_edu.frozen import load_frozen
+    from cpugrpo_edu.frozen import load_frozen, spares_memory
     from cpugrpo_edu.models import Policy, add_lora, relative_change, snapshot
     from cpugrpo_edu.quantization import quantized_engine
     from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
@@ -257,7 +257,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
                     ewc_strength=EWC_STRENGTH if anchor else 0.0,
                     engine="fast" if options.fast_rollouts else "generate",
                     share_prefix=options.share_prefix,
-                    recompute=options.recompute,
+                    recompute=options.recompute and spares_memory(model),
                     int8_rollouts=not lora,
                     int8_head=not lora,
                     kernel=options.kernel if not lora else "packed",

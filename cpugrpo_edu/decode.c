@@ -14,6 +14,8 @@
 #include <string.h>
 
 #define BLOCK 64 /* outputs that a thread takes at a time */
+#define FEW 4    /* of them, that are computed together */
+#define LANES 32 /* numbers of a head that are summed together */
 
 typedef struct { /* y = x W^T + bias + (x down^T) up */
   const int8_t *q;         /* (out, in) */
@@ -60,10 +62,42 @@ static float to_levels(const float *x, int n, uint8_t *levels) {
   return peak / 127;
 }
 
-static int32_t dot(const uint8_t *levels, const int8_t *q, int n) {
-  int32_t sum = 0;
-  for (int i = 0; i < n; i++) sum += (int)levels[i] * (int)q[i];
-  return sum;
+/* e^x without a call, so that loops of it are vectorized: 2^k e^r, |r| <= log(2) / 2, with an error
+ * of 1e-6 of the value. */
+static inline float exponential(float x) {
+  const float shift = 12582912; /* 1.5 * 2^23: adding it rounds to an integer */
+  x = x < -87 ? -87 : x > 88 ? 88 : x;
+  const float rounded = x * 1.44269504f + shift, k = rounded - shift;
+  const float r = x - k * 0.693359375f + k * 2.12194440e-4f; /* log(2) in two parts */
+  const float e = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f)))));
+  int32_t bits;
+  float power;
+  memcpy(&bits, &rounded, 4);
+  bits = (int32_t)((uint32_t)(bits - 0x4b400000 + 127) << 23);
+  memcpy(&power, &bits, 4);
+  return e * power;
+}
+
+/* The row x against `count` rows of q, at most FEW: they share what is read of x. */
+static void dot(const uint8_t *levels, const int8_t *q, int n, int count, int32_t *sums) {
+  if (count == FEW) {
+    const int8_t *q1 = q + n, *q2 = q1 + n, *q3 = q2 + n;
+    int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    for (int i = 0; i < n; i++) {
+      const int x = levels[i];
+      s0 += x * (int)q[i];
+      s1 += x * (int)q1[i];
+      s2 += x * (int)q2[i];
+      s3 += x * (int)q3[i];
+    }
+    sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+    return;
+  }
+  for (int k = 0; k < count; k++, q += n) {
+    int32_t sum = 0;
+    for (int i = 0; i < n; i++) sum += (int)levels[i] * (int)q[i];
+    sums[k] = sum;
+  }
 }
 
 static float float_dot(const float *a, const float *b, int n) {
@@ -80,14 +114,23 @@ static void product(const linear *l, const float *x, const uint8_t *levels, cons
 #pragma omp for schedule(static) nowait
   for (int block = 0; block < l->out; block += BLOCK) {
     const int end = block + BLOCK < l->out ? block + BLOCK : l->out;
-    for (int o = block; o < end; o++) {
-      const int8_t *q = l->q + (long)o * l->in;
-      const float bias = l->bias ? l->bias[o] : 0;
+    for (int o = block; o < end; o += FEW)
       for (int r = 0; r < rows; r++) {
-        const int32_t sum = dot(levels + (long)r * l->in, q, l->in) - 128 * l->row_sum[o];
-        y[(long)r * l->out + o] = sizes[r] * l->scale[o] * (float)sum + bias;
+        const int count = end - o < FEW ? end - o : FEW;
+        int32_t sums[FEW];
+        dot(levels + (long)r * l->in, l->q + (long)o * l->in, l->in, count, sums);
+        memcpy(y + (long)r * l->out + o, sums, count * sizeof(int32_t));
       }
-    }
+    for (int r = 0; r < rows; r++)
+      for (int o = block; o < end; o++) {
+        float *at = y + (long)r * l->out + o;
+        int32_t sum;
+        memcpy(&sum, at, sizeof sum);
+        *at = sizes[r] * l->scale[o] * (float)(sum - 128 * l->row_sum[o]);
+      }
+    if (l->bias)
+      for (int r = 0; r < rows; r++)
+        for (int o = block; o < end; o++) y[(long)r * l->out + o] += l->bias[o];
   }
 #pragma omp for schedule(static) nowait
   for (int k = 0; k < l->rank; k++)
@@ -126,13 +169,20 @@ static void attend(const float *query, const float *keys, const float *values, c
     scores[t] = by * float_dot(query, keys + t * dim, dim) + (bias ? bias[t] : 0);
     top = scores[t] > top ? scores[t] : top;
   }
-  memset(y, 0, dim * sizeof(float));
-  for (long t = 0; t < n; t++) {
-    const float share = expf(scores[t] - top);
-    total += share;
-    for (int i = 0; i < dim; i++) y[i] += share * values[t * dim + i];
+  for (long t = 0; t < n; t++) scores[t] = exponential(scores[t] - top);
+  for (long t = 0; t < n; t++) total += scores[t];
+  int i = 0;
+  for (; i + LANES <= dim; i += LANES) { /* sums that stay in registers */
+    float sum[LANES] = {0};
+    for (long t = 0; t < n; t++)
+      for (int k = 0; k < LANES; k++) sum[k] += scores[t] * values[t * dim + i + k];
+    for (int k = 0; k < LANES; k++) y[i + k] = sum[k] / total;
   }
-  for (int i = 0; i < dim; i++) y[i] /= total;
+  for (; i < dim; i++) {
+    float sum = 0;
+    for (long t = 0; t < n; t++) sum += scores[t] * values[t * dim + i];
+    y[i] = sum / total;
+  }
 }
 
 /* x (rows, hidden) through all layers, in place. Its keys and values go to position `start` of
@@ -202,7 +252,7 @@ void decode(const layer *layers, int count, int rows, int hidden, int heads, int
         float *gate = w->gate + (long)r * ffn, *up = w->up + (long)r * ffn;
         adapt(&l->gate, low[0], r, block, end, w->gate);
         adapt(&l->up, low[1], r, block, end, w->up);
-        for (int i = block; i < end; i++) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+        for (int i = block; i < end; i++) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
       }
 #pragma omp for schedule(static)
     for (int r = 0; r < rows; r++)

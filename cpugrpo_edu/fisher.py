@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cpugrpo_edu.frozen import is_frozen
+from cpugrpo_edu.frozen import is_frozen, spares_memory
 from cpugrpo_edu.memory import drop_input_grad_hooks, free_memory, trim_heap
 from cpugrpo_edu.packing import packed_log_probs
 from cpugrpo_edu.policy import completion_logits, gather_log_probs
@@ -279,7 +279,7 @@ def frozen_scores(model: Any, row: Row, temperature: float) -> dict[str, Tensor]
         labels,
         torch.ones_like(labels),
         temperature,
-        recompute=True,
+        recompute=spares_memory(model),
     )
     gradients = torch.autograd.grad(log_probs.sum(), list(parameters.values()))
     return dict(zip(parameters, gradients, strict=True))

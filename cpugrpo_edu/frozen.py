@@ -20,6 +20,7 @@ machine has no working INT8 kernel.
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Iterator
@@ -104,8 +105,11 @@ class FrozenInt8Linear(nn.Linear):
         if self.kernel == "packed":
             self.packed = pack(q, self.scale)
             self.packed_transposed = pack(q.t().contiguous(), torch.ones(self.in_features))
+        elif self.kernel == "compiled":
+            self.q = compiled.in_large_pages(q.shape).copy_(q)
+            self.row_sum = compiled.row_sums(self.q)
         else:
-            self.q, self.row_sum = q, q.sum(1, dtype=torch.int32)
+            self.q = q
 
     def product(self, x: Tensor) -> Tensor:
         y: Tensor
@@ -145,14 +149,18 @@ class FrozenInt8Linear(nn.Linear):
 class FrozenInt8Embedding(nn.Embedding):
     """Token embeddings as INT8 rows, (vocabulary, hidden); the head may share them."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, kernel: str = "packed"):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx = None
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-        parts = [quantize_tensor(part)[:2] for part in weight.split(TILE_ROWS)]
-        self.q = torch.cat([q for q, _ in parts])
-        self.scale = torch.cat([scale for _, scale in parts])
+        large = usable_kernel(kernel) == "compiled"
+        place = (
+            compiled.in_large_pages if large else functools.partial(torch.empty, dtype=torch.int8)
+        )
+        self.q, self.scale = place(weight.shape), torch.empty(len(weight))
+        for tile in self.tiles():
+            self.q[tile], self.scale[tile], _ = quantize_tensor(weight[tile])
 
     def rows(self, ids: Tensor) -> Tensor:
         return self.q[ids].float() * self.scale[ids].unsqueeze(-1)
@@ -197,7 +205,8 @@ class FrozenInt8Head(nn.Linear):
             self.packed = [pack(rows.q[tile], rows.scale[tile]) for tile in self.tiles]
         else:
             self.q, self.scale = rows.q, rows.scale
-            self.row_sum = rows.q.sum(1, dtype=torch.int32)
+            if self.kernel == "compiled":
+                self.row_sum = compiled.row_sums(self.q)
 
     def tile_product(self, hidden: Tensor, index: int) -> Tensor:
         """Logits (..., rows of the tile) for one tile of the vocabulary."""
@@ -327,9 +336,9 @@ def load_frozen(source: str, config: Any, kernel: str = "packed") -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = config.tie_word_embeddings
-    rows = FrozenInt8Embedding(read(name_of(model, embedding) + ".weight"))
+    rows = FrozenInt8Embedding(read(name_of(model, embedding) + ".weight"), kernel)
     head_name = name_of(model, head)
-    head_rows = rows if tied else FrozenInt8Embedding(read(head_name + ".weight"))
+    head_rows = rows if tied else FrozenInt8Embedding(read(head_name + ".weight"), kernel)
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         new: nn.Module
@@ -364,6 +373,21 @@ def generation_config(source: str, model: Any) -> Any:
         return model.generation_config
 
 
+def frozen_kernel(model: Any) -> str | None:
+    """The kernel of the frozen INT8 base that the model stands on, or None where there is none."""
+    layers = (m for m in model.modules() if isinstance(m, FrozenInt8Linear))
+    return next((layer.kernel for layer in layers), None)
+
+
 def is_frozen(model: Any) -> bool:
     """Whether the model stands on a frozen INT8 base."""
-    return any(isinstance(module, FrozenInt8Linear) for module in model.modules())
+    return frozen_kernel(model) is not None
+
+
+def spares_memory(model: Any) -> bool:
+    """Whether to compute the inside of each MLP again in the backward pass.
+
+    A frozen base is there to save memory. With the compiled kernel it has a byte a weight
+    less, and so room to keep them.
+    """
+    return frozen_kernel(model) not in (None, "compiled")

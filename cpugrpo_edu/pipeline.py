@@ -563,7 +563,7 @@ class Run:
             micro_batch=config.micro_batch,
             memory_limit=self.memory_limit,
             share_prefix=self.frozen if config.share_prefix is None else config.share_prefix,
-            recompute=self.frozen,
+            recompute=frozen.spares_memory(self.policy.model),
             ewc_strength=config.ewc_strength,
             patience=config.patience,
         )

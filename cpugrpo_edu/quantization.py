@@ -168,8 +168,11 @@ class Int8Linear(nn.Module):
         self.packed: Any = None
         self.plain: Any = None  # what the fallback computes with
         if self.kernel == "compiled":
-            self.q, self.scale, self.bias = q, scale, bias
-            self.row_sum = q.sum(1, dtype=torch.int32)
+            if not hasattr(self, "q"):  # else these are new weights in place of the old ones
+                self.q = compiled.in_large_pages(q.shape)
+            self.q.copy_(q)
+            self.scale, self.bias = scale, bias
+            self.row_sum = compiled.row_sums(self.q)
         elif engine == "torch":
             self.plain = (q, scale, zero_point, bias)
         else:

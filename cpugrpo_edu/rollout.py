@@ -35,7 +35,7 @@ RETIRE_SHARE = 0.75
 """Compact the batch when fewer than this share of its rows is still running."""
 
 
-TRIM_LAYERS = 6
+TRIM_LAYERS = 12
 """Where memory counts, holes that short-lived tensors left are given back this often."""
 
 
@@ -149,16 +149,21 @@ class Projection:
     def finish(self, x: Tensor, low: Tensor) -> Tensor:
         """base(x) + low (s B)^T for ``low`` = x A^T."""
         assert self.up is not None
-        if torch.is_grad_enabled():
-            # The adapter first: when activations are computed again in the backward pass, that
-            # ends at the last tensor that it needs, and a frozen base needs none.
-            change = low @ self.up
-            return self.base(x) + change
         y = self.base(x)
+        if torch.is_grad_enabled():
+            return y.baddbmm_(low, self.up.expand(len(y), -1, -1))
         return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.up).view(y.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.base(x) if self.down is None else self.finish(x, F.linear(x, self.down))
+        if self.down is None:
+            return self.base(x)
+        low = F.linear(x, self.down)
+        if not torch.is_grad_enabled():
+            return self.finish(x, low)
+        # The adapter first: when activations are computed again in the backward pass, that
+        # ends at the last tensor that it needs, and a frozen base needs none.
+        assert self.up is not None
+        return (low @ self.up).add_(self.base(x))
 
 
 class Projections:
@@ -209,10 +214,10 @@ class Block:
 
     before_attention: Layer
     query_key_value: Projections
-    output: Layer
+    output: Projection
     before_mlp: Layer
     gate_up: Projections
-    down: Layer
+    down: Projection
     activation: Layer | None  # None: silu
     head_dim: int
 
@@ -243,9 +248,21 @@ class Block:
         gate, up = self.gate_up(x)
         if self.activation is not None:
             return self.down(self.activation(gate) * up)
-        if torch.is_grad_enabled():
-            return self.down(_GatedUnit.apply(gate, up))  # type: ignore[no-untyped-call]
-        return self.down(F.silu(gate, inplace=True).mul_(up))
+        if not torch.is_grad_enabled():
+            return self.down(F.silu(gate, inplace=True).mul_(up))
+        if self.down.down is None:
+            return self.last(gate, up)
+        # Only the adapter needs the unit's result; to compute it again takes no large product.
+        return compute_again(self.last, gate, up)
+
+    def last(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down(_GatedUnit.apply(gate, up))  # type: ignore[no-untyped-call]
+
+
+def compute_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Its result; what it would keep for the backward pass is computed again there."""
+    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def hidden_states(
@@ -268,9 +285,7 @@ def hidden_states(
         hidden = hidden + block.output(mixed.transpose(1, 2).flatten(2))
         normed = block.before_mlp(hidden)
         if recompute and torch.is_grad_enabled():
-            hidden = hidden + checkpoint(
-                block.mlp, normed, use_reentrant=False, preserve_rng_state=False
-            )
+            hidden = hidden + compute_again(block.mlp, normed)
         else:
             hidden = hidden + block.mlp(normed)
     result: Tensor = norm_of(lm.model.norm)(hidden)
@@ -327,35 +342,29 @@ PLACES = {
 class CompiledDecoder(Decoder):
     """The same for a frozen INT8 model; single tokens of few rows are one call of C."""
 
-    def __init__(self, lm: Any):
-        super().__init__(lm)
+    def __init__(self, plain: Decoder):
+        vars(self).update(vars(plain))
         self.layers = (compiled.Layer * len(self.blocks))()
-        self.kept: list[Projection] = []  # C knows addresses, and keeps nothing alive
-        for ours, layer in zip(self.layers, lm.model.layers, strict=True):
+        for ours, layer, block in zip(self.layers, self.lm.model.layers, self.blocks, strict=True):
             ours.before_attention = compiled.address(layer.input_layernorm.weight)
             ours.before_mlp = compiled.address(layer.post_attention_layernorm.weight)
-            for name, path in PLACES.items():
-                module = layer.get_submodule(path)
-                projection = Projection.of(module)
+            for name, (module, projection) in products(layer, block).items():
                 linear = compiled.describe(base_layer(module), projection.down, projection.up)
                 setattr(ours, name, linear)
-                self.kept.append(projection)
-        self.epsilon = lm.model.layers[0].input_layernorm.variance_epsilon
+        self.epsilon = self.lm.model.layers[0].input_layernorm.variance_epsilon
         self.cache: Cache | None = None
 
     @classmethod
-    def serves(cls, lm: Any) -> bool:
+    def serves(cls, plain: Decoder) -> bool:
         """Whether C knows every layer: compiled INT8 products, float32 norms, silu."""
-        for layer, block in ((layer, Block.of(layer)) for layer in lm.model.layers):
-            modules = [layer.get_submodule(path) for path in PLACES.values()]
+        for layer, block in zip(plain.lm.model.layers, plain.blocks, strict=True):
             norms = (layer.input_layernorm, layer.post_attention_layernorm)
-            if (
-                block.activation is not None
-                or any(norm.weight.dtype != torch.float32 for norm in norms)
-                or any(getattr(base_layer(m), "kernel", "") != "compiled" for m in modules)
-                or any(Projection.of(m).base != base_layer(m).forward for m in modules)
-            ):
+            if block.activation is not None or any(n.weight.dtype != torch.float32 for n in norms):
                 return False
+            for module, projection in products(layer, block).values():
+                base = base_layer(module)
+                if getattr(base, "kernel", "") != "compiled" or projection.base != base.forward:
+                    return False
         return True
 
     def attach(self, cache: Cache) -> None:
@@ -381,6 +390,15 @@ class CompiledDecoder(Decoder):
         shape = cache.keys[0].shape
         compiled.decode(self.layers, self.room, hidden, shape, start, cos, sin, bias, self.epsilon)
         return self.norm(hidden[:, -1])
+
+
+def products(layer: Any, block: Block) -> dict[str, tuple[Any, Projection]]:
+    """C's name for each of a layer's products: its module, and the same as plain tensors."""
+    projections = (*block.query_key_value.each, block.output, *block.gate_up.each, block.down)
+    return {
+        name: (layer.get_submodule(path), projection)
+        for (name, path), projection in zip(PLACES.items(), projections, strict=True)
+    }
 
 
 def base_layer(module: Any) -> Any:
@@ -495,7 +513,9 @@ def decode(
     generator: torch.Generator,
 ) -> list[Group]:
     """Complete each prompt ``copies`` times, all rows in one batch."""
-    decoder = (CompiledDecoder if CompiledDecoder.serves(lm) else Decoder)(lm)
+    decoder = Decoder(lm)
+    if CompiledDecoder.serves(decoder):
+        decoder = CompiledDecoder(decoder)
     hidden, lengths, prompt_cache = prefill(decoder, prompts, pad_id)
     rows = torch.arange(len(prompts)).repeat_interleave(copies)
     cache = prompt_cache.select(rows, prompt_cache.length + sampling.max_new_tokens)
