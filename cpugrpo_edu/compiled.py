@@ -17,6 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,9 @@ from torch import Tensor
 from .files import cache_folder
 
 SOURCE = Path(__file__).with_name("decode.c")
-FLAGS: tuple[str, ...] = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
+FLAGS = ("-O3", "-march=native", *WIDE, "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 """Nothing that would let the compiler take NaN for impossible."""
-if platform.machine() == "x86_64":
-    FLAGS += ("-mprefer-vector-width=512",)  # where there are such vectors
 
 FEW_ROWS = 16
 """With more rows the arithmetic counts, which torch's products do faster."""
@@ -148,7 +149,8 @@ def check(functions: Any) -> None:
             raise RuntimeError("this processor's INT8 products are not exact")
 
 
-_free = torch.empty(0, dtype=torch.int8)
+_arena: tuple[Callable[[], mmap.mmap | None], int, int] = (lambda: None, 0, 0)
+"""What was asked for last, as long as anything in it is in use, and what of it is free."""
 
 
 def in_large_pages(shape: torch.Size) -> Tensor:
@@ -157,20 +159,21 @@ def in_large_pages(shape: torch.Size) -> Tensor:
     All weights are read once a token; in pages of 4 KiB a fourth of that time is spent in
     looking up where they lie.
     """
-    global _free
+    global _arena
     size = -(-shape.numel() // 64) * 64  # the next one begins at a line of the cache
-    if len(_free) < size:
+    pages, start, end = _arena[0](), *_arena[1:]
+    if pages is None or end - start < size:
         room = max(ARENA, size)
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
         pages = mmap.mmap(-1, room + LARGE_PAGE, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without them
                 pages.madvise(mmap.MADV_HUGEPAGE)
-        bytes_ = torch.frombuffer(pages, dtype=torch.int8)
-        start = -bytes_.data_ptr() % LARGE_PAGE
-        _free = bytes_[start : start + room]
-    place, _free = _free[: shape.numel()].view(shape), _free[size:]
-    return place
+        start = -torch.frombuffer(pages, dtype=torch.int8).data_ptr() % LARGE_PAGE
+        end = start + room
+    _arena = weakref.ref(pages), start + size, end
+    place = torch.frombuffer(pages, dtype=torch.int8, count=shape.numel(), offset=start)
+    return place.view(shape)
 
 
 def row_sums(q: Tensor) -> Tensor:
