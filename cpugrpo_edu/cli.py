@@ -750,7 +750,10 @@ def bench_machine(output: Record = None, as_json: Json = False) -> None:
 @bench.command("b1")
 def bench_b1_command(
     peers: Annotated[
-        str, typer.Option(help="stock, stock-lora and ours-full, by comma; none by default.")
+        str,
+        typer.Option(
+            help="stock, stock-lora, ours-compiled, ours-full, by comma; none by default."
+        ),
     ] = "",
     workload: Annotated[str, typer.Option(help="b1, b2 (10 steps a stage) or b3 (G = 8).")] = "b1",
     steps: Steps = None,

@@ -322,7 +322,7 @@ def test_weights_that_do_not_change_fail_the_command(in_process, monkeypatch):
         (["--workload", "b9"], "'b9'; allowed are b1, b2, b3"),
         (["--steps", "0"], "--steps is 0"),
         (["--peer-steps", "0"], "--peer-steps is 0"),
-        (["--peers", "llama"], "unknown peer llama; allowed are stock, stock-lora, ours-full"),
+        (["--peers", "llama"], "allowed are stock, stock-lora, ours-compiled, ours-full"),
     ],
 )
 def test_bad_input(arguments, words, monkeypatch, capsys):

@@ -96,3 +96,31 @@ def test_a_processor_whose_integer_products_saturate_is_refused(monkeypatch):
     monkeypatch.setattr(compiled.torch, "_int_mm", lambda a, b: torch.zeros(64, 64).int())
     with pytest.raises(RuntimeError, match="not exact"):
         compiled.check(None)
+
+
+def test_weights_in_large_pages_lie_apart_and_go_with_their_last_use():
+    shapes = [torch.Size(shape) for shape in [(3, 5), (1000, 70_000), (7,)]]
+    places = [compiled.in_large_pages(shape) for shape in shapes]
+    for i, place in enumerate(places):
+        assert place.shape == shapes[i] and place.data_ptr() % 64 == 0
+        place.fill_(i)
+    assert all((place == i).all() for i, place in enumerate(places))
+    pages = compiled._arena[0]
+    assert pages() is not None
+    del place, places
+    assert pages() is None
+
+
+@needs_compiler
+def test_sums_of_rows():
+    q = torch.randint(-127, 128, (50, 3000), dtype=torch.int8)
+    assert torch.equal(compiled.row_sums(q), q.sum(1, dtype=torch.int32))
+
+
+def test_an_int8_copy_gets_new_weights_in_place():
+    layer = Int8Linear(torch.randn(8, 16), kernel="compiled")
+    place = getattr(layer, "q", None)
+    weight = torch.randn(8, 16)
+    layer.pack(weight)
+    assert (layer.dequantized() - weight).abs().max() < 0.05
+    assert getattr(layer, "q", None) is place
