@@ -457,8 +457,9 @@ def step_floor(workload: Workload, floors: dict[str, float]) -> dict[str, float]
     head = workload.vocabulary * workload.hidden
     completions = workload.group * workload.tokens
     packed = workload.prompt_tokens + completions
-    int8 = floors["int8_gops"] * 1e9
-    decode = workload.tokens * (blocks + head) / (floors["int8_weight_gb_per_second"] * 1e9)
+    int8 = max(floors["int8_gops"], floors["compiled_gops"]) * 1e9
+    read = max(floors["int8_weight_gb_per_second"], floors["read_gb_per_second"]) * 1e9
+    decode = workload.tokens * (blocks + head) / read
     # With many rows, decoding is bound by arithmetic instead.
     decode = max(decode, 2 * completions * (blocks + head) / int8)
     one_pass = 2 * (packed * blocks + completions * head) / int8

@@ -29,6 +29,9 @@ WIDER = 0.5
 MAX_ROWS = 256
 """Completions decoded together, the default of ``rollout.Sampling``."""
 
+FEW_ROWS = 16
+"""As ``compiled.FEW_ROWS``."""
+
 Work = dict[str, float]
 """Kind of work -> seconds it would take at the machine's floors."""
 
@@ -56,7 +59,8 @@ def machine_floors(
     ``float32_gflops`` and ``int8_gops`` count 2 operations a multiply-add;
     ``read_gb_per_second`` is what summing an array of ``numbers`` reads,
     ``int8_weight_gb_per_second`` what the INT8 kernel reads of the weights of ``layers`` (more
-    than a cache holds) for two rows, as in decoding.
+    than a cache holds) for two rows, as in decoding. ``compiled_gops`` is of the
+    integer product that the compiled kernel uses.
     """
     import torch
 
@@ -67,21 +71,23 @@ def machine_floors(
     x, few = torch.randn(rows, inner), torch.randn(2, inner)
     large = torch.ones(numbers)
     packed = [Int8Linear(weight) for _ in range(layers)]
+    integers, levels = (torch.ones(n, inner, dtype=torch.int8) for n in (outer, rows))
     operations = 2.0 * rows * inner * outer
 
     def decode() -> None:
         for layer in packed:
             layer(few)
 
-    def best(function: Callable[[], Any]) -> float:
-        return best_of(function, repeats)
+    def rate(product: Callable[[], Any]) -> float:
+        return operations / best_of(product, 8 * repeats) / 1e9  # milliseconds each
 
     with torch.inference_mode():
         return {
-            "float32_gflops": operations / best(lambda: x @ weight.t()) / 1e9,
-            "int8_gops": operations / best(lambda: packed[0](x)) / 1e9,
-            "read_gb_per_second": large.nbytes / best(large.sum) / 1e9,
-            "int8_weight_gb_per_second": layers * inner * outer / best(decode) / 1e9,
+            "float32_gflops": rate(lambda: x @ weight.t()),
+            "int8_gops": rate(lambda: packed[0](x)),
+            "compiled_gops": rate(lambda: torch._int_mm(levels, integers.t())),
+            "read_gb_per_second": large.nbytes / best_of(large.sum, repeats) / 1e9,
+            "int8_weight_gb_per_second": layers * inner * outer / best_of(decode, repeats) / 1e9,
         }
 
 
@@ -105,8 +111,8 @@ def calibrate(rows: int = 228) -> dict[str, float]:
 
 
 FLOORS = (
-    *("float32_gflops", "int8_gops", "read_gb_per_second", "int8_weight_gb_per_second"),
-    "call_seconds",
+    *("float32_gflops", "int8_gops", "compiled_gops", "read_gb_per_second"),
+    *("int8_weight_gb_per_second", "call_seconds"),
 )
 
 
@@ -130,6 +136,8 @@ class Step:
     lora_rank: int = 16
     """0 trains all weights."""
     int8_rollouts: bool = False
+    compiled: bool = False
+    """INT8 products by the compiled kernel."""
     reference: bool = False
     checkpointing: bool = False
     micro_batches: int = 0
@@ -162,20 +170,27 @@ def rollout_work(step: Step, floors: Mapping[str, float]) -> Work:
     """What sampling the completions asks of the machine."""
     a = step.architecture
     int8 = step.frozen or step.int8_rollouts
-    operations = floors["int8_gops" if int8 else "float32_gflops"] * 1e9
+    compiled = int8 and step.compiled
+    packed = int8 and not step.compiled
     read = floors["read_gb_per_second"] * 1e9
-    int8_read = floors["int8_weight_gb_per_second"] * 1e9
     weights = step.blocks + step.head
     decoded = step.rows * step.tokens
     context = step.prompt_tokens + step.tokens / 2
     passes = -(-step.rows // MAX_ROWS) * (step.longest or step.tokens)
+    operations = 2 * (
+        decoded * (step.blocks + step.head) + step.prompts * step.prompt_tokens * step.blocks
+    )
+    # The compiled kernel decodes few rows in a single call.
+    calls = 1 if compiled and step.rows <= FEW_ROWS else a.layers
     return {
-        "calls": passes * a.layers * floors["call_seconds"],
-        "int8 weights": passes * weights / int8_read if int8 else 0.0,
+        "calls": passes * calls * floors["call_seconds"],
+        "int8 weights": packed * passes * weights / (floors["int8_weight_gb_per_second"] * 1e9),
+        "compiled weights": compiled * passes * weights / read,
         "float32 weights": 0.0 if int8 else passes * 4 * weights / read,
-        "operations": 2
-        * (decoded * (step.blocks + step.head) + step.prompts * step.prompt_tokens * step.blocks)
-        / operations,
+        "operations": (not compiled)
+        * operations
+        / (floors["int8_gops" if int8 else "float32_gflops"] * 1e9),
+        "compiled operations": compiled * operations / (floors["compiled_gops"] * 1e9),
         # Logits of every token, keys and values of every position before it
         "traffic": 4 * decoded * (a.vocab + 2 * a.layers * a.kv * context) / read,
         # Text to tokens and back, and its verdict
@@ -195,18 +210,24 @@ def training_work(step: Step, floors: Mapping[str, float]) -> Work:
         tokens, pairs = step.rows * sequence, step.rows * sequence**2
     # Forward; backward to the inputs, and to the weights where those are trained
     passes = 2.0 + (not step.lora_rank) + step.reference
+    compiled = step.frozen and step.compiled
     if step.checkpointing:
         passes += 1
-    elif step.frozen:  # the inside of each MLP is computed again
+    elif step.frozen and not compiled:  # the inside of each MLP is computed again
         passes += a.layers * 3 * a.hidden * a.ffn / step.blocks
     int8, float32 = floors["int8_gops"] * 1e9, floors["float32_gflops"] * 1e9
+    compiled_rate = floors["compiled_gops"] * 1e9
     products = 2 * passes * tokens * step.blocks
+    elements = passes * tokens * a.layers * (6 * a.hidden + 4 * a.attention + 4 * a.ffn)
     attention = 4 * passes * pairs * a.layers * a.attention / float32
     batches = step.micro_batches or step.prompts
     return {
         "step": 1000 * floors["call_seconds"],
         "calls": batches * passes * a.layers * floors["call_seconds"],
-        "int8 operations": products / int8 + attention if step.frozen else 0.0,
+        "int8 operations": products / int8 + attention if step.frozen and not compiled else 0.0,
+        "compiled operations": compiled * (products / compiled_rate + attention),
+        # With products so fast, what lies between them counts.
+        "compiled traffic": compiled * 4 * elements / (floors["read_gb_per_second"] * 1e9),
         "float32 operations": 0.0 if step.frozen else products / float32 + attention,
         "head": 2 * (2.0 + step.reference) * completions * step.head / float32,
         # Gradient, its norm, both moments and the weight, read and written
@@ -225,7 +246,9 @@ def load_work(step: Step, floors: Mapping[str, float]) -> Work:
 def memory_work(step: Step) -> Work:
     """Bytes by kind, as ``memory.estimate_training_memory`` counts them: libraries (1 GB, for
     the fit to scale); what stays; what a micro-batch brings; keys and values of the rollouts."""
-    a, size = step.architecture, 2 if step.frozen else 4  # INT8 weights are kept both ways round
+    a = step.architecture
+    # INT8 weights are kept both ways round, but for the compiled kernel
+    size = (1 if step.compiled else 2) if step.frozen else 4
     whole: dict[str, Any] = {
         "mode": "lora" if step.lora_rank else "full",
         "lora_rank": step.lora_rank or 1,
@@ -236,8 +259,10 @@ def memory_work(step: Step) -> Work:
     if step.frozen:
         tokens = round(step.prompt_tokens + step.group * step.tokens)
         parts = estimate_training_memory(a, tokens_per_sequence=tokens, logits_tile=1, **whole)
-        # The inside of the MLPs is computed again, and the head makes tiles of the vocabulary.
-        lean = estimate_training_memory(replace(a, ffn=0), tokens_per_sequence=tokens, **whole)
+        # The inside of the MLPs is computed again, or half of it where the weights take less, and
+        # the head makes tiles of the vocabulary.
+        half = replace(a, ffn=a.ffn // 2 if step.compiled else 0)
+        lean = estimate_training_memory(half, tokens_per_sequence=tokens, **whole)
         batch = lean["activations"]
     else:
         rows = -(-step.rows // (step.micro_batches or step.prompts))

@@ -161,6 +161,7 @@ def architecture_of(model: str) -> Architecture:
 
 def run_step(config: Any, tokens: float, prompt_tokens: float = Step.prompt_tokens) -> Step:
     """The mean GRPO step of a run (its ``pipeline.RunConfig``)."""
+    from cpugrpo_edu import compiled
     from cpugrpo_edu.trainer import CACHE_BYTES, MIN_TOKENS
 
     frozen = config.dtype == "int8"
@@ -174,6 +175,7 @@ def run_step(config: Any, tokens: float, prompt_tokens: float = Step.prompt_toke
         frozen=frozen,
         lora_rank=config.lora_rank,
         int8_rollouts=config.int8_rollouts and not frozen,
+        compiled=config.kernel == "compiled" and compiled.available(),
         reference=config.beta > 0,
         checkpointing=config.checkpointing == "on",
     )

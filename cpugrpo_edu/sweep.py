@@ -45,6 +45,8 @@ class Point:
     tokens: int
     frozen: bool = True
     """LoRA on a frozen INT8 base; else LoRA on a float32 one."""
+    compiled: bool = False
+    """INT8 products by the compiled kernel."""
     prompts: int = 1
     steps: int = 4
 
@@ -53,7 +55,7 @@ class Point:
         if self.shape is None:
             model = "bundled model"
         else:
-            base = "INT8" if self.frozen else "float32"
+            base = ("compiled INT8" if self.compiled else "INT8") if self.frozen else "float32"
             model = f"{self.shape.layers} layers of {self.shape.hidden}, {base}"
         return f"{model}, {self.prompts} x G {self.group}, {self.tokens} tokens"
 
@@ -72,6 +74,11 @@ POINTS = (
     Point(None, 8, 32, prompts=2 * BUNDLED_PROMPTS),
     Point(LARGE, 2, 64),
     Point(LARGE, 8, 32),
+    *(Point(Shape(8), group, 32, compiled=True) for group in (2, 8)),
+    *(Point(Shape(8), 4, tokens, compiled=True) for tokens in (16, 128)),
+    *(Point(Shape(layers), 4, 32, compiled=True) for layers in (4, 16)),
+    Point(LARGE, 2, 64, compiled=True),
+    Point(LARGE, 8, 32, compiled=True),
 )
 
 
@@ -93,7 +100,7 @@ def _measure_point(point: Point, folder: Path, started: float) -> dict[str, Any]
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from cpugrpo_edu.bench import LORA_RANK, endless, even_ids, step_callback
-    from cpugrpo_edu.frozen import load_frozen
+    from cpugrpo_edu.frozen import load_frozen, spares_memory
     from cpugrpo_edu.models import Policy, add_lora, load_policy
     from cpugrpo_edu.pipeline import RunConfig
     from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
@@ -104,7 +111,8 @@ def _measure_point(point: Point, folder: Path, started: float) -> dict[str, Any]
     else:
         source = folder / ("bf16" if point.frozen else "fp32")
         if point.frozen:
-            model = load_frozen(str(source), AutoConfig.from_pretrained(source))
+            kernel = "compiled" if point.compiled else "packed"
+            model = load_frozen(str(source), AutoConfig.from_pretrained(source), kernel)
         else:
             model = AutoModelForCausalLM.from_pretrained(source)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
@@ -128,7 +136,7 @@ def _measure_point(point: Point, folder: Path, started: float) -> dict[str, Any]
         options = CPUOptions(
             int8_rollouts=bundled and default.int8_rollouts,
             share_prefix=point.frozen and not bundled,
-            recompute=point.frozen and not bundled,
+            recompute=spares_memory(policy.model),
             skip_zero_advantage=False,
             patience=0,
         )
@@ -153,6 +161,7 @@ def _measure_point(point: Point, folder: Path, started: float) -> dict[str, Any]
         frozen=frozen,
         lora_rank=0 if bundled else LORA_RANK,
         int8_rollouts=options.int8_rollouts,
+        compiled=point.compiled,
         reference=config.beta > 0,
         checkpointing=bool(config.gradient_checkpointing),
         micro_batches=-(-point.prompts * point.group // planned),
@@ -218,6 +227,7 @@ def bench_sweep(
 ) -> RunRecord:
     """Measure the points, fit the model, and keep both. ``partial`` is where points that are
     done wait for the others."""
+    from cpugrpo_edu import compiled
     from cpugrpo_edu.bench import Workload, new_record, run_worker, workload_model
 
     record = new_record("sweep", {"points": [asdict(point) for point in points]}, {})
@@ -246,6 +256,8 @@ def bench_sweep(
         say(f"{number}/{len(points)} {point.name}")
 
         def call(point: Point = point) -> dict[str, Any]:
+            if point.compiled and not compiled.available():
+                raise UserError(f"no compiled kernel: {compiled.library()[1]}")
             place = ""
             if point.shape is not None:
                 place = str(workload_model(Workload(**asdict(point.shape)), folder))

@@ -106,7 +106,8 @@ class CPUOptions:
     share_prefix: bool = False
     """Score the completions of a prompt behind one copy of it, see :mod:`cpugrpo_edu.packing`."""
     recompute: bool = False
-    """Compute the inside of each MLP again in the backward pass, see ``rollout.hidden_states``."""
+    """Compute the inside of each MLP again in the backward pass, see ``rollout.hidden_states`` and
+    ``frozen.spares_memory``."""
     spare_memory: bool = False
     """Hold a second model only while it is needed, so that the backward pass has the memory: the
     INT8 copy is made anew for each rollout, and a reference (a KL term with full fine-tuning) is

@@ -73,6 +73,7 @@ def in_process(monkeypatch, folder):
             return {
                 "float32_gflops": 100.0,
                 "int8_gops": 200.0,
+                "compiled_gops": 200.0,
                 "read_gb_per_second": 20.0,
                 "int8_weight_gb_per_second": 20.0,
             }
@@ -139,7 +140,8 @@ def test_rewards_differ():
 
 
 def test_the_floor_is_weights_over_bandwidth_and_operations_over_peak():
-    rates = {"int8_gops": 100.0, "int8_weight_gb_per_second": 10.0}
+    rates = {"int8_gops": 80.0, "compiled_gops": 100.0}
+    rates |= {"int8_weight_gb_per_second": 9.0, "read_gb_per_second": 10.0}
     b1 = WORKLOADS["b1"]
     floor = step_floor(b1, rates)
     blocks, head = b1.architecture.linear_parameters, b1.vocabulary * b1.hidden
@@ -367,7 +369,7 @@ def test_a_sweep_is_fitted_shown_and_resumed(sweep_in_process, monkeypatch, tmp_
     assert len(calls) == len(FEW_POINTS) - 2 and not partial.exists()
     rows = sweep.sweep_rows(record)
     assert len(rows) == len(FEW_POINTS) and all(row[3].endswith("%") for row in rows)
-    assert len(sweep.coefficient_rows(record)) == 18
+    assert len(sweep.coefficient_rows(record)) == 22
     assert "points left out of the fit, 5 points" in sweep.sweep_summary(record)
     first = record.results["points"][0]
     assert 0 < first["rollout_seconds"] < first["step_seconds"]

@@ -27,6 +27,7 @@ from cpugrpo_edu.types import RunRecord, UserError
 FLOORS = {
     "float32_gflops": 100.0,
     "int8_gops": 300.0,
+    "compiled_gops": 500.0,
     "read_gb_per_second": 20.0,
     "int8_weight_gb_per_second": 15.0,
     "call_seconds": 1e-5,
@@ -41,9 +42,23 @@ STEPS = [
         *((8, group, 32, False) for group in (2, 8)),
     )
 ]
+STEPS += [
+    replace(
+        STEPS[0], architecture=replace(SHAPE, **shape), group=group, tokens=tokens, compiled=True
+    )
+    for shape, group, tokens in (
+        *(({}, group, 32) for group in (2, 4, 8, 32)),
+        *(({}, 4, tokens) for tokens in (16, 128)),
+        *(({"layers": layers}, 4, 32) for layers in (2, 16)),
+        ({"ffn": 8192}, 4, 32),
+        ({"hidden": 1024}, 4, 32),
+    )
+]
 TRUE_ROLLOUT = {
     "calls": 40.0,
     "int8 weights": 0.7,
+    "compiled weights": 1.2,
+    "compiled operations": 1.8,
     "float32 weights": 1.5,
     "operations": 2.0,
     "traffic": 3.0,
@@ -53,6 +68,8 @@ TRUE_TRAINING = {
     "step": 8.0,
     "calls": 90.0,
     "int8 operations": 1.7,
+    "compiled operations": 1.4,
+    "compiled traffic": 0.9,
     "float32 operations": 1.3,
     "head": 2.5,
     "optimizer": 1.2,
