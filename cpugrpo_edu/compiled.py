@@ -44,6 +44,8 @@ Pointer = ctypes.c_void_p
 
 
 class Linear(ctypes.Structure):
+    """A linear layer as C sees it: ``linear`` of ``decode.c``."""
+
     _fields_ = (
         *((name, Pointer) for name in ("q", "scale", "row_sum", "bias", "down", "up")),
         *((name, ctypes.c_int) for name in ("inputs", "outputs", "rank")),
