@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from cpugrpo_edu import cost, estimate
+from cpugrpo_edu import compiled, cost, estimate
 from cpugrpo_edu.cost import (
     CostModel,
     Fit,
@@ -22,6 +22,7 @@ from cpugrpo_edu.cost import (
 from cpugrpo_edu.estimate import calibration, catalogue_steps, estimate_run, estimate_text
 from cpugrpo_edu.memory import CATALOGUE, Architecture
 from cpugrpo_edu.pipeline import RunConfig
+from cpugrpo_edu.rollout import Sampling
 from cpugrpo_edu.types import RunRecord, UserError
 
 FLOORS = {
@@ -128,6 +129,12 @@ def test_work_is_counted_as_by_hand():
     attention = 4 * 3 * 4 * 16**2 * 8 * 512
     assert full["float32 operations"] == pytest.approx((2 * 3 * 64 * blocks + attention) / 100e9)
     assert full["optimizer"] == pytest.approx(32 * SHAPE.parameters / 20e9)
+
+
+def test_it_counts_rows_as_the_engine_does():
+    """Copies, so that counting work needs no torch; they must not part."""
+    assert cost.FEW_ROWS == compiled.FEW_ROWS
+    assert Sampling().max_rows == cost.MAX_ROWS
 
 
 def test_the_fit_recovers_the_coefficients_it_was_given(model):
