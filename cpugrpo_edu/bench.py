@@ -32,6 +32,7 @@ from cpugrpo_edu.hardware import (
     code_hash,
     configure_threads,
     describe_machine,
+    native_bfloat16,
     git_commit,
     versions,
 )
@@ -246,6 +247,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
                 beta=BETA,
                 learning_rate=LEARNING_RATE,
                 optim="adamw_torch" if lora else "adafactor",
+                bf16=not lora and native_bfloat16(),
                 seed=stage,
             )
             trainer = CPUGRPOTrainer(

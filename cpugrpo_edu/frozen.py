@@ -37,6 +37,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from cpugrpo_edu import compiled
 from cpugrpo_edu.hardware import native_bfloat16
 from cpugrpo_edu.memory import trim_heap
+from cpugrpo_edu.mixed import bfloat16_linear
 from cpugrpo_edu.quantization import _linear_dynamic, _pack, quantize_tensor, quantized_engine
 from cpugrpo_edu.types import UserError
 
@@ -288,16 +289,25 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def token_log_probs(
-    hidden: Tensor, tokens: Tensor, head: Any, temperature: float = 1.0
+    hidden: Tensor,
+    tokens: Tensor,
+    head: Any,
+    temperature: float = 1.0,
+    bfloat16: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs in nats and entropies, (n,) each, of ``tokens`` (n,) after ``hidden`` (n, hidden).
 
     ``head`` is a ``FrozenInt8Head`` or any linear layer; only for the first no logits are kept.
+    ``bfloat16``: see :mod:`cpugrpo_edu.mixed`.
     """
     if isinstance(head, FrozenInt8Head):
         result: tuple[Tensor, Tensor] = _TokenLogProbs.apply(hidden, tokens, head, temperature)
         return result
-    log_p = (head(hidden).float() / temperature).log_softmax(-1)
+    if bfloat16 and type(head) is nn.Linear:
+        logits = bfloat16_linear(hidden, head.weight, head.bias)
+    else:
+        logits = head(hidden).float()
+    log_p = (logits / temperature).log_softmax(-1)
     entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
     return log_p.gather(1, tokens[:, None]).squeeze(1), entropy
 

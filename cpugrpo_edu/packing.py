@@ -60,12 +60,14 @@ def packed_log_probs(
     completion_mask: Tensor,
     temperature: float = 1.0,
     recompute: bool = False,
+    bfloat16: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities in nats and entropies, (rows, C) each, 0 on padding.
 
     Prompts (rows, P) are padded on the left, completions (rows, C) on the right. Rows with
     the same prompt share it, wherever they stand. The entropies carry no gradient. With
-    ``recompute`` the inside of each MLP is computed again in the backward pass.
+    ``recompute`` the inside of each MLP is computed again in the backward pass; with ``bfloat16``
+    products are in it where ``hidden_states`` does the passes.
     """
     lm = causal_lm(model)
     lean = is_supported(model) and not lm.model.is_activation_checkpointing
@@ -77,7 +79,8 @@ def packed_log_probs(
         completions = [completion_ids[row][completion_mask[row].bool()] for row in rows]
         ids, positions, bias = pack_group(prompt, completions, lm.model.norm.weight.dtype)
         if lean:
-            hidden = hidden_states(lm, ids[None], positions[None], bias[None, None], recompute)[0]
+            sequence = (ids[None], positions[None], bias[None, None])
+            hidden = hidden_states(lm, *sequence, recompute, bfloat16)[0]
         else:
             hidden = lm.model(
                 input_ids=ids[None],
@@ -93,7 +96,11 @@ def packed_log_probs(
             before.append(torch.cat([last, own])[: len(completion)])  # empty where it is masked
             start += len(completion)
         log_p, entropy = token_log_probs(
-            hidden[torch.cat(before)], torch.cat(completions), lm.lm_head, temperature
+            hidden[torch.cat(before)],
+            torch.cat(completions),
+            lm.lm_head,
+            temperature,
+            bfloat16,
         )
         lengths = [len(completion) for completion in completions]
         pieces = zip(rows, log_p.split(lengths), entropy.split(lengths), strict=True)

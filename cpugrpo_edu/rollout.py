@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cpugrpo_edu import compiled
+from cpugrpo_edu.frozen import is_frozen
 from cpugrpo_edu.memory import free_memory, retry_smaller, rows_that_fit, trim_heap
+from cpugrpo_edu.mixed import bfloat16_linear
 from cpugrpo_edu.types import Episode, Group, UserError
 
 ENGINES = ("fast", "generate")
@@ -120,10 +122,11 @@ class Projection:
     up: Tensor | None = None  # (s B)^T, (rank, out): for few rows twice as fast as (out, rank)
 
     @classmethod
-    def of(cls, layer: Any) -> Projection:
+    def of(cls, layer: Any, bfloat16: bool = False) -> Projection:
         """Without the module's bookkeeping at each call; whatever is no plain layer stays whole."""
         if type(layer) is nn.Linear:
-            return cls(functools.partial(F.linear, weight=layer.weight, bias=layer.bias))
+            linear = bfloat16_linear if bfloat16 else F.linear
+            return cls(functools.partial(linear, weight=layer.weight, bias=layer.bias))
         adapters = getattr(layer, "active_adapters", None)
         plain = (
             adapters is not None
@@ -137,7 +140,7 @@ class Projection:
         )
         if not plain:
             return cls(layer.forward)
-        base = cls.of(layer.base_layer).base
+        base = cls.of(layer.base_layer, bfloat16).base
         active = [name for name in adapters or () if name in layer.lora_A]
         if layer.disable_adapters or not active:
             return cls(base)
@@ -169,8 +172,8 @@ class Projection:
 class Projections:
     """Linear layers of the same input: their A go through one product."""
 
-    def __init__(self, *layers: Any):
-        self.each = [Projection.of(layer) for layer in layers]
+    def __init__(self, *layers: Any, bfloat16: bool = False):
+        self.each = [Projection.of(layer, bfloat16) for layer in layers]
         downs = [projection.down for projection in self.each if projection.down is not None]
         self.down = torch.cat(downs) if len(downs) == len(self.each) else None
         self.ranks = [len(down) for down in downs]
@@ -222,16 +225,17 @@ class Block:
     head_dim: int
 
     @classmethod
-    def of(cls, layer: Any) -> Block:
+    def of(cls, layer: Any, bfloat16: bool = False) -> Block:
         attention, mlp = layer.self_attn, layer.mlp
+        first = (attention.q_proj, attention.k_proj, attention.v_proj)
         silu = type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         return cls(
             before_attention=norm_of(layer.input_layernorm),
-            query_key_value=Projections(attention.q_proj, attention.k_proj, attention.v_proj),
-            output=Projection.of(attention.o_proj),
+            query_key_value=Projections(*first, bfloat16=bfloat16),
+            output=Projection.of(attention.o_proj, bfloat16),
             before_mlp=norm_of(layer.post_attention_layernorm),
-            gate_up=Projections(mlp.gate_proj, mlp.up_proj),
-            down=Projection.of(mlp.down_proj),
+            gate_up=Projections(mlp.gate_proj, mlp.up_proj, bfloat16=bfloat16),
+            down=Projection.of(mlp.down_proj, bfloat16),
             activation=None if silu else mlp.act_fn,
             head_dim=attention.head_dim,
         )
@@ -266,20 +270,27 @@ def compute_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def hidden_states(
-    lm: Any, ids: Tensor, positions: Tensor, bias: Tensor, recompute: bool = False
+    lm: Any,
+    ids: Tensor,
+    positions: Tensor,
+    bias: Tensor,
+    recompute: bool = False,
+    bfloat16: bool = False,
 ) -> Tensor:
     """Last hidden states (rows, T, hidden) of whole sequences, differentiable, without a cache.
 
     ``bias`` (rows or 1, 1, T, T) is added to the attention's scores. With ``recompute`` the
     inside of each MLP, most of a layer's activations, is computed again in the backward pass.
+    With ``bfloat16`` float32 weights are multiplied in it (:mod:`cpugrpo_edu.mixed`).
     """
     hidden = lm.model.embed_tokens(ids)
     cos, sin = lm.model.rotary_emb(hidden, positions)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    spare = recompute or is_frozen(lm)
     for index, layer in enumerate(lm.model.layers):
-        if recompute and index % TRIM_LAYERS == 0:
+        if spare and index % TRIM_LAYERS == 0:
             trim_heap()
-        block = Block.of(layer)
+        block = Block.of(layer, bfloat16)
         query, key, value = block.heads(block.before_attention(hidden), cos, sin)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
         hidden = hidden + block.output(mixed.transpose(1, 2).flatten(2))

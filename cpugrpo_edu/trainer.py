@@ -536,6 +536,7 @@ class CPUGRPOTrainer(GRPOTrainer):
             attention_mask[:, -logits_to_keep:],
             self.temperature,
             self.options.recompute,
+            self.args.bf16,
         )
         return log_probs, entropies, None
 

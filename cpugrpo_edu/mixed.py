@@ -1,0 +1,45 @@
+"""Mixed precision: weights in float32, their products in bfloat16.
+
+A processor with bfloat16 instructions multiplies in them several times as fast as in float32.
+Weights, optimizer and the sums inside a product stay in float32, and only factors and
+results are rounded, to 8 bits: a relative error of at most 2**-9 each (Micikevicius et al. 2018,
+arXiv:1710.03740). ``torch.autocast`` does the same, but keeps a bfloat16 copy of every
+weight until the backward pass is over; here the copy is made for each product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Bfloat16Linear(torch.autograd.Function):
+    """y = x W^T + b, all of them float32 to the caller."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y = F.linear(x.bfloat16(), weight.bfloat16()).float()
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rounded = gradient.bfloat16()
+        return (
+            (rounded @ weight.bfloat16()).float() if for_x else None,
+            (rounded.flatten(0, -2).t() @ x.bfloat16().flatten(0, -2)).float()
+            if for_weight
+            else None,
+            gradient.flatten(0, -2).sum(0) if for_bias else None,
+        )
+
+
+def bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, float32 (..., out), of x (..., in), W (out, in) and b (out), rounded inside."""
+    result: Tensor = _Bfloat16Linear.apply(x, weight, bias)
+    return result
