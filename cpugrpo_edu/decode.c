@@ -16,6 +16,7 @@
 #define BLOCK 64 /* outputs that a thread takes at a time */
 #define FEW 4    /* of them, that are computed together */
 #define LANES 32 /* numbers of a head that are summed together */
+#define AHEAD 6144 /* bytes of weights that are asked for before their turn; a line is 64 */
 
 typedef struct { /* y = x W^T + bias + (x down^T) up */
   const int8_t *q;         /* (out, in) */
@@ -60,6 +61,12 @@ static float to_levels(const float *x, int n, uint8_t *levels) {
   const float peak = peak_of(x, n), by = 127 / peak;
   for (int i = 0; i < n; i++) levels[i] = (uint8_t)(int)(x[i] * by + 128.5f);
   return peak / 127;
+}
+
+/* The same for each row of x (rows, n), shared among the threads. */
+static void all_to_levels(const float *x, int rows, int n, uint8_t *levels, float *sizes) {
+#pragma omp for schedule(static)
+  for (int r = 0; r < rows; r++) sizes[r] = to_levels(x + (long)r * n, n, levels + (long)r * n);
 }
 
 /* e^x without a call, so that loops of it are vectorized: 2^k e^r, |r| <= log(2) / 2, with an error
@@ -114,13 +121,16 @@ static void product(const linear *l, const float *x, const uint8_t *levels, cons
 #pragma omp for schedule(static) nowait
   for (int block = 0; block < l->out; block += BLOCK) {
     const int end = block + BLOCK < l->out ? block + BLOCK : l->out;
-    for (int o = block; o < end; o += FEW)
+    for (int o = block; o < end; o += FEW) {
+      const int8_t *q = l->q + (long)o * l->in;
+      for (long i = 0; i < (long)FEW * l->in; i += 64) __builtin_prefetch(q + AHEAD + i);
       for (int r = 0; r < rows; r++) {
         const int count = end - o < FEW ? end - o : FEW;
         int32_t sums[FEW];
-        dot(levels + (long)r * l->in, l->q + (long)o * l->in, l->in, count, sums);
+        dot(levels + (long)r * l->in, q, l->in, count, sums);
         memcpy(y + (long)r * l->out + o, sums, count * sizeof(int32_t));
       }
+    }
     for (int r = 0; r < rows; r++)
       for (int o = block; o < end; o++) {
         float *at = y + (long)r * l->out + o;
@@ -145,6 +155,13 @@ static void adapt(const linear *l, const float *low, int r, int start, int end, 
     const float share = low[r * l->rank + k], *up = l->up + (long)k * l->out;
     for (int o = start; o < end; o++) y[o] += share * up[o];
   }
+}
+
+/* x += change, row r of a product whose second half of LoRA is still missing. */
+static void add_row(const linear *l, const float *low, int r, float *change, float *x) {
+  const long at = (long)r * l->out;
+  adapt(l, low, r, 0, l->out, change);
+  for (int i = 0; i < l->out; i++) x[at + i] += change[at + i];
 }
 
 static void norm(const float *x, const float *weight, int n, float epsilon, float *y) {
@@ -198,9 +215,9 @@ void decode(const layer *layers, int count, int rows, int hidden, int heads, int
                      w->low + rows * (l->query.rank + l->key.rank)};
 #pragma omp for schedule(static)
     for (int r = 0; r < rows; r++) {
-      float *normed = w->normed + (long)r * hidden;
-      norm(x + (long)r * hidden, l->before_attention, hidden, epsilon, normed);
-      w->sizes[r] = to_levels(normed, hidden, w->levels + (long)r * hidden);
+      const long at = (long)r * hidden;
+      norm(x + at, l->before_attention, hidden, epsilon, w->normed + at);
+      w->sizes[r] = to_levels(w->normed + at, hidden, w->levels + at);
     }
     product(&l->query, w->normed, w->levels, w->sizes, rows, w->query, low[0]);
     product(&l->key, w->normed, w->levels, w->sizes, rows, w->key, low[1]);
@@ -227,17 +244,13 @@ void decode(const layer *layers, int count, int rows, int hidden, int heads, int
       attend(w->query + at, l->keys + kv, l->values + kv, mask ? mask + r * (start + 1) : 0,
              start + 1, dim, scores, w->mixed + at);
     }
-#pragma omp for schedule(static)
-    for (int r = 0; r < rows; r++)
-      w->sizes[r] = to_levels(w->mixed + (long)r * attention, attention,
-                              w->levels + (long)r * attention);
+    all_to_levels(w->mixed, rows, attention, w->levels, w->sizes);
     product(&l->output, w->mixed, w->levels, w->sizes, rows, w->change, low[0]);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int r = 0; r < rows; r++) {
       const long at = (long)r * hidden;
-      adapt(&l->output, low[0], r, 0, hidden, w->change);
-      for (int i = 0; i < hidden; i++) x[at + i] += w->change[at + i];
+      add_row(&l->output, low[0], r, w->change, x);
       norm(x + at, l->before_mlp, hidden, epsilon, w->normed + at);
       w->sizes[r] = to_levels(w->normed + at, hidden, w->levels + at);
     }
@@ -254,17 +267,11 @@ void decode(const layer *layers, int count, int rows, int hidden, int heads, int
         adapt(&l->up, low[1], r, block, end, w->up);
         for (int i = block; i < end; i++) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
       }
-#pragma omp for schedule(static)
-    for (int r = 0; r < rows; r++)
-      w->sizes[r] = to_levels(w->gate + (long)r * ffn, ffn, w->levels + (long)r * ffn);
+    all_to_levels(w->gate, rows, ffn, w->levels, w->sizes);
     product(&l->down, w->gate, w->levels, w->sizes, rows, w->change, low[0]);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int r = 0; r < rows; r++) {
-      const long at = (long)r * hidden;
-      adapt(&l->down, low[0], r, 0, hidden, w->change);
-      for (int i = 0; i < hidden; i++) x[at + i] += w->change[at + i];
-    }
+    for (int r = 0; r < rows; r++) add_row(&l->down, low[0], r, w->change, x);
   }
 }
 
@@ -272,9 +279,7 @@ void decode(const layer *layers, int count, int rows, int hidden, int heads, int
 void few_rows(const linear *l, const float *x, int rows, uint8_t *levels, float *sizes, float *y) {
 #pragma omp parallel
   {
-#pragma omp for schedule(static)
-    for (int r = 0; r < rows; r++)
-      sizes[r] = to_levels(x + (long)r * l->in, l->in, levels + (long)r * l->in);
+    all_to_levels(x, rows, l->in, levels, sizes);
     product(l, x, levels, sizes, rows, y, 0);
   }
 }
@@ -284,9 +289,9 @@ void few_rows(const linear *l, const float *x, int rows, uint8_t *levels, float 
 void round_rows(const float *x, int rows, int in, int8_t *q, float *sizes) {
 #pragma omp parallel for schedule(static)
   for (int r = 0; r < rows; r++) {
-    const float *row = x + (long)r * in, peak = peak_of(row, in), by = 127 / peak;
-    for (int i = 0; i < in; i++) q[(long)r * in + i] = (int8_t)((int)(row[i] * by + 128.5f) - 128);
-    sizes[r] = peak / 127;
+    uint8_t *levels = (uint8_t *)q + (long)r * in;
+    sizes[r] = to_levels(x + (long)r * in, in, levels);
+    for (int i = 0; i < in; i++) levels[i] ^= 128; /* the level less 128 */
   }
 }
 
