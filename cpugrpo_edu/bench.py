@@ -32,8 +32,8 @@ from cpugrpo_edu.hardware import (
     code_hash,
     configure_threads,
     describe_machine,
-    native_bfloat16,
     git_commit,
+    native_bfloat16,
     versions,
 )
 from cpugrpo_edu.memory import Architecture, PeakMemory
@@ -106,7 +106,7 @@ PEERS = {
     "stock": "TRL's GRPOTrainer, full fine-tuning, float32",
     "stock-lora": "TRL's GRPOTrainer with LoRA on all linear layers, float32",
     "ours-compiled": "this package, its INT8 products from C compiled here",
-    "ours-full": "this package, full fine-tuning in float32, INT8 rollouts, compiled if it can",
+    "ours-full": "this package, full fine-tuning, INT8 rollouts, compiled if it can",
 }
 PEER_MEMORY = {"stock": 13 * 2**30, "stock-lora": 5 * 2**30}
 PEER_MEMORY |= {"ours-compiled": 3 * 2**30, "ours-full": 8 * 2**30}
@@ -207,17 +207,16 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from cpugrpo_edu import compiled
     from cpugrpo_edu.ewc import Anchor, merge_anchors, normalize_fisher, take_anchor
     from cpugrpo_edu.fisher import examples_from_groups, fisher_diagonal
     from cpugrpo_edu.frozen import load_frozen, spares_memory
     from cpugrpo_edu.models import Policy, add_lora, relative_change, snapshot
-    from cpugrpo_edu.quantization import quantized_engine
+    from cpugrpo_edu.quantization import quantized_engine, usable_kernel
     from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
 
     imported = time.perf_counter()
     lora = options.method == "lora"
-    compiled_used = options.kernel == "compiled" and compiled.available()
+    compiled_used = usable_kernel(options.kernel) == "compiled"
     if options.frozen_int8 and lora:
         source = folder / "bf16"
         model = load_frozen(str(source), AutoConfig.from_pretrained(source), options.kernel)
@@ -262,7 +261,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
                     recompute=options.recompute and (not lora or spares_memory(model)),
                     int8_rollouts=not lora,
                     int8_head=not lora,
-                    kernel=options.kernel if not lora else "packed",
+                    kernel=options.kernel,
                     spare_memory=not lora,
                     patience=0,
                 ),
@@ -584,19 +583,22 @@ def bench_b1(
     results: dict[str, Any] = {"floors": floors, "step_floor": step_floor(workload, floors)}
     shape = asdict(workload)
     say(f"ours: {workload.stages} stages of {workload.steps} steps")
-    results["ours"] = run_worker("ours", say, workload=shape, folder=model, options=asdict(options))
+
+    def ours(chosen: Options, work: Workload = workload) -> dict[str, Any]:
+        given = {"workload": asdict(work), "options": asdict(chosen)}
+        return run_worker("ours", say, folder=model, **given)
+
+    results["ours"] = ours(options)
     results["peers"] = {}
     for peer in peers:
         say(f"{peer}: {peer_steps} steps of {PEERS[peer]}")
 
         def call(peer: str = peer) -> dict[str, Any]:
             if peer == "ours-compiled":
-                ours = asdict(replace(options, kernel="compiled"))
-                return run_worker("ours", say, workload=shape, folder=model, options=ours)
+                return ours(replace(options, kernel="compiled"))
             if peer == "ours-full":
-                some = asdict(replace(workload, steps=peer_steps, stages=1))
-                full = asdict(Options("full", kernel="compiled"))
-                return run_worker("ours", say, workload=some, folder=model, options=full)
+                some = replace(workload, steps=peer_steps, stages=1)
+                return ours(Options("full", kernel="compiled"), some)
             lora = peer == "stock-lora"
             return run_worker(
                 "stock", say, workload=shape, folder=model, lora=lora, steps=peer_steps

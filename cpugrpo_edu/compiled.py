@@ -52,7 +52,12 @@ class Linear(ctypes.Structure):
     )
 
 
-LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
+LINEARS = {
+    **{"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"},
+    **{"output": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj"},
+    "down": "mlp.down_proj",
+}
+"""C's names for a layer's products, in its order, and where they lie in the model."""
 
 
 class Layer(ctypes.Structure):
@@ -166,11 +171,9 @@ def in_large_pages(shape: torch.Size) -> Tensor:
     pages, start, end = _arena[0](), *_arena[1:]
     if pages is None or end - start < size:
         room = max(ARENA, size)
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
-        pages = mmap.mmap(-1, room + LARGE_PAGE, **private)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                pages.madvise(mmap.MADV_HUGEPAGE)
+        pages = mmap.mmap(-1, room + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
         start = -torch.frombuffer(pages, dtype=torch.int8).data_ptr() % LARGE_PAGE
         end = start + room
     _arena = weakref.ref(pages), start + size, end
@@ -181,6 +184,12 @@ def in_large_pages(shape: torch.Size) -> Tensor:
 def row_sums(q: Tensor) -> Tensor:
     """Of int8 weights (out, in), as int32 (out); torch's own sum takes eight times as long."""
     return torch._int_mm(q, q.new_ones(q.shape[1], 8))[:, 0].contiguous()
+
+
+def place(q: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Int8 weights (out, in) in large pages, or in ``room``, and the sums of their rows."""
+    placed = (in_large_pages(q.shape) if room is None else room).copy_(q)
+    return placed, row_sums(placed)
 
 
 def address(tensor: Tensor | None) -> int | None:

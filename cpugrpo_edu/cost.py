@@ -73,6 +73,7 @@ def machine_floors(
     packed = [Int8Linear(weight) for _ in range(layers)]
     integers, levels = (torch.ones(n, inner, dtype=torch.int8) for n in (outer, rows))
     operations = 2.0 * rows * inner * outer
+    weights = layers * inner * outer
 
     def decode() -> None:
         for layer in packed:
@@ -86,8 +87,8 @@ def machine_floors(
             "float32_gflops": rate(lambda: x @ weight.t()),
             "int8_gops": rate(lambda: packed[0](x)),
             "compiled_gops": rate(lambda: torch._int_mm(levels, integers.t())),
-            "read_gb_per_second": large.nbytes / best_of(large.sum, repeats) / 1e9,
-            "int8_weight_gb_per_second": layers * inner * outer / best_of(decode, repeats) / 1e9,
+            "read_gb_per_second": large.nbytes / best_of(large.sum, 4 * repeats) / 1e9,
+            "int8_weight_gb_per_second": weights / best_of(decode, 4 * repeats) / 1e9,
         }
 
 
@@ -107,7 +108,7 @@ def calibrate(rows: int = 228) -> dict[str, float]:
 
     floors = machine_floors(rows, layers=10, numbers=32 * 2**20, repeats=3)
     with torch.inference_mode():
-        return {**floors, "call_seconds": best_of(calls, 3) / 100}
+        return {**floors, "call_seconds": best_of(calls, 30) / 100}
 
 
 FLOORS = (
@@ -173,24 +174,22 @@ def rollout_work(step: Step, floors: Mapping[str, float]) -> Work:
     compiled = int8 and step.compiled
     packed = int8 and not step.compiled
     read = floors["read_gb_per_second"] * 1e9
+    packed_read = floors["int8_weight_gb_per_second"] * 1e9
+    rate = "int8_gops" if int8 else "float32_gflops"
     weights = step.blocks + step.head
     decoded = step.rows * step.tokens
     context = step.prompt_tokens + step.tokens / 2
     passes = -(-step.rows // MAX_ROWS) * (step.longest or step.tokens)
-    operations = 2 * (
-        decoded * (step.blocks + step.head) + step.prompts * step.prompt_tokens * step.blocks
-    )
+    operations = 2 * (decoded * weights + step.prompts * step.prompt_tokens * step.blocks)
     # The compiled kernel decodes few rows in a single call.
     calls = 1 if compiled and step.rows <= FEW_ROWS else a.layers
     return {
         "calls": passes * calls * floors["call_seconds"],
-        "int8 weights": packed * passes * weights / (floors["int8_weight_gb_per_second"] * 1e9),
-        "compiled weights": compiled * passes * weights / read,
+        "int8 weights": passes * weights / packed_read if packed else 0.0,
+        "compiled weights": passes * weights / read if compiled else 0.0,
         "float32 weights": 0.0 if int8 else passes * 4 * weights / read,
-        "operations": (not compiled)
-        * operations
-        / (floors["int8_gops" if int8 else "float32_gflops"] * 1e9),
-        "compiled operations": compiled * operations / (floors["compiled_gops"] * 1e9),
+        "operations": 0.0 if compiled else operations / (floors[rate] * 1e9),
+        "compiled operations": operations / (floors["compiled_gops"] * 1e9) if compiled else 0.0,
         # Logits of every token, keys and values of every position before it
         "traffic": 4 * decoded * (a.vocab + 2 * a.layers * a.kv * context) / read,
         # Text to tokens and back, and its verdict
@@ -218,16 +217,17 @@ def training_work(step: Step, floors: Mapping[str, float]) -> Work:
     int8, float32 = floors["int8_gops"] * 1e9, floors["float32_gflops"] * 1e9
     compiled_rate = floors["compiled_gops"] * 1e9
     products = 2 * passes * tokens * step.blocks
-    elements = passes * tokens * a.layers * (6 * a.hidden + 4 * a.attention + 4 * a.ffn)
+    elements = passes * tokens * a.layers * a.layer_activations
+    traffic = 4 * elements / (floors["read_gb_per_second"] * 1e9)
     attention = 4 * passes * pairs * a.layers * a.attention / float32
     batches = step.micro_batches or step.prompts
     return {
         "step": 1000 * floors["call_seconds"],
         "calls": batches * passes * a.layers * floors["call_seconds"],
         "int8 operations": products / int8 + attention if step.frozen and not compiled else 0.0,
-        "compiled operations": compiled * (products / compiled_rate + attention),
+        "compiled operations": products / compiled_rate + attention if compiled else 0.0,
         # With products so fast, what lies between them counts.
-        "compiled traffic": compiled * 4 * elements / (floors["read_gb_per_second"] * 1e9),
+        "compiled traffic": traffic if compiled else 0.0,
         "float32 operations": 0.0 if step.frozen else products / float32 + attention,
         "head": 2 * (2.0 + step.reference) * completions * step.head / float32,
         # Gradient, its norm, both moments and the weight, read and written

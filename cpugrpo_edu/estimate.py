@@ -60,7 +60,9 @@ def recorded_model(path: Path | None = None) -> CostModel:
             f"`cpugrpo bench sweep --output records/{SWEEP}.json`"
         )
     try:
-        return CostModel.from_json(RunRecord.load(path).results["model"])
+        model = CostModel.from_json(RunRecord.load(path).results["model"])
+        model.step_seconds(Step(CATALOGUE[0]))  # an older version counted other kinds of work
+        return model
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} holds no fitted cost model; measure it again") from error
 
@@ -161,7 +163,7 @@ def architecture_of(model: str) -> Architecture:
 
 def run_step(config: Any, tokens: float, prompt_tokens: float = Step.prompt_tokens) -> Step:
     """The mean GRPO step of a run (its ``pipeline.RunConfig``)."""
-    from cpugrpo_edu import compiled
+    from cpugrpo_edu.quantization import usable_kernel
     from cpugrpo_edu.trainer import CACHE_BYTES, MIN_TOKENS
 
     frozen = config.dtype == "int8"
@@ -175,7 +177,7 @@ def run_step(config: Any, tokens: float, prompt_tokens: float = Step.prompt_toke
         frozen=frozen,
         lora_rank=config.lora_rank,
         int8_rollouts=config.int8_rollouts and not frozen,
-        compiled=config.kernel == "compiled" and compiled.available(),
+        compiled=usable_kernel(config.kernel) == "compiled",
         reference=config.beta > 0,
         checkpointing=config.checkpointing == "on",
     )

@@ -38,7 +38,7 @@ from cpugrpo_edu import compiled
 from cpugrpo_edu.hardware import native_bfloat16
 from cpugrpo_edu.memory import trim_heap
 from cpugrpo_edu.mixed import bfloat16_linear
-from cpugrpo_edu.quantization import _linear_dynamic, _pack, quantize_tensor, quantized_engine
+from cpugrpo_edu.quantization import _linear_dynamic, _pack, quantize_tensor, usable_kernel
 from cpugrpo_edu.types import UserError
 
 KERNELS = ("packed", "compiled", "exact")
@@ -50,13 +50,6 @@ TILE_ROWS = 4096
 
 FEW_ROWS = 8
 """So few rows share one scale: when decoding, calls cost more than the arithmetic."""
-
-
-def usable_kernel(wanted: str) -> str:
-    """The kernel that is used where ``wanted`` is asked for."""
-    if wanted == "compiled" and not compiled.available():
-        wanted = "packed"
-    return "exact" if wanted == "packed" and quantized_engine() in ("torch", "qnnpack") else wanted
 
 
 def pack(q: Tensor, scale: Tensor) -> Any:
@@ -107,8 +100,7 @@ class FrozenInt8Linear(nn.Linear):
             self.packed = pack(q, self.scale)
             self.packed_transposed = pack(q.t().contiguous(), torch.ones(self.in_features))
         elif self.kernel == "compiled":
-            self.q = compiled.in_large_pages(q.shape).copy_(q)
-            self.row_sum = compiled.row_sums(self.q)
+            self.q, self.row_sum = compiled.place(q)
         else:
             self.q = q
 

@@ -311,6 +311,13 @@ class Architecture:
         return self.attention // self.heads * self.kv_heads
 
     @property
+    def layer_activations(self) -> int:
+        """Numbers of a token that a layer keeps for its backward pass: two norms keep three times
+        ``hidden`` each; q, k, v and the attention's output; gate, its SiLU, up, and their product.
+        """
+        return 6 * self.hidden + 4 * self.attention + 4 * self.ffn
+
+    @property
     def linear_parameters(self) -> int:
         """Weights of all layers' linear maps: q, k, v, o, gate, up, down; without the head."""
         attention = 2 * self.hidden * (self.attention + self.kv)
@@ -425,8 +432,7 @@ def estimate_training_memory(
     * reference: a second ``P * s`` when a KL term needs one; LoRA switches its
       adapter off instead, for nothing;
     * activations per layer and token: ``6 hidden + 4 attention + 4 ffn`` numbers
-      (two norms keep three each; q, k, v and the attention's output; gate, its
-      SiLU, up, and their product). Fused attention stores no T x T scores.
+      (``Architecture.layer_activations``). Fused attention stores no T x T scores.
       Checkpointing keeps ``hidden`` per layer and recomputes one layer at a time;
     * logits: three float32 arrays (logits, softmax, gradient) over the vocabulary,
       for all tokens or for a tile of ``logits_tile`` of them.
@@ -449,7 +455,7 @@ def estimate_training_memory(
     adapters = a.lora_parameters(lora_rank) if mode == "lora" else 0
     trained = 4 * adapters if mode == "lora" else dtype_bytes * a.parameters
     tokens = tokens_per_sequence * micro_batch
-    layer = tokens * (6 * a.hidden + 4 * a.attention + 4 * a.ffn) * dtype_bytes
+    layer = tokens * a.layer_activations * dtype_bytes
     kept = a.layers * tokens * a.hidden * dtype_bytes + layer if checkpointing else a.layers * layer
     parts = {
         "weights": dtype_bytes * a.parameters + 4 * adapters,
@@ -472,7 +478,7 @@ def rows_that_fit(config: Any, tokens: int, free: int, *, dtype_bytes: int = 4) 
     """
     a = Architecture.from_config(config)
     cache = 2 * 2 * a.layers * a.kv * tokens * dtype_bytes
-    prompt = tokens * (6 * a.hidden + 4 * a.attention + 4 * a.ffn) * dtype_bytes
+    prompt = tokens * a.layer_activations * dtype_bytes
     rows = max(1, int(0.8 * free) // (cache + 24 * a.vocab + prompt))
     return int(2 ** (rows.bit_length() - 1))
 

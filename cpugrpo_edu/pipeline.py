@@ -94,7 +94,11 @@ from cpugrpo_edu.models import (
     snapshot,
 )
 from cpugrpo_edu.monitor import MetricsLog, ProgressDisplay, read_metrics
-from cpugrpo_edu.quantization import quantization_report, quantize_for_rollout
+from cpugrpo_edu.quantization import (
+    quantization_report,
+    quantize_for_rollout,
+    usable_kernel,
+)
 from cpugrpo_edu.report import write_report
 from cpugrpo_edu.rewards import combine
 from cpugrpo_edu.rollout import ENGINES, Sampling, rollout
@@ -810,7 +814,7 @@ class Run:
                 "on": config.int8_rollouts or self.frozen,
                 "detail": {
                     "importance_correction": config.importance_correction,
-                    "kernel": frozen.usable_kernel(config.kernel),
+                    "kernel": usable_kernel(config.kernel),
                 },
             },
             "int8_evaluation": {

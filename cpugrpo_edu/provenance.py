@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,11 @@ def meaning(code: str | bytes) -> str:
     return repr(plain(ast.parse(code)))
 
 
+def c_meaning(code: bytes) -> bytes:
+    """C without comments and the layout of lines."""
+    return b" ".join(re.sub(rb"/\*.*?\*/|//[^\n]*", b" ", code, flags=re.DOTALL).split())
+
+
 def entry_hash(entry: str, package: Path = PACKAGE) -> str:
     """SHA-256 over what the modules of ``modules(entry)`` do, and the model they load."""
     digest = hashlib.sha256()
@@ -149,7 +155,7 @@ def entry_hash(entry: str, package: Path = PACKAGE) -> str:
         assert path is not None
         digest.update(f"{name}\0{meaning(path.read_bytes())}\0".encode())
         if name in OTHER_SOURCES:
-            digest.update(path.with_name(OTHER_SOURCES[name]).read_bytes().replace(b"\r\n", b"\n"))
+            digest.update(c_meaning(path.with_name(OTHER_SOURCES[name]).read_bytes()))
     if f"{package.name}.models" in names:
         for file in MODEL_FILES:
             content = (package / "bundled" / file).read_bytes()

@@ -135,6 +135,13 @@ def quantized_engine() -> str:
     return engine if _kernel_works(engine) else "torch"
 
 
+def usable_kernel(wanted: str) -> str:
+    """The kernel that is used where ``wanted`` is asked for."""
+    if wanted == "compiled" and not compiled.available():
+        wanted = "packed"
+    return "exact" if wanted == "packed" and quantized_engine() in ("torch", "qnnpack") else wanted
+
+
 class Int8Linear(nn.Module):
     """``x @ W.T + b`` with W in int8 and x quantized at each call; for inference only.
 
@@ -155,8 +162,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.per_channel = per_channel
-        usable = kernel == "compiled" and per_channel and compiled.available()
-        self.kernel = kernel if usable else "packed"
+        usable = per_channel and usable_kernel(kernel) == "compiled"
+        self.kernel = "compiled" if usable else "packed"
         self.pack(weight, bias)
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -168,11 +175,8 @@ class Int8Linear(nn.Module):
         self.packed: Any = None
         self.plain: Any = None  # what the fallback computes with
         if self.kernel == "compiled":
-            if not hasattr(self, "q"):  # else these are new weights in place of the old ones
-                self.q = compiled.in_large_pages(q.shape)
-            self.q.copy_(q)
+            self.q, self.row_sum = compiled.place(q, getattr(self, "q", None))
             self.scale, self.bias = scale, bias
-            self.row_sum = compiled.row_sums(self.q)
         elif engine == "torch":
             self.plain = (q, scale, zero_point, bias)
         else:

@@ -342,14 +342,6 @@ class Decoder:
         return self.norm(hidden[:, -1])
 
 
-PLACES = {
-    **{"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"},
-    **{"output": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj"},
-    "down": "mlp.down_proj",
-}
-"""Where C's names for a layer's products lie in the model."""
-
-
 class CompiledDecoder(Decoder):
     """The same for a frozen INT8 model; single tokens of few rows are one call of C."""
 
@@ -408,7 +400,7 @@ def products(layer: Any, block: Block) -> dict[str, tuple[Any, Projection]]:
     projections = (*block.query_key_value.each, block.output, *block.gate_up.each, block.down)
     return {
         name: (layer.get_submodule(path), projection)
-        for (name, path), projection in zip(PLACES.items(), projections, strict=True)
+        for (name, path), projection in zip(compiled.LINEARS.items(), projections, strict=True)
     }
 
 

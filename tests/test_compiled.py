@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from cpugrpo_edu import compiled
-from cpugrpo_edu.frozen import FrozenInt8Linear, usable_kernel
-from cpugrpo_edu.quantization import Int8Linear
+from cpugrpo_edu.frozen import FrozenInt8Linear
+from cpugrpo_edu.quantization import Int8Linear, usable_kernel
 
 needs_compiler = pytest.mark.skipif(not compiled.available(), reason=compiled.library()[1])
 

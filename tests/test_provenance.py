@@ -67,6 +67,13 @@ def test_meaning_ignores_words_and_layout_only():
     assert P.meaning("x = 1") != P.meaning("x = 1.0")
 
 
+def test_comments_and_layout_of_c_do_not_count():
+    code = b"int f(int a) { /* two\n lines */\n  return a + 1; // one more\n}\n"
+    assert P.c_meaning(code) == P.c_meaning(b"int f(int a) {\r\n return a + 1;\r\n}")
+    assert P.c_meaning(code) != P.c_meaning(code.replace(b"a + 1", b"a + 2"))
+    assert P.c_meaning(b"a = b / c; d = e * f;") != P.c_meaning(b"a = b f;")
+
+
 def test_what_is_left_out_is_not_what_a_result_needs():
     for entry in ("cpugrpo_edu.pipeline", "cpugrpo_edu.bench"):
         names = P.modules(entry)
