@@ -258,7 +258,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
                     ewc_strength=EWC_STRENGTH if anchor else 0.0,
                     engine="fast" if options.fast_rollouts else "generate",
                     share_prefix=options.share_prefix,
-                    recompute=options.recompute and (not lora or spares_memory(model)),
+                    recompute=options.recompute and spares_memory(model),
                     int8_rollouts=not lora,
                     int8_head=not lora,
                     kernel=options.kernel,
