@@ -18,7 +18,7 @@ EPSILON = 2**-8
 
 
 def relative(found, expected):
-    return float((found - expected).norm() / expected.norm())
+    return float((found - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("bias", [True, False])
