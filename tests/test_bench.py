@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cpugrpo_edu import bench, bench_plots, quantization, rollout_peers, sweep
+from cpugrpo_edu import bench, bench_plots, compiled, quantization, rollout_peers, sweep
 from cpugrpo_edu.bench import (
     ABLATIONS,
     PEERS,
@@ -300,6 +300,7 @@ def test_commands(in_process, monkeypatch, tmp_path):
     path = tmp_path / "record.json"
     shown = command("b1", "--output", str(path), "--quiet")
     assert shown.exit_code == 0 and "| ours |" in shown.stdout
+    assert ("| ours-compiled |" in shown.stdout) == compiled.available()
     assert json.loads(path.read_text())["results"]["ours"]["weights_changed"]["changed"]
     assert "200.0" in command("machine").stdout
     some = functools.partial(bench_rollout, engines=("ours-int8",), groups=(2,))
@@ -316,6 +317,28 @@ def test_weights_that_do_not_change_fail_the_command(in_process, monkeypatch):
     still["weights_changed"] = {"changed": False, "relative_l2": 0.0}
     monkeypatch.setitem(bench.WORKERS, "ours", lambda **arguments: still)
     assert command("b1", "--quiet").exit_code == 1
+
+
+@pytest.mark.skipif(not compiled.available(), reason="no C compiler")
+def test_a_compiled_run_that_does_not_train_fails_the_command_as_well(in_process, monkeypatch):
+    monkeypatch.setattr(bench, "WORKLOADS", {"b1": TINY})
+    good = {**ours(asdict(TINY), str(bench.workload_model(TINY)), asdict(Options()))}
+    still = {**good, "weights_changed": {"changed": False, "relative_l2": 0.0}}
+    monkeypatch.setitem(
+        bench.WORKERS,
+        "ours",
+        lambda options, **_: still if options["kernel"] == "compiled" else good,
+    )
+    shown = command("b1", "--quiet")
+    assert shown.exit_code == 1 and "ours-compiled did not change" in shown.stderr
+
+
+def test_without_a_compiler_the_command_says_so(in_process, monkeypatch):
+    monkeypatch.setattr(bench, "WORKLOADS", {"b1": TINY})
+    monkeypatch.setattr(compiled, "library", lambda: (None, "it needs a compiler"))
+    shown = command("b1")
+    assert shown.exit_code == 0 and "ours-compiled" not in shown.stdout
+    assert "no compiled kernel here: it needs a compiler" in shown.stderr
 
 
 @pytest.mark.parametrize(
