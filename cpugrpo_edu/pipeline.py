@@ -94,11 +94,7 @@ from cpugrpo_edu.models import (
     snapshot,
 )
 from cpugrpo_edu.monitor import MetricsLog, ProgressDisplay, read_metrics
-from cpugrpo_edu.quantization import (
-    quantization_report,
-    quantize_for_rollout,
-    usable_kernel,
-)
+from cpugrpo_edu.quantization import quantization_report, quantize_for_rollout, usable_kernel
 from cpugrpo_edu.report import write_report
 from cpugrpo_edu.rewards import combine
 from cpugrpo_edu.rollout import ENGINES, Sampling, rollout

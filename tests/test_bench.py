@@ -311,26 +311,28 @@ def test_commands(in_process, monkeypatch, tmp_path):
     assert "all on" in command("ablate", "--steps", "1", "--quiet").stdout
 
 
-def test_weights_that_do_not_change_fail_the_command(in_process, monkeypatch):
+@pytest.mark.parametrize(
+    "kernel, name",
+    [
+        ("packed", "ours"),
+        pytest.param(
+            "compiled",
+            "ours-compiled",
+            marks=pytest.mark.skipif(not compiled.available(), reason="no C compiler"),
+        ),
+    ],
+)
+def test_weights_that_do_not_change_fail_the_command(in_process, monkeypatch, kernel, name):
     monkeypatch.setattr(bench, "WORKLOADS", {"b1": TINY})
-    still = {**ours(asdict(TINY), str(bench.workload_model(TINY)), asdict(Options()))}
-    still["weights_changed"] = {"changed": False, "relative_l2": 0.0}
-    monkeypatch.setitem(bench.WORKERS, "ours", lambda **arguments: still)
-    assert command("b1", "--quiet").exit_code == 1
-
-
-@pytest.mark.skipif(not compiled.available(), reason="no C compiler")
-def test_a_compiled_run_that_does_not_train_fails_the_command_as_well(in_process, monkeypatch):
-    monkeypatch.setattr(bench, "WORKLOADS", {"b1": TINY})
-    good = {**ours(asdict(TINY), str(bench.workload_model(TINY)), asdict(Options()))}
+    good = ours(asdict(TINY), str(bench.workload_model(TINY)), asdict(Options()))
     still = {**good, "weights_changed": {"changed": False, "relative_l2": 0.0}}
-    monkeypatch.setitem(
-        bench.WORKERS,
-        "ours",
-        lambda options, **_: still if options["kernel"] == "compiled" else good,
-    )
+
+    def worker(options, **_):
+        return still if options["kernel"] == kernel else good
+
+    monkeypatch.setitem(bench.WORKERS, "ours", worker)
     shown = command("b1", "--quiet")
-    assert shown.exit_code == 1 and "ours-compiled did not change" in shown.stderr
+    assert shown.exit_code == 1 and f"weights of {name} did not change" in shown.stderr
 
 
 def test_without_a_compiler_the_command_says_so(in_process, monkeypatch):

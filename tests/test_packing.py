@@ -52,6 +52,16 @@ def test_values_and_gradients_are_those_of_separate_sequences(tiny_folder, lora_
     )
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_products_in_bfloat16_change_little(tiny_folder, lora_rank):
+    model = load_policy(tiny_folder, lora_rank=lora_rank).model
+    exact, _ = packed_log_probs(model, *batch())
+    rounded, _ = packed_log_probs(model, *batch(), bfloat16=True)
+    assert 0 < (exact - rounded).abs().max() < 0.05
+    slope, rounded_slope = gradient(model, exact), gradient(model, rounded)
+    assert (rounded_slope - slope).norm() / slope.norm() < 0.1
+
+
 def test_a_completion_sees_the_prompt_and_itself():
     ids, positions, bias = pack_group(
         torch.tensor([10, 11]), [torch.tensor([20, 21]), torch.tensor([30])]

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from cpugrpo_edu import trainer as trainer_module
 from cpugrpo_edu.ewc import Anchor
 from cpugrpo_edu.models import fingerprint, load_policy
 from cpugrpo_edu.rewards import guarded
@@ -387,6 +388,25 @@ def log_probs_of(model, inputs):
 
 
 # Steps
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_packed_passes_follow_trls_option(tiny_policy, tmp_path, monkeypatch, bf16):
+    real, asked = trainer_module.packed_log_probs, []
+
+    def spy(*arguments):
+        asked.append(arguments[7])
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer_module, "packed_log_probs", spy)
+    before = [p.detach().clone() for p in tiny_policy.model.parameters()]
+    options = CPUOptions(share_prefix=True, patience=0)
+    settings = {"max_steps": 1, "beta": 0.1, "learning_rate": 1e-3, "bf16": bf16}
+    make(tiny_policy, tmp_path, options, **settings).train()
+    assert asked and set(asked) == {bf16}
+    after = list(tiny_policy.model.parameters())
+    assert all(p.dtype == torch.float32 for p in after)
+    assert any(not torch.equal(a, b) for a, b in zip(after, before))
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
