@@ -40,6 +40,10 @@ class _Bfloat16Linear(torch.autograd.Function):
 
 
 def bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, float32 (..., out), of x (..., in), W (out, in) and b (out), rounded inside."""
+    """x W^T + b, float32 (..., out), of x (..., in), W (out, in) and b (out), rounded inside.
+
+    All of them in float32: for weights in bfloat16 leave TRL's ``bf16`` off. (With it their packed
+    passes end with torch's error about dtypes.)
+    """
     result: Tensor = _Bfloat16Linear.apply(x, weight, bias)
     return result
