@@ -204,6 +204,7 @@ def ours(workload: dict[str, Any], folder: str, options: dict[str, Any]) -> dict
 
 
 def _ours(workload: Workload, folder: Path, options: Options, started: float) -> dict[str, Any]:
+    import torch
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -227,14 +228,15 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     if lora:
         model = add_lora(model, LORA_RANK)
     policy = endless(Policy(model, tokenizer, str(source)))
-    first = snapshot(model)
-    loaded = time.perf_counter()
     anchor: Anchor | None = None
     prompts = workload.prompts()
     steps: list[float] = []
     tally = {"rollout": 0.0, "fisher": 0.0, "save": 0.0}
     logged: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as out:
+        first = Path(out) / "first.pt"  # on disk: its memory is not the method's
+        torch.save(snapshot(model), first)
+        loaded = time.perf_counter()
         for stage in range(workload.stages):
             chosen = prompts[stage * workload.steps : (stage + 1) * workload.steps]
             config = cpu_config(
@@ -284,8 +286,8 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
             tally["save"] += time.perf_counter() - start
             trainer.optimizer = None
             del trainer
-    ended = time.perf_counter()
-    moved = relative_change(model, first)
+        ended = time.perf_counter()
+        moved = relative_change(model, torch.load(first))
     return {
         "seconds": {
             "import": imported - started,

@@ -181,10 +181,11 @@ def rollout_work(step: Step, floors: Mapping[str, float]) -> Work:
     context = step.prompt_tokens + step.tokens / 2
     passes = -(-step.rows // MAX_ROWS) * (step.longest or step.tokens)
     operations = 2 * (decoded * weights + step.prompts * step.prompt_tokens * step.blocks)
-    # The compiled kernel decodes few rows in a single call.
-    calls = 1 if compiled and step.rows <= FEW_ROWS else a.layers
+    # The compiled kernel decodes few rows in a single call; in it threads meet in every layer.
+    single = compiled and step.rows <= FEW_ROWS
     return {
-        "calls": passes * calls * floors["call_seconds"],
+        "calls": passes * (1 if single else a.layers) * floors["call_seconds"],
+        "compiled layers": passes * a.layers * floors["call_seconds"] if single else 0.0,
         "int8 weights": passes * weights / packed_read if packed else 0.0,
         "compiled weights": passes * weights / read if compiled else 0.0,
         "float32 weights": 0.0 if int8 else passes * 4 * weights / read,

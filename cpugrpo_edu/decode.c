@@ -17,6 +17,7 @@
 #define FEW 4    /* of them, that are computed together */
 #define LANES 32 /* numbers of a head that are summed together */
 #define AHEAD 6144 /* bytes of weights that are asked for before their turn; a line is 64 */
+#define LEVEL_2 2  /* into which cache: the first has room for fewer requests at a time */
 
 typedef struct { /* y = x W^T + bias + (x down^T) up */
   const int8_t *q;         /* (out, in) */
@@ -123,7 +124,7 @@ static void product(const linear *l, const float *x, const uint8_t *levels, cons
     const int end = block + BLOCK < l->out ? block + BLOCK : l->out;
     for (int o = block; o < end; o += FEW) {
       const int8_t *q = l->q + (long)o * l->in;
-      for (long i = 0; i < (long)FEW * l->in; i += 64) __builtin_prefetch(q + AHEAD + i);
+      for (long i = 0; i < (long)FEW * l->in; i += 64) __builtin_prefetch(q + AHEAD + i, 0, LEVEL_2);
       for (int r = 0; r < rows; r++) {
         const int count = end - o < FEW ? end - o : FEW;
         int32_t sums[FEW];

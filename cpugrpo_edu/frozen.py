@@ -37,7 +37,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from cpugrpo_edu import compiled
 from cpugrpo_edu.hardware import native_bfloat16
 from cpugrpo_edu.memory import trim_heap
-from cpugrpo_edu.mixed import bfloat16_linear
+from cpugrpo_edu.mixed import product_of
 from cpugrpo_edu.quantization import _linear_dynamic, _pack, quantize_tensor, usable_kernel
 from cpugrpo_edu.types import UserError
 
@@ -295,10 +295,8 @@ def token_log_probs(
     if isinstance(head, FrozenInt8Head):
         result: tuple[Tensor, Tensor] = _TokenLogProbs.apply(hidden, tokens, head, temperature)
         return result
-    if bfloat16 and type(head) is nn.Linear:
-        logits = bfloat16_linear(hidden, head.weight, head.bias)
-    else:
-        logits = head(hidden).float()
+    product = product_of(head, bfloat16) if type(head) is nn.Linear else head
+    logits = product(hidden).float()
     log_p = (logits / temperature).log_softmax(-1)
     entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
     return log_p.gather(1, tokens[:, None]).squeeze(1), entropy

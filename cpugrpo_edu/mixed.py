@@ -9,11 +9,13 @@ weight until the backward pass is over; here the copy is made for each product.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _Bfloat16Linear(torch.autograd.Function):
@@ -40,10 +42,13 @@ class _Bfloat16Linear(torch.autograd.Function):
 
 
 def bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, float32 (..., out), of x (..., in), W (out, in) and b (out), rounded inside.
-
-    All of them in float32: for weights in bfloat16 leave TRL's ``bf16`` off. (With it their packed
-    passes end with torch's error about dtypes.)
-    """
+    """x W^T + b of x (..., in), W (out, in) and b (out), all of them float32, rounded inside."""
     result: Tensor = _Bfloat16Linear.apply(x, weight, bias)
     return result
+
+
+def product_of(layer: nn.Linear, bfloat16: bool = False) -> Callable[[Tensor], Tensor]:
+    """x W^T + b of a plain linear layer; with ``bfloat16`` in it, if the weights are float32."""
+    rounds = bfloat16 and layer.weight.dtype == torch.float32
+    linear = bfloat16_linear if rounds else F.linear
+    return functools.partial(linear, weight=layer.weight, bias=layer.bias)

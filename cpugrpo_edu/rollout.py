@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from cpugrpo_edu import compiled
 from cpugrpo_edu.frozen import is_frozen
 from cpugrpo_edu.memory import free_memory, retry_smaller, rows_that_fit, trim_heap
-from cpugrpo_edu.mixed import bfloat16_linear
+from cpugrpo_edu.mixed import product_of
 from cpugrpo_edu.types import Episode, Group, UserError
 
 ENGINES = ("fast", "generate")
@@ -37,7 +37,7 @@ RETIRE_SHARE = 0.75
 """Compact the batch when fewer than this share of its rows is still running."""
 
 
-TRIM_LAYERS = 12
+TRIM_LAYERS = 6
 """Where memory counts, holes that short-lived tensors left are given back this often."""
 
 
@@ -125,8 +125,7 @@ class Projection:
     def of(cls, layer: Any, bfloat16: bool = False) -> Projection:
         """Without the module's bookkeeping at each call; whatever is no plain layer stays whole."""
         if type(layer) is nn.Linear:
-            linear = bfloat16_linear if bfloat16 else F.linear
-            return cls(functools.partial(linear, weight=layer.weight, bias=layer.bias))
+            return cls(product_of(layer, bfloat16))
         adapters = getattr(layer, "active_adapters", None)
         plain = (
             adapters is not None
@@ -346,7 +345,7 @@ class CompiledDecoder(Decoder):
     """The same for a frozen INT8 model; single tokens of few rows are one call of C."""
 
     def __init__(self, plain: Decoder):
-        vars(self).update(vars(plain))
+        self.lm, self.blocks, self.norm, self.head = plain.lm, plain.blocks, plain.norm, plain.head
         self.layers = (compiled.Layer * len(self.blocks))()
         for ours, layer, block in zip(self.layers, self.lm.model.layers, self.blocks, strict=True):
             ours.before_attention = compiled.address(layer.input_layernorm.weight)

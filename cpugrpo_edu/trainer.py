@@ -508,15 +508,13 @@ class CPUGRPOTrainer(GRPOTrainer):
         """TRL's, or the same values from packed groups. Several processes need TRL's, since
         their gradients meet in the wrapped model."""
         if isinstance(model, Offloaded):
+            loaded = model.load(self.temperature)
             result = self._get_per_token_logps_and_entropies(
-                model.load(self.temperature),
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                *args,
-                **kwargs,
+                loaded, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-            release_memory()  # TRL's forward refers to its model: it takes a collection to end it
+            del loaded.forward  # TRL's, which refers to its model: else only a collection ends it
+            del loaded
+            trim_heap()
             return result
         live = self.accelerator.unwrap_model(model)
         frozen = is_frozen(live)

@@ -57,6 +57,7 @@ STEPS += [
 ]
 TRUE_ROLLOUT = {
     "calls": 40.0,
+    "compiled layers": 12.0,
     "int8 weights": 0.7,
     "compiled weights": 1.2,
     "compiled operations": 1.8,
@@ -122,6 +123,11 @@ def test_work_is_counted_as_by_hand():
     assert work["calls"] == pytest.approx(6 * 8 * 1e-5)
     assert work["int8 weights"] == pytest.approx(6 * (blocks + head) / 15e9)
     assert work["operations"] == pytest.approx(2 * (24 * (blocks + head) + 10 * blocks) / 300e9)
+    # In C a token is one call, whose layers are counted for themselves; but not of many rows.
+    for group, calls, layers in ((4, 6, 6 * 8), (17, 6 * 8, 0)):
+        compiled_work = rollout_work(replace(step, group=group, compiled=True), FLOORS)
+        assert compiled_work["calls"] == pytest.approx(calls * 1e-5)
+        assert compiled_work["compiled layers"] == pytest.approx(layers * 1e-5)
     floating = rollout_work(replace(step, frozen=False), FLOORS)
     assert floating["float32 weights"] == pytest.approx(6 * 4 * (blocks + head) / 20e9)
     # Full fine-tuning in float32: forward, and backward to inputs and weights

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from cpugrpo_edu.mixed import bfloat16_linear
+from cpugrpo_edu.mixed import bfloat16_linear, product_of
 
 EPSILON = 2**-8
 """Distance of 1 to the next number in bfloat16; rounding errs by half of it."""
@@ -45,3 +46,11 @@ def test_what_needs_no_gradient_gets_none():
     x, weight = torch.randn(2, 8), torch.randn(4, 8, requires_grad=True)
     bfloat16_linear(x, weight).sum().backward()
     assert x.grad is None and weight.grad.shape == (4, 8)
+
+
+def test_only_what_is_asked_for_is_rounded():
+    layer, x = nn.Linear(96, 80), torch.randn(3, 96)
+    assert torch.equal(product_of(layer)(x), layer(x))
+    assert 1e-5 < relative(product_of(layer, bfloat16=True)(x), layer(x)) < EPSILON
+    half, x = layer.bfloat16(), x.bfloat16()
+    assert torch.equal(product_of(half, bfloat16=True)(x), half(x))

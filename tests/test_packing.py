@@ -62,6 +62,15 @@ def test_products_in_bfloat16_change_little(tiny_folder, lora_rank):
     assert (rounded_slope - slope).norm() / slope.norm() < 0.1
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_weights_in_bfloat16_are_multiplied_as_they_are(tiny_folder, lora_rank):
+    model = load_policy(tiny_folder, lora_rank=lora_rank, dtype="bfloat16").model
+    for found, expected in zip(
+        packed_log_probs(model, *batch(), bfloat16=True), packed_log_probs(model, *batch())
+    ):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_completion_sees_the_prompt_and_itself():
     ids, positions, bias = pack_group(
         torch.tensor([10, 11]), [torch.tensor([20, 21]), torch.tensor([30])]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import psutil
 import pytest
@@ -20,6 +22,7 @@ from cpugrpo_edu.trainer import (
     CPUGRPOTrainer,
     CPUOptions,
     Guard,
+    Offloaded,
     RolloutTally,
     cpu_config,
     split_by_length,
@@ -662,3 +665,27 @@ def test_an_offloaded_reference_is_the_same_reference(tiny_folder, tmp_path):
         ends.append([p.detach().clone() for p in policy.model.parameters()])
     for one, other in zip(*ends, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_an_offloaded_model_needs_no_collection_to_end(tiny_folder, tmp_path, monkeypatch):
+    loaded = []
+    load = Offloaded.load
+
+    def remember(self, temperature):
+        model = load(self, temperature)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Offloaded, "load", remember)
+    options = CPUOptions(patience=0, spare_memory=True)
+    trainer = make(load_policy(tiny_folder), tmp_path, options, beta=0.5)
+    ids = torch.randint(3, 300, (2, 8))
+    gc.disable()
+    try:
+        with torch.no_grad():
+            trainer._get_per_token_logps_and_entropies(
+                trainer.ref_model, ids, torch.ones_like(ids), 4
+            )
+        assert [model() for model in loaded] == [None]
+    finally:
+        gc.enable()
