@@ -37,7 +37,7 @@ RETIRE_SHARE = 0.75
 """Compact the batch when fewer than this share of its rows is still running."""
 
 
-TRIM_LAYERS = 6
+TRIM_LAYERS = 12
 """Where memory counts, holes that short-lived tensors left are given back this often."""
 
 
