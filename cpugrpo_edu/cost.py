@@ -172,22 +172,19 @@ def rollout_work(step: Step, floors: Mapping[str, float]) -> Work:
     a = step.architecture
     int8 = step.frozen or step.int8_rollouts
     compiled = int8 and step.compiled
-    packed = int8 and not step.compiled
     read = floors["read_gb_per_second"] * 1e9
-    packed_read = floors["int8_weight_gb_per_second"] * 1e9
+    int8_read = read if compiled else floors["int8_weight_gb_per_second"] * 1e9
     rate = "int8_gops" if int8 else "float32_gflops"
     weights = step.blocks + step.head
     decoded = step.rows * step.tokens
     context = step.prompt_tokens + step.tokens / 2
     passes = -(-step.rows // MAX_ROWS) * (step.longest or step.tokens)
     operations = 2 * (decoded * weights + step.prompts * step.prompt_tokens * step.blocks)
-    # The compiled kernel decodes few rows in a single call; in it threads meet in every layer.
-    single = compiled and step.rows <= FEW_ROWS
+    # The compiled kernel decodes few rows in a single call.
+    calls = 1 if compiled and step.rows <= FEW_ROWS else a.layers
     return {
-        "calls": passes * (1 if single else a.layers) * floors["call_seconds"],
-        "compiled layers": passes * a.layers * floors["call_seconds"] if single else 0.0,
-        "int8 weights": passes * weights / packed_read if packed else 0.0,
-        "compiled weights": passes * weights / read if compiled else 0.0,
+        "calls": passes * calls * floors["call_seconds"],
+        "int8 weights": passes * weights / int8_read if int8 else 0.0,
         "float32 weights": 0.0 if int8 else passes * 4 * weights / read,
         "operations": 0.0 if compiled else operations / (floors[rate] * 1e9),
         "compiled operations": operations / (floors["compiled_gops"] * 1e9) if compiled else 0.0,
@@ -219,7 +216,6 @@ def training_work(step: Step, floors: Mapping[str, float]) -> Work:
     compiled_rate = floors["compiled_gops"] * 1e9
     products = 2 * passes * tokens * step.blocks
     elements = passes * tokens * a.layers * a.layer_activations
-    traffic = 4 * elements / (floors["read_gb_per_second"] * 1e9)
     attention = 4 * passes * pairs * a.layers * a.attention / float32
     batches = step.micro_batches or step.prompts
     return {
@@ -227,9 +223,9 @@ def training_work(step: Step, floors: Mapping[str, float]) -> Work:
         "calls": batches * passes * a.layers * floors["call_seconds"],
         "int8 operations": products / int8 + attention if step.frozen and not compiled else 0.0,
         "compiled operations": products / compiled_rate + attention if compiled else 0.0,
-        # With products so fast, what lies between them counts.
-        "compiled traffic": traffic if compiled else 0.0,
         "float32 operations": 0.0 if step.frozen else products / float32 + attention,
+        # What lies between the products
+        "traffic": 4 * elements / (floors["read_gb_per_second"] * 1e9),
         "head": 2 * (2.0 + step.reference) * completions * step.head / float32,
         # Gradient, its norm, both moments and the weight, read and written
         "optimizer": 8 * 4 * step.trained / (floors["read_gb_per_second"] * 1e9),

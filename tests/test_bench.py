@@ -394,7 +394,7 @@ def test_a_sweep_is_fitted_shown_and_resumed(sweep_in_process, monkeypatch, tmp_
     assert len(calls) == len(FEW_POINTS) - 2 and not partial.exists()
     rows = sweep.sweep_rows(record)
     assert len(rows) == len(FEW_POINTS) and all(row[3].endswith("%") for row in rows)
-    assert len(sweep.coefficient_rows(record)) == 23
+    assert len(sweep.coefficient_rows(record)) == 21
     assert "points left out of the fit, 5 points" in sweep.sweep_summary(record)
     first = record.results["points"][0]
     assert 0 < first["rollout_seconds"] < first["step_seconds"]
