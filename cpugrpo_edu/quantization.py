@@ -291,8 +291,10 @@ def quantize_for_rollout(
     for parameter in live.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     served = copy.deepcopy(live, memo).eval()
-    # A TRL trainer leaves a forward that would call the live model's layers from the copy.
-    served.__dict__.pop("forward", None)
+    # A TRL trainer leaves a forward that would call the live model's layers from the copy, and
+    # accelerate, in bfloat16, the one before: then only a collection would end the copy.
+    for name in ("forward", "_original_forward"):
+        served.__dict__.pop(name, None)
     drop_input_grad_hooks(served)
     return served
 
