@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     new_model(TINY, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """What is not referred to any more must end by itself: nobody looks for cycles."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

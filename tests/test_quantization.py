@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -336,6 +337,14 @@ def test_checkpointing_hook_stays_with_the_live_model(ids):
     assert len(live._forward_hooks) == 1
     assert len(served.get_input_embeddings()._forward_hooks) == 0
     served(input_ids=ids)  # would raise if the embeddings still asked for a gradient
+
+
+def test_a_copy_ends_with_its_last_reference(no_collection):
+    model = tiny()
+    model._original_forward = model.forward  # as accelerate does, in bfloat16
+    model.forward = lambda *args, **kwargs: model._original_forward(*args, **kwargs)
+    served = weakref.ref(Q.quantize_for_rollout(model))
+    assert served() is None
 
 
 def test_prompt_tuning_and_models_without_linears_are_refused():
