@@ -42,7 +42,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """What is not referred to any more must end by itself: nobody looks for cycles."""
+    """Nobody looks for cycles: an object ends with its last reference, or when the test looks."""
     gc.disable()
     yield
     gc.enable()

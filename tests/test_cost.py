@@ -191,7 +191,7 @@ def test_the_model_survives_its_record(model, recorded):
     assert estimate.recorded_model(recorded) == model
     assert CostModel.from_json(json.loads(json.dumps(model.to_json()))) == model
     text = recorded.read_text()
-    for old in ('"rollout"', '"int8 weights"'):  # the latter as an earlier version wrote it
+    for old in ('"rollout"', '"int8 weights"'):  # a kind less, as in earlier versions
         assert old in text
         recorded.write_text(text.replace(old, '"nothing"'))
         with pytest.raises(UserError, match="measure it again"):

@@ -125,7 +125,7 @@ def test_release_memory(monkeypatch):
     assert M.release_memory() == 0  # growth meanwhile is not a negative gift
 
 
-def test_release_memory_collects_cycles():
+def test_release_memory_collects_cycles(no_collection):
     class Node:
         alive = 0
 
@@ -136,14 +136,10 @@ def test_release_memory_collects_cycles():
         def __del__(self):
             Node.alive -= 1
 
-    gc.disable()
-    try:
-        Node()
-        assert Node.alive == 1
-        M.release_memory()
-        assert Node.alive == 0
-    finally:
-        gc.enable()
+    Node()
+    assert Node.alive == 1
+    M.release_memory()
+    assert Node.alive == 0
 
 
 @pytest.mark.parametrize(
