@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,9 @@ from cpugrpo_edu.cost import calibrate, machine_floors
 from cpugrpo_edu.files import cache_folder
 from cpugrpo_edu.hardware import (
     available_memory,
-    code_hash,
     configure_threads,
-    describe_machine,
-    git_commit,
     native_bfloat16,
-    versions,
+    new_record,
 )
 from cpugrpo_edu.memory import Architecture, PeakMemory
 from cpugrpo_edu.rollout_peers import PEERS as ROLLOUT_PEERS
@@ -534,20 +530,6 @@ def bundled_speed(steps: int = 3) -> dict[str, Any]:
     return results
 
 
-def new_record(kind: str, config: dict[str, Any], results: dict[str, Any]) -> RunRecord:
-    return RunRecord(
-        kind=f"bench-{kind}",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        seed=0,
-        commit=git_commit(),
-        code_hash=code_hash(entry="cpugrpo_edu.bench"),
-        machine=describe_machine().to_json(),
-        versions=versions(),
-        config=config,
-        results=results,
-    )
-
-
 def check_peers(peers: tuple[str, ...], allowed: Iterable[str]) -> None:
     """UserError for a peer that is not among the allowed ones."""
     unknown = sorted(set(peers) - set(allowed))
@@ -607,7 +589,7 @@ def bench_b1(
             )
 
         results["peers"][peer] = attempt(PEER_MEMORY[peer], call)
-    return new_record(workload.name, {**shape, "options": asdict(options)}, results)
+    return new_record(f"bench-{workload.name}", {**shape, "options": asdict(options)}, results)
 
 
 def steady_seconds(result: dict[str, Any]) -> float:
@@ -685,7 +667,7 @@ def bench_ablate(
                 "ours", say, workload=shape, folder=model, options=options
             ),
         )
-    return new_record("ablate", shape, {"ablations": results})
+    return new_record("bench-ablate", shape, {"ablations": results})
 
 
 ABLATE_HEADER = ["", "s a step", "peak GB", "x all on"]
@@ -734,7 +716,7 @@ def bench_rollout(
                     tokens=workload.tokens,
                 ),
             )
-    return new_record("rollout", {**asdict(workload), "groups": groups}, {"engines": results})
+    return new_record("bench-rollout", {**asdict(workload), "groups": groups}, {"engines": results})
 
 
 ROLLOUT_HEADER = ["Engine", "G", "tokens/s", "x generate", "peak GB"]

@@ -740,9 +740,10 @@ def give(
 @bench.command("machine")
 def bench_machine(output: Record = None, as_json: Json = False) -> None:
     """What this machine could at best do: arithmetic and memory."""
-    from cpugrpo_edu.bench import new_record, run_worker
+    from cpugrpo_edu.bench import run_worker
+    from cpugrpo_edu.hardware import new_record
 
-    record = new_record("machine", {}, {"floors": run_worker("floors")})
+    record = new_record("bench-machine", {}, {"floors": run_worker("floors")})
     rows = [[name, f"{value:.1f}"] for name, value in record.results["floors"].items()]
     give(record, output, ["Floor", "Value"], rows, as_json)
 
@@ -876,9 +877,10 @@ def bench_sweep_command(
 @bench.command("train")
 def bench_train(output: Record = None, as_json: Json = False) -> None:
     """Steps of the bundled model's default run with each rollout engine."""
-    from cpugrpo_edu.bench import TRAIN_HEADER, new_record, run_worker, train_rows
+    from cpugrpo_edu.bench import TRAIN_HEADER, run_worker, train_rows
+    from cpugrpo_edu.hardware import new_record
 
-    record = new_record("train", {}, {"engines": run_worker("bundled", show_progress)})
+    record = new_record("bench-train", {}, {"engines": run_worker("bundled", show_progress)})
     give(record, output, TRAIN_HEADER, train_rows(record), as_json)
 
 

@@ -8,23 +8,22 @@ has to be able to speak first.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
-from .provenance import entry_hash
-from .types import UserError
+from .types import RunRecord, UserError
 
 PACKAGE = Path(__file__).parent
 DISTRIBUTION = "cpugrpo-edu"
@@ -258,7 +257,7 @@ def configure_threads(threads: int | None = None) -> dict[str, Any]:
     }
 
 
-# --- provenance: which code made a number ------------------------------------------------
+# --- records: where and when a number was measured ------------------------------------------------
 
 
 def versions() -> dict[str, str]:
@@ -294,27 +293,23 @@ def git_commit(folder: str | Path = PACKAGE) -> str:
         return "unknown"
 
 
-def code_hash(paths: Iterable[str | Path] = (PACKAGE,), *, entry: str | None = None) -> str:
-    """SHA-256 over names and contents of Python sources; folders are searched for ``*.py``.
+def new_record(
+    kind: str, config: dict[str, Any], results: dict[str, Any], seed: int = 0
+) -> RunRecord:
+    """A record of what was just measured: date, commit, versions and machine filled in.
 
-    Line endings do not count, nor does where the folder lies, so that the same
-    code hashes the same on every machine. A missing path raises UserError.
-
-    ``entry`` names a module of the package, "cpugrpo_edu.pipeline", instead: then only
-    what the modules it imports do counts, see :mod:`cpugrpo_edu.provenance`.
+    ``config`` and ``results`` are kept as JSON gives them back.
     """
-    if entry is not None:
-        return entry_hash(entry)
-    digest = hashlib.sha256()
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"cannot hash {path}: no such file or folder; give existing paths")
-        files = [path] if path.is_file() else sorted(path.rglob("*.py"))
-        for file in files:
-            name = file.name if path.is_file() else file.relative_to(path).as_posix()
-            content = file.read_bytes().replace(b"\r\n", b"\n")
-            digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
+    return RunRecord(
+        kind=kind,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seed=seed,
+        commit=git_commit(),
+        machine=describe_machine().to_json(),
+        versions=versions(),
+        config=json.loads(json.dumps(config)),
+        results=json.loads(json.dumps(results)),
+    )
 
 
 # --- doctor ------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -65,11 +64,8 @@ from cpugrpo_edu.files import (
 from cpugrpo_edu.fisher import Example, Variant, examples_from_groups, fisher_diagonal
 from cpugrpo_edu.hardware import (
     GIB,
-    code_hash,
     configure_threads,
-    describe_machine,
-    git_commit,
-    versions,
+    new_record,
 )
 from cpugrpo_edu.memory import (
     PeakMemory,
@@ -727,17 +723,7 @@ class Run:
         }
         if evaluations:
             results |= self.results_of(evaluations, int8)
-        return RunRecord(
-            kind="run",
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            seed=config.seed,
-            commit=git_commit(),
-            code_hash=code_hash(entry="cpugrpo_edu.pipeline"),
-            machine=describe_machine().to_json(),
-            versions=versions(),
-            config=plain(config),
-            results=results,
-        )
+        return new_record("run", plain(config), results, config.seed)
 
     def processes(self, peak_rss_bytes: int) -> dict[str, Any]:
         """How many processes shared the work, and what crossed the wire between them."""

@@ -379,7 +379,7 @@ def _flat(mapping: Mapping[str, Any]) -> str:
 def _machine(record: RunRecord) -> list[Block]:
     facts = [
         ["Command", f"{record.kind}, seed {record.seed}, {record.created}"],
-        ["Code", f"commit {record.commit}, content hash {record.code_hash}"],
+        ["Code", f"commit {record.commit}"],
         ["Machine", _flat(record.machine)],
         ["Versions", _flat(record.versions)],
     ]

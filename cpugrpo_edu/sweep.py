@@ -228,14 +228,15 @@ def bench_sweep(
     """Measure the points, fit the model, and keep both. ``partial`` is where points that are
     done wait for the others."""
     from cpugrpo_edu import compiled
-    from cpugrpo_edu.bench import Workload, new_record, run_worker, workload_model
+    from cpugrpo_edu.bench import Workload, run_worker, workload_model
+    from cpugrpo_edu.hardware import new_record
 
-    record = new_record("sweep", {"points": [asdict(point) for point in points]}, {})
+    record = new_record("bench-sweep", {"points": [asdict(point) for point in points]}, {})
     done: dict[str, Any] = {}
     if partial is not None and partial.exists():
         try:
             kept = json.loads(partial.read_text(encoding="utf-8"))
-            if kept["code_hash"] == record.code_hash and kept["cpu"] == record.machine["cpu"]:
+            if kept["cpu"] == record.machine["cpu"]:
                 done = kept["done"]
         except (ValueError, KeyError, TypeError):
             say(f"{partial} cannot be read; the sweep begins again")
@@ -244,7 +245,7 @@ def bench_sweep(
         if name not in done:
             done[name] = call()
             if partial is not None:
-                kept = {"code_hash": record.code_hash, "cpu": record.machine["cpu"], "done": done}
+                kept = {"cpu": record.machine["cpu"], "done": done}
                 partial.parent.mkdir(parents=True, exist_ok=True)
                 write_text(partial, json.dumps(kept))
         return dict(done[name])

@@ -147,7 +147,6 @@ class RunRecord:
     created: str
     seed: int
     commit: str
-    code_hash: str
     machine: dict[str, Any]
     versions: dict[str, str]
     config: dict[str, Any]
@@ -163,7 +162,7 @@ class RunRecord:
     def load(cls, path: str | Path) -> RunRecord:
         try:
             record = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-            for name in ("kind", "created", "commit", "code_hash"):
+            for name in ("kind", "created", "commit"):
                 if not isinstance(getattr(record, name), str):
                     raise TypeError(f"{name!r} is not a text")
             for name in ("machine", "versions", "config", "results"):

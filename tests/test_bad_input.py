@@ -464,7 +464,7 @@ OTHERS: list[Case] = [
 
 # Records and folders
 
-RECORD = asdict(RunRecord("run", "now", 0, "c", "h", {}, {}, {}, {}))
+RECORD = asdict(RunRecord("run", "now", 0, "c", {}, {}, {}, {}))
 RECORDS: list[Case] = [
     (words, ["report", "run"], {"run/record.json": content})
     for words, content in [

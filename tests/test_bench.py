@@ -28,7 +28,6 @@ from cpugrpo_edu.bench import (
     even_ids,
     fallback_note,
     make_model,
-    new_record,
     ours,
     rollout_rows,
     rollout_speed,
@@ -39,6 +38,7 @@ from cpugrpo_edu.bench import (
     workload_model,
 )
 from cpugrpo_edu.cli import app, main
+from cpugrpo_edu.hardware import new_record
 from cpugrpo_edu.types import UserError
 
 TINY = Workload(
@@ -258,7 +258,9 @@ def test_without_int8_instructions_ours_falls_back_and_says_so(folder, monkeypat
     monkeypatch.setattr(quantization, "_kernel_works", lambda engine: False)
     result = ours(asdict(replace(TINY, stages=1)), str(folder), asdict(Options()))
     assert result["int8_kernel"] == "torch" and result["weights_changed"]["changed"]
-    record = new_record("tiny", {**asdict(TINY)}, {"ours": result, "peers": {}, "step_floor": {}})
+    record = new_record(
+        "bench-tiny", {**asdict(TINY)}, {"ours": result, "peers": {}, "step_floor": {}}
+    )
     assert "no INT8 kernel" in fallback_note(record)
     result["int8_kernel"] = "x86"
     assert fallback_note(record) == ""
@@ -450,7 +452,7 @@ def result(seconds, peak=2e9):
     ],
 )
 def test_plots_say_what_they_show(kind, results, words):
-    plot = bench_plots.plot_record(new_record(kind, {"group": 2, "tokens": 64}, results))
+    plot = bench_plots.plot_record(new_record(f"bench-{kind}", {"group": 2, "tokens": 64}, results))
     assert all(word in plot.alt for word in words) and plot.figure.axes
     with pytest.raises(UserError, match="no plot for a record of kind 'bench-machine'"):
-        bench_plots.plot_record(new_record("machine", {}, {}))
+        bench_plots.plot_record(new_record("bench-machine", {}, {}))

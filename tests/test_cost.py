@@ -103,7 +103,7 @@ def model():
 @pytest.fixture
 def recorded(model, tmp_path, monkeypatch):
     """A record of the model, found by every command; the machine's floors are those above."""
-    record = RunRecord("bench-sweep", "", 0, "", "", {}, {}, {}, {"model": model.to_json()})
+    record = RunRecord("bench-sweep", "", 0, "", {}, {}, {}, {"model": model.to_json()})
     record.save(tmp_path / "records" / "bench-sweep.json")
     monkeypatch.setattr(estimate, "records_folder", lambda: tmp_path / "records")
     monkeypatch.setattr(estimate, "calibration", lambda: FLOORS)
@@ -247,7 +247,7 @@ def recorded_run(folder, seconds, machine, seed=0):
         "seconds": {"total": seconds},
     }
     config = asdict(RunConfig())
-    record = RunRecord("run", "", seed, "", "", machine, {}, config, results)
+    record = RunRecord("run", "", seed, "", machine, {}, config, results)
     record.save(folder / f"run-seed{seed}-ewc.json")
 
 

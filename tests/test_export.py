@@ -16,9 +16,7 @@ from cpugrpo_edu.types import RunRecord, UserError
 
 def make_run(folder, config, policy):
     save_policy(policy, folder / "model")
-    RunRecord("run", "now", 0, "abc", "h", {}, {"torch": "2"}, config, {}).save(
-        folder / "record.json"
-    )
+    RunRecord("run", "now", 0, "abc", {}, {"torch": "2"}, config, {}).save(folder / "record.json")
     return folder
 
 

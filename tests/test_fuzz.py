@@ -163,7 +163,6 @@ RECORD = {
     "created": "now",
     "seed": 0,
     "commit": "c",
-    "code_hash": "h",
     "machine": {},
     "versions": {},
     "config": {},

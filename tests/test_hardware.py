@@ -174,7 +174,7 @@ def test_machine_goes_into_a_record(tmp_path):
     machine = H.describe_machine()
     assert 1 <= machine.usable_cores <= machine.logical_cores
     assert 0 < machine.available_memory <= machine.total_memory
-    record = RunRecord("t", "now", 0, "c", "h", machine.to_json(), H.versions(), {})
+    record = RunRecord("t", "now", 0, "c", machine.to_json(), H.versions(), {})
     path = record.save(tmp_path / "record.json")
     assert RunRecord.load(path) == record
 
@@ -279,33 +279,6 @@ def test_git_commit(tmp_path, monkeypatch):
     assert H.git_commit(tmp_path) == head + "+dirty"
     monkeypatch.setenv("PATH", "")
     assert H.git_commit(tmp_path) == "unknown"  # git is not installed
-
-
-def test_code_hash_sees_content_and_names_only(tmp_path):
-    a = write(tmp_path / "a", one__py="x = 1", note__txt="ignored")
-    write(a / "sub", two__py="y = 2")
-    b = write(tmp_path / "b", one__py="x = 1", note__txt="other")
-    write(b / "sub", two__py="y = 2")
-    (b / "one.py").write_bytes(b"x = 1\r\n")
-    assert H.code_hash([a]) == H.code_hash([b])
-    write(b, one__py="x = 2")
-    assert H.code_hash([a]) != H.code_hash([b])
-    write(b, one__py="x = 1")
-    (b / "one.py").rename(b / "uno.py")
-    assert H.code_hash([a]) != H.code_hash([b])
-    assert H.code_hash([a / "one.py"]) == H.code_hash([str(a / "one.py")])
-    assert len(H.code_hash()) == 64
-    with pytest.raises(UserError, match="absent"):
-        H.code_hash([tmp_path / "absent"])
-
-
-def test_code_hash_does_not_run_files_together(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    for folder, first, second in ((a, "12", "3"), (b, "1", "23")):
-        folder.mkdir()
-        (folder / "p.py").write_text(first)
-        (folder / "q.py").write_text(second)
-    assert H.code_hash([a]) != H.code_hash([b])
 
 
 # --- doctor

@@ -87,7 +87,7 @@ def test_the_record_is_complete(first, config):
     folder, record = first
     on_disk = RunRecord.load(folder / "record.json")
     assert on_disk.results == json.loads(json.dumps(record.results))
-    assert record.kind == "run" and record.seed == 0 and record.code_hash
+    assert record.kind == "run" and record.seed == 0 and record.commit
     assert record.config == pipeline.plain(config)
     assert record.machine["usable_cores"] >= 1 and "torch" in record.versions
     results = record.results

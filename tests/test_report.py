@@ -108,7 +108,6 @@ def full_record(seed=0, ewc=True, after=(0.95, 0.8, 0.6)):
         created="2030-01-01",
         seed=seed,
         commit="abc",
-        code_hash="def",
         machine={"cpu": HOSTILE, "cores": 2},
         versions={"torch": "2"},
         config={"group_size": 8, "path": HOSTILE},

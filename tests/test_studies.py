@@ -14,8 +14,8 @@ from command_line import invoke
 from lab_fixtures import ARGUMENTS, CHROMIUM, needs_browser
 
 from cpugrpo_edu import hardware, pipeline
+from cpugrpo_edu.hardware import new_record
 from cpugrpo_edu.models import load_policy
-from cpugrpo_edu.provenance import ENTRIES, modules, staleness
 from cpugrpo_edu.studies import ablations, common, cpu_or_gpu, generalisation, quantization
 from cpugrpo_edu.studies.common import Pieces, Setting
 from cpugrpo_edu.studies.registry import STUDIES
@@ -40,7 +40,7 @@ def run_reduced(name, tmp_path, *more):
     )
     assert code == 0, err
     record = RunRecord.load(path)
-    assert record.kind == f"study-{name}" and staleness(path) == ""
+    assert record.kind == f"study-{name}"
     for title, _, rows in STUDIES[name].tables(record):
         assert title in out and rows
     module = STUDIES[name].load()
@@ -60,14 +60,13 @@ def accuracies(table):
 # --- the list, the command ------------------------------------------------------------------
 
 
-def test_every_study_has_its_parts_and_the_pipeline_knows_none():
+def test_every_study_has_its_parts():
     for name, study in STUDIES.items():
         module = study.load()
-        assert ENTRIES[f"study-{name}"] == study.module == module.ENTRY
+        assert study.module == module.__name__
         for part in ("run", "tables", "findings", "plot"):
             assert callable(getattr(module, part))
         assert (ROOT / "book" / "studies" / f"{name.replace('-', '_')}.md").exists()
-    assert not [m for m in modules("cpugrpo_edu.pipeline") if ".studies" in m]
 
 
 def test_list_names_every_study_and_mistakes_end_with_a_sentence():
@@ -453,22 +452,11 @@ def test_pages_say_what_was_not_run_and_what_was_reduced(tmp_path, monkeypatch):
         }
     ]
     results = {"before": {"domain": {"b": 0.4}, "difficulty": {}}, "gains": rows}
-    record = common.new_record("generalisation", generalisation.ENTRY, {"reduced": True}, results)
+    record = new_record("study-generalisation", {"reduced": True}, results)
     record.save(tmp_path / "study-generalisation.json")
     text = pages.study_text("generalisation")
     assert "reduced version" in text and "+10.0 (no interval)" in text
     assert "reduced version only" in pages.table_studies()
-
-
-def test_a_page_says_whether_the_code_has_changed_since(monkeypatch):
-    pages = extension()
-    said = "with code that has changed since"
-    monkeypatch.setattr(pages, "staleness", lambda path: "")
-    assert said not in pages.study_text("generalisation")
-    asked = []
-    monkeypatch.setattr(pages, "staleness", lambda path: asked.append(path) or "measure again")
-    assert said in pages.study_text("generalisation")
-    assert asked == [ROOT / "records" / "study-generalisation.json"]
 
 
 def test_every_input_of_the_form_has_a_label_and_a_source():

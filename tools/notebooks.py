@@ -18,7 +18,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cpugrpo_edu.hardware import describe_machine, git_commit, versions
+from cpugrpo_edu.hardware import new_record
 from cpugrpo_edu.notebook import head
-from cpugrpo_edu.provenance import notebook_hash
-from cpugrpo_edu.types import RunRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "records" / "notebooks"
@@ -112,16 +109,10 @@ def execute(path: Path) -> Result:
 
 
 def record(result: Result) -> None:
-    RunRecord(
-        kind="notebook",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        seed=0,
-        commit=git_commit(),
-        code_hash=notebook_hash(result.path),
-        machine=describe_machine().to_json(),
-        versions=versions(),
-        config={"notebook": result.path.stem, "tier": "SMOKE"},
-        results={
+    new_record(
+        "notebook",
+        {"notebook": result.path.stem, "tier": "SMOKE"},
+        {
             "seconds": round(result.seconds, 1),
             "peak_rss_bytes": result.peak_rss_bytes,
             "exercises": exercises(nbformat.read(result.path, 4)),

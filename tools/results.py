@@ -29,7 +29,6 @@ def missing_provenance(record: RunRecord) -> list[str]:
         "versions": {"python", "torch", "transformers", "trl"} <= set(record.versions),
         "seed": isinstance(record.seed, int) and record.config.get("seed") == record.seed,
         "commit": re.fullmatch(r"[0-9a-f]{40}(\+dirty)?", record.commit) is not None,
-        "code_hash": re.fullmatch(r"[0-9a-f]{64}", record.code_hash) is not None,
     }
     return [name for name, found in there.items() if not found]
 
@@ -93,14 +92,13 @@ def results_block(records: Sequence[RunRecord]) -> str:
         for r in records
     )
     commits = listed(r.commit[:10] + r.commit[40:] for r in records)
-    code = listed(r.code_hash[:10] for r in records)
     return (
         f"{results_table(records)}\n\n"
         "Exact match on held-out problems, greedy; a seed's interval is about the problems drawn "
         "(paired bootstrap), that of the mean about the seed (t). Forgetting: points that the "
         "difficulty that lost most is below its best; negative is a gain.\n"
         f"{habit(records)}"
-        f"Machine: {machines}. Versions: {packages}. Commit: {commits}; code: {code}.\n"
+        f"Machine: {machines}. Versions: {packages}. Commit: {commits}.\n"
         "Written by `make results` from [`records/`](records/)."
     )
 

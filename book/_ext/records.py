@@ -37,7 +37,6 @@ from cpugrpo_edu.monitor import (
     tidy,
 )
 from cpugrpo_edu.notebook import small_png
-from cpugrpo_edu.provenance import staleness
 from cpugrpo_edu.report import (
     MAIN,
     markdown_table,
@@ -203,7 +202,7 @@ def table_benchmarks() -> str:
 
 
 def table_origin() -> str:
-    """Where the runs were made, and whether their code is the code of this book."""
+    """Where and when the runs were made, and the commit that made them."""
     found = runs()
     machines = listed(
         f"{r.machine['cpu']}, {r.machine['usable_cores']} usable cores, "
@@ -212,16 +211,12 @@ def table_origin() -> str:
     )
     names = ("python", "torch", "transformers", "trl")
     packages = listed(", ".join(f"{name} {r.versions[name]}" for name in names) for r in found)
-    late = [s for path in sorted(RECORDS.glob("**/*.json")) if (s := staleness(path))]
-    state = "the code of this book" if not late else "other code than this book has, for: "
     return "\n".join(
         [
             f"- **Machine:** {machines}",
             f"- **Versions:** {packages}",
             f"- **Days:** {listed(sorted(r.created[:10] for r in found))}",
             f"- **Commits:** {listed(r.commit[:10] + r.commit[40:] for r in found)}",
-            f"- **Code (content hash):** {listed(r.code_hash[:10] for r in found)}",
-            f"- **Measured with** {state}{', '.join(s.split()[0] for s in late)}",
         ]
     )
 

@@ -19,7 +19,6 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from cpugrpo_edu.notebook import small_png
-from cpugrpo_edu.provenance import staleness
 from cpugrpo_edu.report import markdown_table
 from cpugrpo_edu.studies import cpu_or_gpu
 from cpugrpo_edu.studies.registry import STUDIES, study_named
@@ -57,11 +56,9 @@ def study_text(name: str) -> str:
     if record is None:
         return not_run(name)
     machine = record.machine
-    late = staleness(RECORDS / f"study-{name}.json")
     parts = [
         f"Measured on {machine['cpu']}, {machine['usable_cores']} usable cores, "
-        f"{record.created[:10]}, commit {record.commit[:10]}{record.commit[40:]}"
-        f"{', with code that has changed since' if late else ''}."
+        f"{record.created[:10]}, commit {record.commit[:10]}{record.commit[40:]}."
     ]
     if only_reduced(record):
         parts.append(REDUCED)

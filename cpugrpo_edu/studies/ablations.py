@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+from cpugrpo_edu.hardware import new_record
 from cpugrpo_edu.studies.common import (
     Outcome,
     Pieces,
@@ -21,14 +22,12 @@ from cpugrpo_edu.studies.common import (
     holm,
     item_table,
     last_evaluation,
-    new_record,
     paired_over_seeds,
     run_or_resume,
     signed,
 )
 from cpugrpo_edu.types import DIFFICULTIES, RunRecord, UserError
 
-ENTRY = "cpugrpo_edu.studies.ablations"
 SEEDS = 5
 COMPLETIONS = 128
 """A step's, in every arm: prompts times G."""
@@ -142,7 +141,7 @@ def run(setting: Setting) -> Outcome:
         f"{len(arms)} arms x {seeds} seeds: {len(arms) * seeds} runs"
         + ("" if setting.reduced else expected(len(arms) * seeds, 100))
     )
-    pieces = Pieces(setting.work, "ablations", decided_by(setting, ENTRY))
+    pieces = Pieces(setting.work, "ablations", decided_by(setting))
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
         for arm in arms:
@@ -150,8 +149,7 @@ def run(setting: Setting) -> Outcome:
             rows.append(measure_arm(arm, seed, setting, pieces))
     items = item_table({f"{r['arm']} | seed {r['seed']}": r.pop("evaluation") for r in rows})
     record = new_record(
-        "ablations",
-        ENTRY,
+        "study-ablations",
         {
             "reduced": setting.reduced,
             "seeds": seeds,

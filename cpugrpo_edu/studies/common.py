@@ -16,12 +16,11 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cpugrpo_edu.files import check_output_folder, replacing
-from cpugrpo_edu.hardware import code_hash, describe_machine, git_commit, versions
+from cpugrpo_edu.hardware import describe_machine
 from cpugrpo_edu.types import Evaluation, RunRecord, UserError
 
 Say = Callable[[str], None]
@@ -106,32 +105,14 @@ class Pieces:
         return result
 
 
-def decided_by(setting: Setting, entry: str, **more: Any) -> dict[str, Any]:
-    """What a piece of a study hangs on: code, processor, size, and ``more``."""
+def decided_by(setting: Setting, **more: Any) -> dict[str, Any]:
+    """What a piece of a study hangs on: processor, size, and ``more``."""
     machine = describe_machine()
     return {
-        "code": code_hash(entry=entry),
         "machine": f"{machine.cpu}, {machine.usable_cores} usable cores",
         "reduced": setting.reduced,
         **more,
     }
-
-
-def new_record(
-    name: str, entry: str, config: dict[str, Any], results: dict[str, Any], seed: int = 0
-) -> RunRecord:
-    """The record of a study; ``entry`` is its module, whose code the numbers hang on."""
-    return RunRecord(
-        kind=f"study-{name}",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        seed=seed,
-        commit=git_commit(),
-        code_hash=code_hash(entry=entry),
-        machine=describe_machine().to_json(),
-        versions=versions(),
-        config=json.loads(json.dumps(config)),
-        results=json.loads(json.dumps(results)),
-    )
 
 
 def recorded_runs() -> list[RunRecord]:

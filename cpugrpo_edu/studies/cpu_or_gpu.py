@@ -16,10 +16,10 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from cpugrpo_edu.studies.common import Outcome, Setting, new_record, recorded_runs
+from cpugrpo_edu.hardware import new_record
+from cpugrpo_edu.studies.common import Outcome, Setting, recorded_runs
 from cpugrpo_edu.types import RunRecord, UserError
 
-ENTRY = "cpugrpo_edu.studies.cpu_or_gpu"
 EDIT = "assumption, edit it"
 
 PLACES = {"laptop": "Own laptop", "cpu": "Cloud CPU", "gpu": "Cloud GPU"}
@@ -256,7 +256,7 @@ def run(setting: Setting) -> Outcome:
     for rows in (validation["repeat"], validation["cost_model"]["rows"]):
         rows.sort(key=lambda row: (row["seed"], row["ewc"]))
     config = {"reduced": setting.reduced, "records": [f"run seed {r.seed}" for r in runs]}
-    return Outcome(new_record("cpu-or-gpu", ENTRY, config, results))
+    return Outcome(new_record("study-cpu-or-gpu", config, results))
 
 
 # Shown

@@ -13,6 +13,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+from cpugrpo_edu.hardware import new_record
 from cpugrpo_edu.studies.common import (
     Outcome,
     Pieces,
@@ -21,7 +22,6 @@ from cpugrpo_edu.studies.common import (
     expected,
     holm,
     item_table,
-    new_record,
     packed_evaluation,
     paired_over_seeds,
     run_or_resume,
@@ -31,7 +31,6 @@ from cpugrpo_edu.studies.common import (
 from cpugrpo_edu.tasks import DOMAINS
 from cpugrpo_edu.types import DIFFICULTIES, RunRecord
 
-ENTRY = "cpugrpo_edu.studies.generalisation"
 SEEDS = 5
 ALL = "everything"
 
@@ -96,7 +95,7 @@ def run(setting: Setting) -> Outcome:
         f"{len(chosen)} conditions x {seeds} seeds: {len(chosen) * seeds} runs"
         + ("" if setting.reduced else expected(len(chosen) * seeds, per_cell))
     )
-    decides = decided_by(setting, ENTRY, per_cell=per_cell)
+    decides = decided_by(setting, per_cell=per_cell)
     pieces = Pieces(setting.work, "generalisation", decides)
     before = pieces.once("before", lambda: answers_of("bundled", per_cell, limit, "before"))
 
@@ -116,8 +115,7 @@ def run(setting: Setting) -> Outcome:
             after[condition.name].append(pieces.once(name, partial(measure, condition, seed)))
     kinds = {condition.name: condition.kind for condition in chosen}
     record = new_record(
-        "generalisation",
-        ENTRY,
+        "study-generalisation",
         {
             "reduced": setting.reduced,
             "seeds": seeds,

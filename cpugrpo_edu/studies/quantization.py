@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from cpugrpo_edu.hardware import new_record
 from cpugrpo_edu.studies.common import (
     Outcome,
     Pieces,
@@ -29,7 +30,6 @@ from cpugrpo_edu.studies.common import (
     holm,
     item_table,
     last_evaluation,
-    new_record,
     packed_evaluation,
     paired_over_seeds,
     run_or_resume,
@@ -38,7 +38,6 @@ from cpugrpo_edu.studies.common import (
 )
 from cpugrpo_edu.types import DIFFICULTIES, RunRecord, UserError
 
-ENTRY = "cpugrpo_edu.studies.quantization"
 GROUP = 32
 """Weights that share a scale in INT4, along a row."""
 
@@ -245,10 +244,8 @@ def member_folder(member: Member, cache: Path | None) -> Path:
     import hashlib
 
     from cpugrpo_edu.files import cache_folder
-    from cpugrpo_edu.hardware import PACKAGE, code_hash
 
     decides = json.dumps(asdict(pretraining_of(member)), sort_keys=True)
-    decides += code_hash([PACKAGE / "pretrain.py", PACKAGE / "tasks"])
     name = f"{member.hidden}x{member.layers}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
     return (cache or cache_folder()) / "family" / name
 
@@ -401,9 +398,7 @@ def run(setting: Setting) -> Outcome:
     """Train what is missing, evaluate every model in every format, and judge the predictor."""
     family, per_cell, seeds = plan(setting)
     setting.say(estimate(setting))
-    decides = decided_by(
-        setting, ENTRY, per_cell=per_cell, family=[asdict(member) for member in family]
-    )
+    decides = decided_by(setting, per_cell=per_cell, family=[asdict(member) for member in family])
     pieces = Pieces(setting.work, "quantization", decides)
     arms = train_arms(setting, seeds, pieces.folder / "runs")
     sources: dict[str, str] = {
@@ -421,8 +416,7 @@ def run(setting: Setting) -> Outcome:
     results = summarize(measured)
     results["rollouts"] = compare_arms(arms)
     record = new_record(
-        "quantization",
-        ENTRY,
+        "study-quantization",
         {
             "reduced": setting.reduced,
             "per_cell": per_cell,
