@@ -15,9 +15,10 @@ from typing import Any
 
 from datasets import Dataset
 
+from cpugrpo_edu.data import DIFFICULTIES, Difficulty, Problem
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.rewards import problem_columns
 from cpugrpo_edu.tasks import make_problems, prompt_messages
-from cpugrpo_edu.types import DIFFICULTIES, Difficulty, Problem, UserError
 
 ORDERS = ("curriculum", "mixed", "reversed")
 

@@ -6,9 +6,7 @@ first; it imports nothing from the package but the standard library.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 Difficulty = Literal["basic", "intermediate", "advanced"]
@@ -18,13 +16,6 @@ Split = Literal["pretrain", "train", "eval"]
 
 ANSWER_MARK = "####"
 """A completion states its final answer after this mark, as in GSM8K."""
-
-
-class UserError(Exception):
-    """A mistake in the input: one sentence naming the value, what is allowed, and the mend.
-
-    The command line prints the sentence and exits with code 2; no traceback.
-    """
 
 
 @dataclass(frozen=True)
@@ -133,44 +124,3 @@ class Evaluation:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Evaluation:
         return cls(**data)
-
-
-@dataclass
-class RunRecord:
-    """What a command did and measured: the only source of numbers in prose.
-
-    ``kind`` names the command ("run", "bench-b1", ...). ``config`` is what was
-    asked, ``results`` what came out, ``machine`` and ``versions`` where.
-    """
-
-    kind: str
-    created: str
-    seed: int
-    commit: str
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    config: dict[str, Any]
-    results: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, path: str | Path) -> Path:
-        """Write as JSON; a crash leaves the old record or the new one, never half of one."""
-        from cpugrpo_edu.files import write_text  # which imports this module
-
-        return write_text(path, json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> RunRecord:
-        try:
-            record = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-            for name in ("kind", "created", "commit"):
-                if not isinstance(getattr(record, name), str):
-                    raise TypeError(f"{name!r} is not a text")
-            for name in ("machine", "versions", "config", "results"):
-                if not isinstance(getattr(record, name), dict):
-                    raise TypeError(f"{name!r} is not an object")
-            return record
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"cannot read a run record from {path}: {error}; "
-                "give the record.json that a cpugrpo command wrote"
-            ) from error

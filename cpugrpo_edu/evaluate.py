@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpugrpo_edu.files import replacing
-from cpugrpo_edu.models import Policy
-from cpugrpo_edu.rollout import Sampling, rollout
+from cpugrpo_edu.data import DIFFICULTIES, Evaluation, Problem
+from cpugrpo_edu.engine.decode import Sampling, rollout
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.load import Policy
+from cpugrpo_edu.record.files import replacing
 from cpugrpo_edu.tasks import DOMAINS, get_task, make_problems
-from cpugrpo_edu.types import DIFFICULTIES, Evaluation, Problem, UserError
 
 EVALUATION_SEED = 2026
 """The held-out problems are the same in every run; a run's own seed varies the training."""

@@ -34,8 +34,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cpugrpo_edu.files import replacing
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.files import replacing
 
 
 @dataclass(frozen=True)

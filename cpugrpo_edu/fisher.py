@@ -29,11 +29,12 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cpugrpo_edu.frozen import is_frozen, spares_memory
-from cpugrpo_edu.memory import drop_input_grad_hooks, free_memory, trim_heap
-from cpugrpo_edu.packing import packed_log_probs
+from cpugrpo_edu.data import Group
+from cpugrpo_edu.engine.int8_base import is_frozen, spares_memory
+from cpugrpo_edu.engine.memory import drop_input_grad_hooks, free_memory, trim_heap
+from cpugrpo_edu.engine.shared_prefix import packed_log_probs
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.policy import completion_logits, gather_log_probs
-from cpugrpo_edu.types import Group, UserError
 
 Variant = Literal["exact", "sample", "empirical", "batched", "rollout_score", "lightning"]
 

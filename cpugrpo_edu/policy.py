@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
 
 Scale = Literal["group", "batch", "none"]
 Reduction = Literal["grpo", "bnpo", "dr_grpo", "dapo"]

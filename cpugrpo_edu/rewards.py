@@ -22,9 +22,10 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
-from cpugrpo_edu.answers import extract_answer, stated_answers
+from cpugrpo_edu.data import ANSWER_MARK, Problem, Task
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks import get_task
-from cpugrpo_edu.types import ANSWER_MARK, Problem, Task, UserError
+from cpugrpo_edu.tasks.answers import extract_answer, stated_answers
 
 RewardFunction = Callable[..., list[float]]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from cpugrpo_edu.models import Policy, load_policy
-from cpugrpo_edu.pretrain import PretrainConfig, new_model, train_tokenizer
+from cpugrpo_edu.models.load import Policy, load_policy
+from cpugrpo_edu.models.pretrain import PretrainConfig, new_model, train_tokenizer
 
 TINY = PretrainConfig(hidden=32, layers=2, heads=2, kv_heads=1, ffn=64, vocabulary=320)
 

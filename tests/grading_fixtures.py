@@ -30,7 +30,7 @@ def master():
         cells=[
             new_markdown_cell("# Small", metadata=meta("title", locked=True)),
             new_code_cell(
-                "import math\nimport numpy as np\nfrom cpugrpo_edu.types import UserError",
+                "import math\nimport numpy as np\nfrom cpugrpo_edu.errors import UserError",
                 metadata=meta("imports", locked=True),
             ),
             new_code_cell(

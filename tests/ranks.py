@@ -16,11 +16,11 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from cpugrpo_edu import distributed
-from cpugrpo_edu.hardware import configure_threads
-from cpugrpo_edu.models import fingerprint, load_policy
+from cpugrpo_edu.engine import ranks
+from cpugrpo_edu.engine.hardware import configure_threads
+from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+from cpugrpo_edu.models.load import fingerprint, load_policy
 from cpugrpo_edu.rewards import guarded
-from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
 
 PROMPTS = ["a", "b c", "Compute 1 + 2.", "x y z"]
 GROUP = 4
@@ -87,13 +87,13 @@ def step(model, rewarded, lora=0, **settings):
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-    more = {"ddp_broadcast_buffers": False} if distributed.size() > 1 else {}
+    more = {"ddp_broadcast_buffers": False} if ranks.size() > 1 else {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = SameForEveryone(
             policy,
             cpu_config(
                 folder,
-                prompts_per_step=len(PROMPTS) // distributed.size(),
+                prompts_per_step=len(PROMPTS) // ranks.size(),
                 num_generations=GROUP,
                 max_completion_length=12,
                 max_steps=1,
@@ -106,8 +106,8 @@ def step(model, rewarded, lora=0, **settings):
             Dataset.from_dict({"prompt": [[{"role": "user", "content": t}] for t in PROMPTS]}),
             CPUOptions(micro_batch=3, patience=0),
         )
-        traffic = distributed.Traffic()
-        if distributed.size() > 1:
+        traffic = ranks.Traffic()
+        if ranks.size() > 1:
             wrap = trainer.accelerator.prepare_model
 
             def watched(*args, **kwargs):
@@ -123,24 +123,24 @@ def step(model, rewarded, lora=0, **settings):
 
 def main(model, folder):
     configure_threads(1)
-    distributed.join()
+    ranks.join()
     facts = {}
     for name, case in CASES.items():
         trainer, traffic = step(model, **case)
         [row] = [row for row in trainer.state.log_history if "reward" in row]
         facts[name] = {
-            "weights": distributed.gather(fingerprint(trainer.policy.model)),
-            "metrics": distributed.gather({k: row[k] for k in ("loss", "reward")}),
-            "skipped": distributed.gather(trainer.tally.skipped),
-            "tokens": distributed.gather(trainer.tokens),
+            "weights": ranks.gather(fingerprint(trainer.policy.model)),
+            "metrics": ranks.gather({k: row[k] for k in ("loss", "reward")}),
+            "skipped": ranks.gather(trainer.tally.skipped),
+            "tokens": ranks.gather(trainer.tokens),
             "bytes": traffic.bytes_per_step,
             "gradient_bytes": sum(g.nbytes for g in trainer.gradient.values()),
         }
-        if distributed.is_main():
+        if ranks.is_main():
             save_file(trainer.gradient, Path(folder) / f"{name}.safetensors")
-    if distributed.is_main():
+    if ranks.is_main():
         Path(folder, "facts.json").write_text(json.dumps(facts))
-    distributed.barrier()
+    ranks.barrier()
 
 
 if __name__ == "__main__":

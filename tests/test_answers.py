@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpugrpo_edu import answers
-from cpugrpo_edu.answers import (
+from cpugrpo_edu.tasks import answers
+from cpugrpo_edu.tasks.answers import (
     MAX_ANSWER_CHARS,
     MAX_NUMBER_CHARS,
     answers_match,

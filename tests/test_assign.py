@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 pytest.importorskip("nbgrader", reason="grading needs the extra cpugrpo-edu[grading]")
 
-from cpugrpo_edu import assign
-from cpugrpo_edu.grading import course as grading
-from cpugrpo_edu.grading import execute
-from cpugrpo_edu.grading.course import Course
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.cli import assign
+from cpugrpo_edu.course import course as grading
+from cpugrpo_edu.course import execute
+from cpugrpo_edu.course.course import Course
+from cpugrpo_edu.errors import UserError
 
 ROSTER = [
     ("alice", "Alice", "Ångström", "alice@example.org", "901"),

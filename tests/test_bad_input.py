@@ -17,10 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpugrpo_edu import cli, hardware
-from cpugrpo_edu.pipeline import RunConfig, plain
+from cpugrpo_edu import cli
+from cpugrpo_edu.engine import hardware
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.run.pipeline import RunConfig, plain
 from cpugrpo_edu.tasks import custom
-from cpugrpo_edu.types import RunRecord
 
 Case = tuple[str, list[str], dict[str, str | bytes]]  # words of the sentence, arguments, files
 

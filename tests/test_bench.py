@@ -12,8 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cpugrpo_edu import bench, bench_plots, compiled, quantization, rollout_peers, sweep
-from cpugrpo_edu.bench import (
+from cpugrpo_edu.cli import app, main
+from cpugrpo_edu.engine import c_kernel, int8
+from cpugrpo_edu.engine.hardware import new_record
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab import bench, bench_plots, peers, sweep
+from cpugrpo_edu.lab.bench import (
     ABLATIONS,
     PEERS,
     WORKLOADS,
@@ -37,9 +41,6 @@ from cpugrpo_edu.bench import (
     stock,
     workload_model,
 )
-from cpugrpo_edu.cli import app, main
-from cpugrpo_edu.hardware import new_record
-from cpugrpo_edu.types import UserError
 
 TINY = Workload(
     "tiny",
@@ -203,7 +204,7 @@ def test_rollout_comparison(in_process):
 
 
 def test_completions_of_another_length_are_no_measurement(folder, monkeypatch):
-    monkeypatch.setitem(rollout_peers.PEERS, "continuous", lambda *a: lambda tokens: [[1], [1, 2]])
+    monkeypatch.setitem(peers.PEERS, "continuous", lambda *a: lambda tokens: [[1], [1, 2]])
     with pytest.raises(UserError, match=r"completions of \[1, 2\] tokens instead of 4"):
         rollout_speed("continuous", str(folder), rows=2, tokens=4)
 
@@ -224,8 +225,8 @@ def test_llama_cpp_computes_the_same_model(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder / "fp32")
     with torch.inference_mode():
         expected = model(torch.tensor([prompt])).logits[0, -1]
-    path = rollout_peers.write_gguf(tmp_path / "model" / "bf16", tmp_path / "model.gguf")
-    llama = rollout_peers.LlamaCpp(path, rows=2, length=16, threads=1)
+    path = peers.write_gguf(tmp_path / "model" / "bf16", tmp_path / "model.gguf")
+    llama = peers.LlamaCpp(path, rows=2, length=16, threads=1)
     llama.feed(prompt, list(range(5)), [0] * 5)
     found = torch.tensor(llama.logits(4, TINY.vocabulary))
     llama.close()
@@ -242,8 +243,8 @@ def test_a_peer_that_is_not_installed_says_how_to_get_it(folder, monkeypatch):
 
 
 def test_names_of_tensors_in_gguf():
-    assert rollout_peers.gguf_name("model.embed_tokens.weight") == "token_embd.weight"
-    name = rollout_peers.gguf_name("model.layers.12.self_attn.q_proj.bias")
+    assert peers.gguf_name("model.embed_tokens.weight") == "token_embd.weight"
+    name = peers.gguf_name("model.layers.12.self_attn.q_proj.bias")
     assert name == "blk.12.attn_q.bias"
 
 
@@ -255,7 +256,7 @@ def test_full_fine_tuning_of_ours_is_a_contestant(in_process):
 
 
 def test_without_int8_instructions_ours_falls_back_and_says_so(folder, monkeypatch):
-    monkeypatch.setattr(quantization, "_kernel_works", lambda engine: False)
+    monkeypatch.setattr(int8, "_kernel_works", lambda engine: False)
     result = ours(asdict(replace(TINY, stages=1)), str(folder), asdict(Options()))
     assert result["int8_kernel"] == "torch" and result["weights_changed"]["changed"]
     record = new_record(
@@ -302,7 +303,7 @@ def test_commands(in_process, monkeypatch, tmp_path):
     path = tmp_path / "record.json"
     shown = command("b1", "--output", str(path), "--quiet")
     assert shown.exit_code == 0 and "| ours |" in shown.stdout
-    assert ("| ours-compiled |" in shown.stdout) == compiled.available()
+    assert ("| ours-compiled |" in shown.stdout) == c_kernel.available()
     assert json.loads(path.read_text())["results"]["ours"]["weights_changed"]["changed"]
     assert "200.0" in command("machine").stdout
     some = functools.partial(bench_rollout, engines=("ours-int8",), groups=(2,))
@@ -320,7 +321,7 @@ def test_commands(in_process, monkeypatch, tmp_path):
         pytest.param(
             "compiled",
             "ours-compiled",
-            marks=pytest.mark.skipif(not compiled.available(), reason="no C compiler"),
+            marks=pytest.mark.skipif(not c_kernel.available(), reason="no C compiler"),
         ),
     ],
 )
@@ -339,7 +340,7 @@ def test_weights_that_do_not_change_fail_the_command(in_process, monkeypatch, ke
 
 def test_without_a_compiler_the_command_says_so(in_process, monkeypatch):
     monkeypatch.setattr(bench, "WORKLOADS", {"b1": TINY})
-    monkeypatch.setattr(compiled, "library", lambda: (None, "it needs a compiler"))
+    monkeypatch.setattr(c_kernel, "library", lambda: (None, "it needs a compiler"))
     shown = command("b1")
     assert shown.exit_code == 0 and "ours-compiled" not in shown.stdout
     assert "no compiled kernel here: it needs a compiler" in shown.stderr

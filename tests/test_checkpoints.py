@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cpugrpo_edu.checkpoints import list_checkpoints, prune
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.run.checkpoints import list_checkpoints, prune
 
 
 def make(folder, good=True, complete=False):

@@ -12,10 +12,12 @@ import pytest
 from command_line import invoke
 from typer.testing import CliRunner
 
-from cpugrpo_edu import cli, estimate, hardware
-from cpugrpo_edu.memory import models_that_fit
+from cpugrpo_edu import cli
+from cpugrpo_edu.engine import hardware
+from cpugrpo_edu.engine.memory import models_that_fit
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab import estimate
 from cpugrpo_edu.rewards import REWARDS, guarded
-from cpugrpo_edu.types import UserError
 
 COMMANDS = ("doctor", "run", "evaluate", "generate", "report", "pretrain", "models")
 
@@ -30,7 +32,7 @@ def one_thread(monkeypatch):
         lambda threads=None: original(1 if threads is None else threads),
     )
     monkeypatch.setattr(
-        "cpugrpo_edu.threads.fastest_threads", lambda model: hardware.usable_cores()
+        "cpugrpo_edu.engine.threads.fastest_threads", lambda model: hardware.usable_cores()
     )
 
 
@@ -100,10 +102,10 @@ def test_doctor_as_json():
 
 
 def test_doctor_fails_with_code_1(monkeypatch):
-    from cpugrpo_edu.hardware import Check
+    from cpugrpo_edu.engine.hardware import Check
 
     monkeypatch.setattr(
-        "cpugrpo_edu.doctor.examine",
+        "cpugrpo_edu.engine.doctor.examine",
         lambda: [Check("cores", "ok", "2"), Check("disk", "fail", "none left", "free some")],
     )
     code, out, _ = invoke("doctor")
@@ -244,7 +246,7 @@ def test_report_of_nothing(tmp_path):
 
 
 def test_pretrain(tmp_path, monkeypatch):
-    import cpugrpo_edu.pretrain as module
+    import cpugrpo_edu.models.pretrain as module
 
     original = module.train_tokenizer
     monkeypatch.setattr(
@@ -319,7 +321,7 @@ def test_models_show_what_a_step_takes(monkeypatch):
     ],
 )
 def test_profiles_and_what_counts_more(monkeypatch, tmp_path, arguments, expected):
-    from cpugrpo_edu.pipeline import Interrupted
+    from cpugrpo_edu.run.pipeline import Interrupted
 
     asked = []
 
@@ -327,7 +329,7 @@ def test_profiles_and_what_counts_more(monkeypatch, tmp_path, arguments, expecte
         asked.append(config)
         raise Interrupted("stopped")
 
-    monkeypatch.setattr("cpugrpo_edu.pipeline.run", stop)
+    monkeypatch.setattr("cpugrpo_edu.run.pipeline.run", stop)
     code, _, _ = invoke("run", "--output", tmp_path, *arguments)
     assert code == 130
     for name, value in expected.items():

@@ -9,20 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cpugrpo_edu import compiled
-from cpugrpo_edu.frozen import FrozenInt8Linear
-from cpugrpo_edu.quantization import Int8Linear, usable_kernel
+from cpugrpo_edu.engine import c_kernel
+from cpugrpo_edu.engine.int8 import Int8Linear, usable_kernel
+from cpugrpo_edu.engine.int8_base import FrozenInt8Linear
 
-needs_compiler = pytest.mark.skipif(not compiled.available(), reason=compiled.library()[1])
+needs_compiler = pytest.mark.skipif(not c_kernel.available(), reason=c_kernel.library()[1])
 
 
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
     """As on a machine where nothing was compiled yet."""
-    monkeypatch.setattr(compiled, "cache_folder", lambda: tmp_path)
-    compiled.library.cache_clear()
+    monkeypatch.setattr(c_kernel, "cache_folder", lambda: tmp_path)
+    c_kernel.library.cache_clear()
     yield tmp_path
-    compiled.library.cache_clear()
+    c_kernel.library.cache_clear()
 
 
 @needs_compiler
@@ -54,23 +54,23 @@ def test_what_is_no_number_is_not_hidden(rows, bad):
 
 @needs_compiler
 def test_it_is_compiled_once(anew, monkeypatch):
-    assert compiled.available()
+    assert c_kernel.available()
     [library] = anew.iterdir()
     assert library.name.startswith("decode-") and library.suffix == ".so"
-    compiled.library.cache_clear()
-    real = compiled.subprocess.run
+    c_kernel.library.cache_clear()
+    real = c_kernel.subprocess.run
 
     def run(command, **more):
         assert "-shared" not in command, "compiled again"
         return real(command, **more)
 
-    monkeypatch.setattr(compiled, "subprocess", SimpleNamespace(run=run))
-    assert compiled.available()
+    monkeypatch.setattr(c_kernel, "subprocess", SimpleNamespace(run=run))
+    assert c_kernel.available()
 
 
 def test_without_a_compiler_torch_does_it(anew, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
-    functions, why = compiled.library()
+    functions, why = c_kernel.library()
     assert functions is None and "C compiler" in why
     assert usable_kernel("compiled") == usable_kernel("packed") != "compiled"
     layer = Int8Linear(torch.randn(8, 16), kernel="compiled")
@@ -80,32 +80,32 @@ def test_without_a_compiler_torch_does_it(anew, monkeypatch):
 
 def test_elsewhere_than_on_linux_torch_does_it(anew, monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
-    assert not compiled.available()
+    assert not c_kernel.available()
 
 
 def test_a_compiler_that_fails_is_quoted(anew, monkeypatch):
     bad = anew / "bad.c"
     bad.write_text("this is no C")
-    monkeypatch.setattr(compiled, "SOURCE", bad)
-    if sys.platform == "linux" and compiled.shutil.which("cc"):
-        assert "fails" in compiled.library()[1]
-    assert not compiled.available()
+    monkeypatch.setattr(c_kernel, "SOURCE", bad)
+    if sys.platform == "linux" and c_kernel.shutil.which("cc"):
+        assert "fails" in c_kernel.library()[1]
+    assert not c_kernel.available()
 
 
 def test_a_processor_whose_integer_products_saturate_is_refused(monkeypatch):
-    monkeypatch.setattr(compiled.torch, "_int_mm", lambda a, b: torch.zeros(64, 64).int())
+    monkeypatch.setattr(c_kernel.torch, "_int_mm", lambda a, b: torch.zeros(64, 64).int())
     with pytest.raises(RuntimeError, match="not exact"):
-        compiled.check(None)
+        c_kernel.check(None)
 
 
 def test_weights_in_large_pages_lie_apart_and_go_with_their_last_use():
     shapes = [torch.Size(shape) for shape in [(3, 5), (1000, 70_000), (7,)]]
-    places = [compiled.in_large_pages(shape) for shape in shapes]
+    places = [c_kernel.in_large_pages(shape) for shape in shapes]
     for i, place in enumerate(places):
         assert place.shape == shapes[i] and place.data_ptr() % 64 == 0
         place.fill_(i)
     assert all((place == i).all() for i, place in enumerate(places))
-    pages = compiled._arena[0]
+    pages = c_kernel._arena[0]
     assert pages() is not None
     del place, places
     assert pages() is None
@@ -114,7 +114,7 @@ def test_weights_in_large_pages_lie_apart_and_go_with_their_last_use():
 @needs_compiler
 def test_sums_of_rows():
     q = torch.randint(-127, 128, (50, 3000), dtype=torch.int8)
-    assert torch.equal(compiled.row_sums(q), q.sum(1, dtype=torch.int32))
+    assert torch.equal(c_kernel.row_sums(q), q.sum(1, dtype=torch.int32))
 
 
 def test_an_int8_copy_gets_new_weights_in_place():

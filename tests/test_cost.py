@@ -7,8 +7,12 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from cpugrpo_edu import compiled, cost, estimate
-from cpugrpo_edu.cost import (
+from cpugrpo_edu.engine import c_kernel
+from cpugrpo_edu.engine.decode import Sampling
+from cpugrpo_edu.engine.memory import CATALOGUE, Architecture
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab import cost, estimate
+from cpugrpo_edu.lab.cost import (
     CostModel,
     Fit,
     Step,
@@ -19,11 +23,9 @@ from cpugrpo_edu.cost import (
     rollout_work,
     training_work,
 )
-from cpugrpo_edu.estimate import calibration, catalogue_steps, estimate_run, estimate_text
-from cpugrpo_edu.memory import CATALOGUE, Architecture
-from cpugrpo_edu.pipeline import RunConfig
-from cpugrpo_edu.rollout import Sampling
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.lab.estimate import calibration, catalogue_steps, estimate_run, estimate_text
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.run.pipeline import RunConfig
 
 FLOORS = {
     "float32_gflops": 100.0,
@@ -139,7 +141,7 @@ def test_work_is_counted_as_by_hand():
 
 def test_it_counts_rows_as_the_engine_does():
     """Copies, so that counting work needs no torch; they must not part."""
-    assert cost.FEW_ROWS == compiled.FEW_ROWS
+    assert cost.FEW_ROWS == c_kernel.FEW_ROWS
     assert Sampling().max_rows == cost.MAX_ROWS
 
 

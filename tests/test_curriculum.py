@@ -16,8 +16,9 @@ from cpugrpo_edu.curriculum import (
     stage_problems,
     to_dataset,
 )
+from cpugrpo_edu.data import DIFFICULTIES, Problem
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks import DOMAINS, make_problems, split_of
-from cpugrpo_edu.types import DIFFICULTIES, Problem, UserError
 
 
 def test_curriculum_goes_up_and_reversed_goes_down():

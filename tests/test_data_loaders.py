@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpugrpo_edu import tasks
+from cpugrpo_edu.data import Problem
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.rewards import correct_answer, problem_columns, valid_steps
 from cpugrpo_edu.tasks.custom import Custom, exact_match, load_custom, load_verifier
 from cpugrpo_edu.tasks.gsm8k import GSM8K, _evaluate, check_prose, load_gsm8k, read_jsonl
-from cpugrpo_edu.types import Problem, UserError
 
 ROWS = [
     {

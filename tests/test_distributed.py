@@ -17,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cpugrpo_edu import cli, distributed
-from cpugrpo_edu.monitor import read_metrics
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu import cli
+from cpugrpo_edu.engine import ranks
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.show.progress import read_metrics
 from tests.ranks import CASES
 
 RANKS = Path(__file__).with_name("ranks.py")
@@ -32,20 +34,20 @@ LONG = 240
 
 
 def test_alone_nothing_is_shared():
-    assert distributed.size() == 1 and distributed.is_main() and distributed.local_size() == 1
-    assert distributed.gather("x") == ["x"] and not distributed.agree(False)
-    assert distributed.share([1, 2, 3]) == [1, 2, 3]
+    assert ranks.size() == 1 and ranks.is_main() and ranks.local_size() == 1
+    assert ranks.gather("x") == ["x"] and not ranks.agree(False)
+    assert ranks.share([1, 2, 3]) == [1, 2, 3]
     tensors = {"w": torch.ones(2)}
-    assert distributed.average(tensors, 5) is tensors
-    assert distributed.on_main(lambda: 7) == 7
+    assert ranks.average(tensors, 5) is tensors
+    assert ranks.on_main(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        distributed.on_main(lambda: 1 / 0)
+        ranks.on_main(lambda: 1 / 0)
 
 
 def test_prompts_are_shared_equally_or_not_at_all():
-    assert distributed.prompts_per_process(16, 4) == 4
+    assert ranks.prompts_per_process(16, 4) == 4
     with pytest.raises(UserError, match=r"6 prompts .* 4 processes.*multiple of 4.*1, 2, 3, 6"):
-        distributed.prompts_per_process(6, 4)
+        ranks.prompts_per_process(6, 4)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def failure(rank, code, word=None):
 )
 def test_the_first_cause_is_told(tmp_path, capsys, failures, code, words):
     given = {f.local_rank: f for f in failures}
-    assert distributed.explain(given, tmp_path, "go on with --resume") == code
+    assert ranks.explain(given, tmp_path, "go on with --resume") == code
     said = capsys.readouterr().err
     assert words in said and len(said.splitlines()) == (1 if words else 0)
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cpugrpo_edu import doctor as D
-from cpugrpo_edu import hardware as H
-from cpugrpo_edu import threads as T
+from cpugrpo_edu.engine import doctor as D
+from cpugrpo_edu.engine import hardware as H
+from cpugrpo_edu.engine import threads as T
 
 
 def test_every_check_names_what_to_do():
@@ -90,8 +90,8 @@ def test_systems_without_proc_affinity_and_topology(monkeypatch, system):
     monkeypatch.setattr(H.platform, "system", lambda: system)
     monkeypatch.setattr(H.platform, "processor", lambda: "")
     monkeypatch.setattr(H.psutil, "cpu_count", lambda logical=True: 8 if logical else None)
-    from cpugrpo_edu import memory
-    from cpugrpo_edu.files import check_output_folder
+    from cpugrpo_edu.engine import memory
+    from cpugrpo_edu.record.files import check_output_folder
 
     machine = H.describe_machine()
     assert machine.usable_cores >= 1 and machine.total_memory > 0

@@ -8,6 +8,8 @@ import gzip
 import pytest
 
 from cpugrpo_edu import evaluate as evaluate_module
+from cpugrpo_edu.data import DIFFICULTIES, Episode, Group
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.evaluate import (
     evaluate,
     held_out_problems,
@@ -16,7 +18,6 @@ from cpugrpo_edu.evaluate import (
     working_share,
 )
 from cpugrpo_edu.tasks import DOMAINS, split_of
-from cpugrpo_edu.types import DIFFICULTIES, Episode, Group, UserError
 
 
 @pytest.fixture(scope="module")

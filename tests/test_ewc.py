@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.ewc import (
     Anchor,
     add_ewc_gradient,
@@ -19,7 +20,6 @@ from cpugrpo_edu.ewc import (
     take_anchor,
 )
 from cpugrpo_edu.fisher import Example, fisher_diagonal
-from cpugrpo_edu.types import UserError
 
 
 def small_model(dtype=torch.float32) -> nn.Module:

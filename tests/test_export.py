@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cpugrpo_edu import export as module
-from cpugrpo_edu.export import export, load_int8
-from cpugrpo_edu.models import load_policy, save_policy
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.load import load_policy, save_policy
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.run import export as module
+from cpugrpo_edu.run.export import export, load_int8
 
 
 def make_run(folder, config, policy):
@@ -39,7 +40,7 @@ def adapted(tmp_path):
 
 @pytest.fixture(autouse=True)
 def headline(monkeypatch):
-    monkeypatch.setattr("cpugrpo_edu.report.headline", lambda record: "It learnt nothing.")
+    monkeypatch.setattr("cpugrpo_edu.show.report.headline", lambda record: "It learnt nothing.")
 
 
 @pytest.mark.parametrize("kind", ["merged", "int8", "gguf"])

@@ -9,7 +9,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 pytest.importorskip("nbgrader", reason="grading needs the extra cpugrpo-edu[grading]")
 
-from cpugrpo_edu.grading.feedback import NOTICE, HideAnswers, normalise, regions
+from cpugrpo_edu.course.feedback import NOTICE, HideAnswers, normalise, regions
 
 HIDDEN = "assert abs(found - 0.123456) < 1e-6"
 HINT = "one number for each group"

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from cpugrpo_edu.data import Episode, Group
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.fisher import (
     Example,
     Row,
@@ -19,7 +21,6 @@ from cpugrpo_edu.fisher import (
     parameter_kind,
     per_sequence_scores,
 )
-from cpugrpo_edu.types import Episode, Group, UserError
 
 V, PROMPT = 5, [1, 3, 2]
 

@@ -10,9 +10,17 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cpugrpo_edu import compiled
-from cpugrpo_edu.fisher import Example, fisher_diagonal
-from cpugrpo_edu.frozen import (
+from cpugrpo_edu.engine import c_kernel
+from cpugrpo_edu.engine.decode import (
+    CompiledDecoder,
+    Decoder,
+    Sampling,
+    causal_lm,
+    prefill,
+    rollout,
+)
+from cpugrpo_edu.engine.int8 import quantized_engine
+from cpugrpo_edu.engine.int8_base import (
     KERNELS,
     FrozenInt8Embedding,
     FrozenInt8Head,
@@ -21,19 +29,18 @@ from cpugrpo_edu.frozen import (
     load_frozen,
     token_log_probs,
 )
-from cpugrpo_edu.models import add_lora, load_policy, save_policy
-from cpugrpo_edu.packing import packed_log_probs
-from cpugrpo_edu.quantization import quantized_engine
-from cpugrpo_edu.rollout import CompiledDecoder, Decoder, Sampling, causal_lm, prefill, rollout
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.engine.shared_prefix import packed_log_probs
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.fisher import Example, fisher_diagonal
+from cpugrpo_edu.models.load import add_lora, load_policy, save_policy
 
 
 @pytest.fixture(params=KERNELS)
 def kernel(request):
     if request.param == "packed" and quantized_engine() == "torch":
         pytest.skip("this build of torch has no INT8 kernel")
-    if request.param == "compiled" and not compiled.available():
-        pytest.skip(compiled.library()[1])
+    if request.param == "compiled" and not c_kernel.available():
+        pytest.skip(c_kernel.library()[1])
     return request.param
 
 
@@ -178,7 +185,7 @@ def test_rollouts_record_the_log_probs_that_training_sees(tiny_folder, kernel):
     assert (log_p - sampled).abs().max() < (1e-4 if kernel == "exact" else 0.1)
 
 
-@pytest.mark.skipif(not compiled.available(), reason=compiled.library()[1])
+@pytest.mark.skipif(not c_kernel.available(), reason=c_kernel.library()[1])
 @pytest.mark.parametrize("adapter", [True, False])
 def test_a_token_in_c_is_that_of_torch(tiny_folder, adapter):
     """Rows with and without padding on the left, several tokens after each other."""

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cpugrpo_edu import hardware as H
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.engine import hardware as H
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.run_record import RunRecord
 
 GIB = 2**30
 
@@ -184,7 +185,8 @@ def test_machine_goes_into_a_record(tmp_path):
 
 def test_threads_are_set_before_torch_and_twice_is_safe():
     code = (
-        "import sys, os; from cpugrpo_edu import hardware as H; assert 'torch' not in sys.modules;"
+        "import sys, os; from cpugrpo_edu.engine import hardware as H;"
+        "assert 'torch' not in sys.modules;"
         "a = H.configure_threads(1); import torch; torch.ones(4000, 4) @ torch.ones(4, 4000);"
         "b = H.configure_threads(1); assert a['before_torch'];"
         "assert a == b and os.environ['MKL_NUM_THREADS'] == '1';"

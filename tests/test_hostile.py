@@ -23,8 +23,8 @@ import pytest
 
 pytest.importorskip("nbgrader", reason="grading needs the extra cpugrpo-edu[grading]")
 
-from cpugrpo_edu.grading import course as grading
-from cpugrpo_edu.grading import sandbox
+from cpugrpo_edu.course import course as grading
+from cpugrpo_edu.course import sandbox
 
 pytestmark = [
     pytest.mark.slow,
@@ -149,13 +149,13 @@ print('HOME', home)
         "package": (
             None,
             {
-                "mean": "import cpugrpo_edu.types\n"
-                "cpugrpo_edu.types.UserError.__init__ = lambda *a: None\n" + WRONG
+                "mean": "import cpugrpo_edu.data\n"
+                "cpugrpo_edu.errors.UserError.__init__ = lambda *a: None\n" + WRONG
             },
         ),
         "hides": (
             None,
-            {"mean": "import cpugrpo_edu.types\ncpugrpo_edu.types.abs = lambda x: 0\n" + WRONG},
+            {"mean": "import cpugrpo_edu.data\ncpugrpo_edu.types.abs = lambda x: 0\n" + WRONG},
         ),
         "asserts": (
             None,
@@ -339,8 +339,8 @@ def test_nothing_outside_changed(batch):
         ("retypes", "deleted and put back: test-mean"),
         ("memory", ""),
         ("numpy", "numpy.isclose"),
-        ("package", "cpugrpo_edu.types.UserError"),
-        ("hides", "cpugrpo_edu.types.abs"),
+        ("package", "cpugrpo_edu.errors.UserError"),
+        ("hides", "cpugrpo_edu.data.abs"),
         ("asserts", "ast_transformers"),
         ("builtins", "builtins.AssertionError"),
         ("frames", "_getframe"),

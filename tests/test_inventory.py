@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cpugrpo_edu import assign, inventory
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.cli import assign
+from cpugrpo_edu.course import inventory
+from cpugrpo_edu.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 BANK = ROOT / "notebooks" / "instructor" / "concept_inventory.json"

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from lab_fixtures import idle, lab_page, needs_browser, until
 
-from cpugrpo_edu.monitor import read_metrics
+from cpugrpo_edu.show.progress import read_metrics
 
 DASHBOARD = """\
-from cpugrpo_edu.dashboard import train
+from cpugrpo_edu.notebook.dashboard import train
 train("runs/live", steps=(4, 2, 2), prompts_per_step=4, num_generations=4, max_completion=48,
       per_cell=2, fisher_examples=4, patience=0, threads=1)"""
-PLAYGROUND = "from cpugrpo_edu.playground import playground\nplayground()"
+PLAYGROUND = "from cpugrpo_edu.notebook.playground import playground\nplayground()"
 
 
 def notebook(*sources):

@@ -14,8 +14,8 @@ pytest.importorskip("playwright.sync_api")
 pytest.importorskip("jupyterlab")
 pytest.importorskip("nbgrader", reason="grading needs the extra cpugrpo-edu[grading]")
 
-from cpugrpo_edu import inventory
-from cpugrpo_edu.grading import course as grading
+from cpugrpo_edu.course import course as grading
+from cpugrpo_edu.course import inventory
 
 BANK = ROOT / "notebooks" / "instructor" / "concept_inventory.json"
 

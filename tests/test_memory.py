@@ -20,8 +20,8 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from cpugrpo_edu import memory as M
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.engine import memory as M
+from cpugrpo_edu.errors import UserError
 
 torch.set_num_threads(1)
 MIB, GIB = 2**20, 2**30

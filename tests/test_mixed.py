@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cpugrpo_edu.mixed import bfloat16_linear, product_of
+from cpugrpo_edu.engine.bf16 import bfloat16_linear, product_of
 
 EPSILON = 2**-8
 """Distance of 1 to the next number in bfloat16; rounding errs by half of it."""

@@ -18,8 +18,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from cpugrpo_edu import memory, models
-from cpugrpo_edu.models import (
+from cpugrpo_edu.engine import memory
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models import load
+from cpugrpo_edu.models.load import (
     SYSTEM_PROMPT,
     add_lora,
     fingerprint,
@@ -29,7 +31,6 @@ from cpugrpo_edu.models import (
     save_policy,
     snapshot,
 )
-from cpugrpo_edu.types import UserError
 
 QUESTION = [{"role": "user", "content": "Compute 1+2."}]
 QWEN2_TEMPLATE = (
@@ -124,13 +125,13 @@ def test_a_folder_whose_tokenizer_has_no_padding_token_loads(folder):
 
 
 def test_a_missing_bundled_model_is_an_error_with_the_mend(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "BUNDLED", tmp_path)
+    monkeypatch.setattr(load, "BUNDLED", tmp_path)
     with pytest.raises(UserError, match="cpugrpo pretrain"):
         load_policy("bundled")
 
 
 def test_bundled_means_the_folder_in_the_package(monkeypatch, tiny_folder):
-    monkeypatch.setattr(models, "BUNDLED", tiny_folder)
+    monkeypatch.setattr(load, "BUNDLED", tiny_folder)
     policy = load_policy()
     assert (policy.source, policy.system) == (str(tiny_folder), None)
 
@@ -200,7 +201,7 @@ def test_a_model_that_cannot_fit_is_refused_before_a_weight_is_read(tiny_folder,
 
 @pytest.mark.parametrize("native", [True, False])
 def test_dtypes(tiny_folder, monkeypatch, native):
-    monkeypatch.setattr(models, "native_bfloat16", lambda: native)
+    monkeypatch.setattr(load, "native_bfloat16", lambda: native)
     expected = torch.bfloat16 if native else torch.float32
     assert load_policy(tiny_folder, dtype="auto").model.dtype is expected
     policy = load_policy(tiny_folder, dtype="bfloat16")
@@ -279,7 +280,7 @@ def test_relative_change_is_that_of_the_norms(tiny_policy):
 def test_relative_change_of_a_large_matrix_is_estimated_from_a_sample():
     model = torch.nn.Linear(1000, 500, bias=False)
     before = snapshot(model)
-    assert before["weight"].numel() < 1.2 * models.SNAPSHOT_NUMBERS
+    assert before["weight"].numel() < 1.2 * load.SNAPSHOT_NUMBERS
     with torch.no_grad():
         model.weight.add_(0.1 * model.weight)
     assert relative_change(model, before) == pytest.approx(0.1, rel=1e-3)

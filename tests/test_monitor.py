@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cpugrpo_edu.memory import release_memory
-from cpugrpo_edu.monitor import (
+from cpugrpo_edu.engine.memory import release_memory
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.show.progress import (
     MetricsLog,
     ProgressDisplay,
     clock_time,
@@ -20,7 +21,6 @@ from cpugrpo_edu.monitor import (
     plot_learning,
     read_metrics,
 )
-from cpugrpo_edu.types import UserError
 
 # Metrics on disk
 
@@ -285,7 +285,7 @@ def test_import_is_light():
     import subprocess
 
     code = (
-        "import sys, cpugrpo_edu.report; "
+        "import sys, cpugrpo_edu.show.report; "
         "print(*[m for m in ('torch', 'matplotlib.pyplot') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,9 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from cpugrpo_edu import notebook
-from cpugrpo_edu.monitor import Plot, new_figure
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.notebook import Question, begin, explore, head, measured, model_for, quiz, show
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.show.progress import Plot, new_figure
 
 
 @pytest.fixture
@@ -36,7 +37,6 @@ def store(folder, seconds=41.6, peak=812 * 2**20):
         "2026-01-02T03:04:05+00:00",
         0,
         "c",
-        "h",
         {"cpu": "A Chip", "usable_cores": 2},
         {},
         {},

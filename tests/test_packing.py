@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpugrpo_edu.models import load_policy
-from cpugrpo_edu.packing import group_rows, pack_group, packed_log_probs
+from cpugrpo_edu.engine.shared_prefix import group_rows, pack_group, packed_log_probs
+from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.policy import completion_logits
 
 

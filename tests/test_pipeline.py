@@ -13,15 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import cpugrpo_edu.pipeline as pipeline
-from cpugrpo_edu.control import Control
+import cpugrpo_edu.run.pipeline as pipeline
 from cpugrpo_edu.curriculum import make_stages
+from cpugrpo_edu.data import DIFFICULTIES
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.evaluate import load_evaluation
 from cpugrpo_edu.ewc import load_anchor
-from cpugrpo_edu.monitor import read_metrics
-from cpugrpo_edu.pipeline import Checkpoints, Interrupted, RunConfig, run
+from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.rewards import REWARDS, guarded
-from cpugrpo_edu.types import DIFFICULTIES, RunRecord, UserError
+from cpugrpo_edu.run.pause import Control
+from cpugrpo_edu.run.pipeline import Checkpoints, Interrupted, RunConfig, run
+from cpugrpo_edu.show.progress import read_metrics
 
 ask_after = 0  # calls of the reward until it sends Ctrl-C; 0 never does
 
@@ -438,7 +440,7 @@ def test_gsm8k_format_trains(config, tmp_path, no_report):
 
 def test_a_checkpoint_at_once_when_memory_is_about_to_run_out(tmp_path, monkeypatch):
     said, alarm = [], {"text": None}
-    monkeypatch.setattr("cpugrpo_edu.pipeline.memory_alarm", lambda: alarm["text"])
+    monkeypatch.setattr("cpugrpo_edu.run.pipeline.memory_alarm", lambda: alarm["text"])
     trainer = SimpleNamespace(add_callback=lambda callback: None, say=said.append)
     saver = Checkpoints(trainer, tmp_path, minutes=60)
 

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-import cpugrpo_edu.playground as module
-from cpugrpo_edu.models import BUNDLED
-from cpugrpo_edu.playground import Answer, Playground, find_models, judge, playground
+import cpugrpo_edu.notebook.playground as module
+from cpugrpo_edu.data import Problem
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.load import BUNDLED
+from cpugrpo_edu.notebook.playground import Answer, Playground, find_models, judge, playground
 from cpugrpo_edu.tasks import split_of
-from cpugrpo_edu.types import Problem, UserError
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.policy import (
     clipped_surrogate,
     completion_logits,
@@ -21,7 +22,6 @@ from cpugrpo_edu.policy import (
     token_entropy,
     token_log_probs,
 )
-from cpugrpo_edu.types import UserError
 
 V, LENGTH = 5, 2
 PROMPT = torch.tensor([[1, 3, 2]])

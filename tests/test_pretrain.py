@@ -11,7 +11,9 @@ import torch
 from conftest import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpugrpo_edu.pretrain import (
+from cpugrpo_edu.data import DIFFICULTIES, Problem
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.pretrain import (
     PretrainConfig,
     batches,
     learning_rate_at,
@@ -23,7 +25,6 @@ from cpugrpo_edu.pretrain import (
     train_tokenizer,
 )
 from cpugrpo_edu.tasks import DOMAINS
-from cpugrpo_edu.types import DIFFICULTIES, Problem, UserError
 
 SHORT = dataclasses.replace(TINY, steps=30, batch_size=8, warmup_steps=5, learning_rate=1e-2)
 
@@ -39,7 +40,7 @@ def made(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("made") / "model"
     losses = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cpugrpo_edu.pretrain.train_tokenizer", lambda *a, **k: tokenizer)
+        patch.setattr("cpugrpo_edu.models.pretrain.train_tokenizer", lambda *a, **k: tokenizer)
         summary = make_model(
             SHORT, folder, per_cell=1, on_step=lambda step, m: losses.append((step, m["loss"]))
         )

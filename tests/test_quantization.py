@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from cpugrpo_edu import quantization as Q
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.engine import int8 as Q
+from cpugrpo_edu.errors import UserError
 
 torch.set_num_threads(1)
 

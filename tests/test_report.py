@@ -11,7 +11,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from cpugrpo_edu.report import (
+from cpugrpo_edu.data import DIFFICULTIES, Evaluation
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.record.stats import accuracy_table, compare, forgetting_matrix
+from cpugrpo_edu.show.report import (
     COMPONENTS,
     Plot,
     headline,
@@ -24,8 +28,6 @@ from cpugrpo_edu.report import (
     value,
     write_report,
 )
-from cpugrpo_edu.statistics import accuracy_table, compare, forgetting_matrix
-from cpugrpo_edu.types import DIFFICULTIES, Evaluation, RunRecord, UserError
 
 HOSTILE = (
     "</pre><script>alert(1)</script> ``\n```\n| $x$ \x00 \u202e <img src=x onerror=alert(2)> \ud800"

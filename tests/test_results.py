@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cpugrpo_edu.report import BEGIN, END, results_table
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.show.report import BEGIN, END, results_table
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("results", ROOT / "tools" / "results.py")

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpugrpo_edu import rewards
-from cpugrpo_edu.answers import MAX_ANSWER_CHARS, answers_match, extract_answer
+from cpugrpo_edu.data import Problem, StepReport
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.rewards import (
     REWARDS,
     Reward,
@@ -24,8 +25,8 @@ from cpugrpo_edu.rewards import (
     valid_steps,
 )
 from cpugrpo_edu.tasks import DOMAINS, TASKS
+from cpugrpo_edu.tasks.answers import MAX_ANSWER_CHARS, answers_match, extract_answer
 from cpugrpo_edu.tasks.gsm8k import GSM8K
-from cpugrpo_edu.types import Problem, StepReport, UserError
 
 PROBLEM = Problem(
     "fake/1",

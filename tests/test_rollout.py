@@ -9,11 +9,11 @@ import torch
 from scipy.stats import chi2
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cpugrpo_edu import rollout as engine_module
-from cpugrpo_edu.models import add_lora, load_policy
+from cpugrpo_edu.engine import decode as engine_module
+from cpugrpo_edu.engine.decode import Sampling, chunks_by_length, is_supported, keep_top_p, rollout
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.load import add_lora, load_policy
 from cpugrpo_edu.policy import token_log_probs
-from cpugrpo_edu.rollout import Sampling, chunks_by_length, is_supported, keep_top_p, rollout
-from cpugrpo_edu.types import UserError
 
 PROMPTS = [[5, 6, 7, 8, 9], [40], [100, 3, 77, 12, 250, 9, 31], [8, 8]]
 
@@ -278,7 +278,7 @@ def test_bad_input_is_refused(model, arguments, names):
 
 
 def test_fewer_rows_where_memory_is_short_or_refused(tiny_policy, monkeypatch):
-    import cpugrpo_edu.rollout as module
+    import cpugrpo_edu.engine.decode as module
 
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
     sampling = Sampling(max_new_tokens=5, temperature=0)

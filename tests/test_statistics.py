@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cpugrpo_edu.statistics import (
+from cpugrpo_edu.data import Evaluation
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.stats import (
     accuracy_table,
     compare,
     difficulty_order,
@@ -20,7 +22,6 @@ from cpugrpo_edu.statistics import (
     paired_bootstrap,
     wilson_interval,
 )
-from cpugrpo_edu.types import Evaluation, UserError
 
 bools = st.lists(st.booleans(), min_size=1, max_size=40)
 

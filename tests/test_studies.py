@@ -13,14 +13,16 @@ import torch
 from command_line import invoke
 from lab_fixtures import ARGUMENTS, CHROMIUM, needs_browser
 
-from cpugrpo_edu import hardware, pipeline
-from cpugrpo_edu.hardware import new_record
-from cpugrpo_edu.models import load_policy
-from cpugrpo_edu.studies import ablations, common, cpu_or_gpu, generalisation, quantization
-from cpugrpo_edu.studies.common import Pieces, Setting
-from cpugrpo_edu.studies.registry import STUDIES
+from cpugrpo_edu.engine import hardware
+from cpugrpo_edu.engine.hardware import new_record
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.studies import ablations, common, cpu_or_gpu, generalisation, quantization
+from cpugrpo_edu.lab.studies.common import Pieces, Setting
+from cpugrpo_edu.lab.studies.registry import STUDIES
+from cpugrpo_edu.models.load import load_policy
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.run import pipeline
 from cpugrpo_edu.tasks import make_problems
-from cpugrpo_edu.types import RunRecord, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpugrpo_edu import tasks
-from cpugrpo_edu.pretrain import problem_stream
+from cpugrpo_edu.data import DIFFICULTIES, Problem
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.pretrain import problem_stream
 from cpugrpo_edu.tasks import DOMAINS, TASKS, get_task, make_problems, prompt_messages, split_of
 from cpugrpo_edu.tasks.equations import MAX_LINES, apply, step_score, write_solution
-from cpugrpo_edu.types import DIFFICULTIES, Problem, UserError
 
 CELLS = [(domain, difficulty) for domain in DOMAINS for difficulty in DIFFICULTIES]
 NUMBERS = re.compile(r"\d+")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from command_line import invoke
 
-from cpugrpo_edu import threads as T
-from cpugrpo_edu.memory import Architecture
+from cpugrpo_edu.engine import threads as T
+from cpugrpo_edu.engine.memory import Architecture
 
 TINY = Architecture("tiny", 2, 64, 128, 2, 1, 100, True)
 
@@ -90,7 +90,7 @@ def test_a_measurement_is_kept_for_the_machine_and_the_shape(tmp_path, monkeypat
 
 
 def test_a_run_takes_the_fastest_number_and_keeps_it_when_it_goes_on(tmp_path, monkeypatch):
-    from cpugrpo_edu.pipeline import Interrupted
+    from cpugrpo_edu.run.pipeline import Interrupted
 
     asked = []
 
@@ -98,8 +98,8 @@ def test_a_run_takes_the_fastest_number_and_keeps_it_when_it_goes_on(tmp_path, m
         asked.append(config.threads)
         raise Interrupted("stopped")
 
-    monkeypatch.setattr("cpugrpo_edu.pipeline.run", stop)
-    monkeypatch.setattr("cpugrpo_edu.hardware.usable_cores", lambda *_: 4)
+    monkeypatch.setattr("cpugrpo_edu.run.pipeline.run", stop)
+    monkeypatch.setattr("cpugrpo_edu.engine.hardware.usable_cores", lambda *_: 4)
     monkeypatch.setattr(T, "fastest_threads", lambda model: 2)
     assert invoke("run", "--output", tmp_path / "a")[0] == 130
     assert invoke("run", "--output", tmp_path / "a", "--threads", 3)[0] == 130

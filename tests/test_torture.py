@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from cpugrpo_edu.files import replacing, write_failure, write_text
-from cpugrpo_edu.pipeline import writing_to
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.files import replacing, write_failure, write_text
+from cpugrpo_edu.run.pipeline import writing_to
 
 
 @pytest.mark.slow

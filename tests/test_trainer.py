@@ -11,11 +11,8 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from cpugrpo_edu import trainer as trainer_module
-from cpugrpo_edu.ewc import Anchor
-from cpugrpo_edu.models import fingerprint, load_policy
-from cpugrpo_edu.rewards import guarded
-from cpugrpo_edu.trainer import (
+from cpugrpo_edu.engine import trl_trainer as trainer_module
+from cpugrpo_edu.engine.trl_trainer import (
     LOSS_TYPES,
     WORKING_SPACE,
     CPUGRPOTrainer,
@@ -26,7 +23,10 @@ from cpugrpo_edu.trainer import (
     cpu_config,
     split_by_length,
 )
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.ewc import Anchor
+from cpugrpo_edu.models.load import fingerprint, load_policy
+from cpugrpo_edu.rewards import guarded
 
 PROMPTS = ["a", "a b c", "Compute 1 + 2.", "x"]
 LENGTHS = torch.tensor([5, 2, 4, 1, 3, 5, 1, 2])
@@ -231,7 +231,7 @@ def test_the_plan_follows_the_memory_says_so_and_keeps_the_gradient(trainer, bat
 
 def test_the_memory_limit_counts_what_is_held_and_what_will_come(trainer, monkeypatch):
     held, limit = psutil.Process().memory_info().rss, 2**45
-    monkeypatch.setattr("cpugrpo_edu.memory.available_memory", lambda: 2**60)
+    monkeypatch.setattr("cpugrpo_edu.engine.memory.available_memory", lambda: 2**60)
     monkeypatch.setattr(trainer, "options", CPUOptions(memory_limit=limit))
     trainer.model.zero_grad(set_to_none=True)
     monkeypatch.setattr(trainer.state, "global_step", 0)
@@ -328,7 +328,7 @@ def test_memory_refused_for_one_completion_ends_with_a_sentence(trainer, batch, 
 
 
 def test_each_prompt_is_prefilled_once_and_answered_in_order(trainer, monkeypatch):
-    import cpugrpo_edu.trainer as module
+    import cpugrpo_edu.engine.trl_trainer as module
 
     calls = []
     original = module.rollout
@@ -519,7 +519,7 @@ def test_a_nan_loss_stops_training(tiny_policy, tmp_path):
 def test_without_signal_training_stops_after_the_patience(
     tiny_policy, tmp_path, monkeypatch, ending, words
 ):
-    import cpugrpo_edu.trainer as module
+    import cpugrpo_edu.engine.trl_trainer as module
 
     original = module.rollout
     last = tiny_policy.tokenizer.eos_token_id if ending else 7

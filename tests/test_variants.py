@@ -9,15 +9,16 @@ from itertools import combinations
 
 import pytest
 
-from cpugrpo_edu import variants
-from cpugrpo_edu.grading.peers import peer_reviews
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.course import student_seeds
+from cpugrpo_edu.course.peers import peer_reviews
+from cpugrpo_edu.errors import UserError
 
 
 def seed_of_a_process(**settings: str) -> tuple[int, str]:
     """The seed that a fresh process draws, and what it still sees of the settings."""
     code = (
-        "import os; from cpugrpo_edu.variants import variant_seed as s; print(s('ps1-kl')); "
+        "import os; from cpugrpo_edu.course.student_seeds import variant_seed as s; "
+        "print(s('ps1-kl')); "
         "print(sorted(k for k in os.environ if k in "
         "('CPUGRPO_VARIANT_KEY', 'CPUGRPO_COURSE_SECRET')))"
     )
@@ -33,8 +34,8 @@ def seed_of_a_process(**settings: str) -> tuple[int, str]:
 
 def test_key_is_reproducible_and_differs() -> None:
     pairs = [("s", "ada"), ("s", "alan"), ("t", "ada")]
-    keys = [variants.student_key(*pair) for pair in pairs]
-    assert keys == [variants.student_key(*pair) for pair in pairs]
+    keys = [student_seeds.student_key(*pair) for pair in pairs]
+    assert keys == [student_seeds.student_key(*pair) for pair in pairs]
     assert all(a != b for a, b in combinations(keys, 2))
     assert len(bytes.fromhex(keys[0])) == 32
 
@@ -42,21 +43,22 @@ def test_key_is_reproducible_and_differs() -> None:
 @pytest.mark.parametrize("pair", [("", "ada"), ("s", "")])
 def test_empty_secret_or_student(pair: tuple[str, str]) -> None:
     with pytest.raises(UserError, match="must not be empty"):
-        variants.student_key(*pair)
+        student_seeds.student_key(*pair)
 
 
 def test_seeds_differ_by_label_and_student(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
     for who in ("ada", "alan"):
-        monkeypatch.setattr(variants, "_key", bytes.fromhex(variants.student_key("s", who)))
-        seeds += [variants.variant_seed(label) for label in ("ps1-kl", "ps1-clip")]
+        key = bytes.fromhex(student_seeds.student_key("s", who))
+        monkeypatch.setattr(student_seeds, "_key", key)
+        seeds += [student_seeds.variant_seed(label) for label in ("ps1-kl", "ps1-clip")]
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
 def test_both_ways_to_set_the_key_agree_and_are_taken_away() -> None:
     by_secret = seed_of_a_process(CPUGRPO_COURSE_SECRET="s", CPUGRPO_STUDENT_ID="ada")
-    by_key = seed_of_a_process(CPUGRPO_VARIANT_KEY=variants.student_key("s", "ada"))
+    by_key = seed_of_a_process(CPUGRPO_VARIANT_KEY=student_seeds.student_key("s", "ada"))
     own_run = seed_of_a_process()
     assert by_secret == by_key
     assert own_run[0] != by_key[0]

@@ -26,7 +26,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cpugrpo_edu.hardware import new_record
+from cpugrpo_edu.engine.hardware import new_record
 from cpugrpo_edu.notebook import head
 
 ROOT = Path(__file__).resolve().parent.parent

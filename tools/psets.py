@@ -33,8 +33,8 @@ import nbformat
 from rich.console import Console
 from rich.table import Table
 
-from cpugrpo_edu import variants
-from cpugrpo_edu.grading.feedback import SHORTEST, normalise, regions
+from cpugrpo_edu.course import student_seeds
+from cpugrpo_edu.course.feedback import SHORTEST, normalise, regions
 
 ROOT = Path(__file__).resolve().parent.parent
 MASTERS = ROOT / "notebooks" / "psets"
@@ -110,11 +110,14 @@ def grade(nb: Any, replace: dict[str, str] | None = None) -> dict[str, str | Non
 @contextlib.contextmanager
 def student(name: str) -> Iterator[None]:
     """Hidden tests draw the data of this student of a made-up course."""
-    before, variants._key = variants._key, bytes.fromhex(variants.student_key("zoo", name))
+    before, student_seeds._key = (
+        student_seeds._key,
+        bytes.fromhex(student_seeds.student_key("zoo", name)),
+    )
     try:
         yield
     finally:
-        variants._key = before
+        student_seeds._key = before
 
 
 def points(nb: Any) -> dict[str, int]:
@@ -223,7 +226,7 @@ c.CourseDirectory.source_directory = {masters!r}
 c.CourseDirectory.db_url = "sqlite:///gradebook.db"
 c.ExecutePreprocessor.timeout = 120
 c.GenerateFeedback.preprocessors = [
-    "cpugrpo_edu.grading.feedback.HideAnswers",
+    "cpugrpo_edu.course.feedback.HideAnswers",
     "nbgrader.preprocessors.GetGrades",
     "nbconvert.preprocessors.CSSHTMLHeaderPreprocessor",
 ]

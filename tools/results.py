@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cpugrpo_edu.report import replace_between_markers, results_table
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.show.report import replace_between_markers, results_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -146,7 +146,7 @@ def make_shape(name: str, place: Path) -> str:
     """A folder with a random Qwen2 of that shape and the bundled tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-    from cpugrpo_edu.hardware import BUNDLED_MODEL
+    from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
 
     hidden, layers, ffn, vocabulary = SHAPES[name]
     config = Qwen2Config.from_pretrained(BUNDLED_MODEL.parent)

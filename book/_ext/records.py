@@ -1,7 +1,7 @@
 """Sphinx: numbers, tables and plots of the book's pages, from the records at build time.
 
 - the role ``{record}`RECORD:KEY|FORMAT|SCALE|OVER` ``: one number, by
-  :func:`cpugrpo_edu.report.number`; all but the first part may be left out;
+  :func:`cpugrpo_edu.show.report.number`; all but the first part may be left out;
 - the directive ``{records} NAME``: a table or list, one of ``TABLES``;
 - the directive ``{record-plot} NAME``: a figure with its alternative text, one of ``PLOTS``.
 
@@ -23,8 +23,12 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from cpugrpo_edu import bench, bench_plots, sweep
-from cpugrpo_edu.monitor import (
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab import bench, bench_plots, sweep
+from cpugrpo_edu.notebook import small_png
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.record.stats import over_seeds
+from cpugrpo_edu.show.progress import (
     BLUE,
     GREEN,
     GREY,
@@ -36,8 +40,7 @@ from cpugrpo_edu.monitor import (
     new_figure,
     tidy,
 )
-from cpugrpo_edu.notebook import small_png
-from cpugrpo_edu.report import (
+from cpugrpo_edu.show.report import (
     MAIN,
     markdown_table,
     number,
@@ -47,8 +50,6 @@ from cpugrpo_edu.report import (
     results_table,
     value,
 )
-from cpugrpo_edu.statistics import over_seeds
-from cpugrpo_edu.types import RunRecord, UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "records"

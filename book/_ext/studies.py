@@ -18,11 +18,12 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.studies import cpu_or_gpu
+from cpugrpo_edu.lab.studies.registry import STUDIES, study_named
 from cpugrpo_edu.notebook import small_png
-from cpugrpo_edu.report import markdown_table
-from cpugrpo_edu.studies import cpu_or_gpu
-from cpugrpo_edu.studies.registry import STUDIES, study_named
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.show.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "records"

@@ -22,9 +22,10 @@ import psutil
 import typer
 from typer.exceptions import TyperException
 
-from cpugrpo_edu.assign import app as assign_app
-from cpugrpo_edu.files import check_output_folder, write_failure
-from cpugrpo_edu.types import DIFFICULTIES, Problem, UserError
+from cpugrpo_edu.cli.assign import app as assign_app
+from cpugrpo_edu.data import DIFFICULTIES, Problem
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.files import check_output_folder, write_failure
 
 # Heavy imports (torch, transformers, trl) stand inside the commands: --help answers at
 # once, and threads are set before torch is loaded.
@@ -60,7 +61,7 @@ def failing_clearly() -> Iterator[None]:
         yield
     except UserError as error:
         if "LOCAL_RANK" in os.environ:  # one of several processes
-            from cpugrpo_edu.distributed import leave_word
+            from cpugrpo_edu.engine.ranks import leave_word
 
             if leave_word(error):
                 raise SystemExit(2) from error
@@ -123,8 +124,8 @@ def check_seed(value: int) -> int:
 
 def fewer_threads(model: str) -> int | None:
     """Threads to use where fewer than all cores are faster, measured once; else None."""
-    from cpugrpo_edu.hardware import usable_cores
-    from cpugrpo_edu.threads import fastest_threads
+    from cpugrpo_edu.engine.hardware import usable_cores
+    from cpugrpo_edu.engine.threads import fastest_threads
 
     try:
         threads = fastest_threads(model)
@@ -166,7 +167,7 @@ def doctor(as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cpugrpo_edu.doctor import examine
+    from cpugrpo_edu.engine.doctor import examine
 
     checks = examine()
     if as_json:
@@ -273,7 +274,7 @@ def run(
 
     `cpugrpo run --model Qwen/Qwen2-0.5B-Instruct --lora 16 --dtype int8 --data openai/gsm8k`
     """
-    from cpugrpo_edu.hardware import GIB, configure_threads
+    from cpugrpo_edu.engine.hardware import GIB, configure_threads
 
     if profile not in PROFILES:
         raise UserError(f"unknown profile {profile!r}; allowed are {', '.join(PROFILES)}")
@@ -282,14 +283,14 @@ def run(
     if memory_budget is not None:  # pages of 2 MiB would round every tensor up
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
     configure_threads(threads)
-    from cpugrpo_edu import distributed
-    from cpugrpo_edu.estimate import estimate_text
-    from cpugrpo_edu.memory import parse_bytes
-    from cpugrpo_edu.monitor import ProgressDisplay
-    from cpugrpo_edu.pipeline import Interrupted, RunConfig, check_settings
-    from cpugrpo_edu.pipeline import run as run_pipeline
+    from cpugrpo_edu.engine import ranks
+    from cpugrpo_edu.engine.memory import parse_bytes
+    from cpugrpo_edu.lab.estimate import estimate_text
+    from cpugrpo_edu.run.pipeline import Interrupted, RunConfig, check_settings
+    from cpugrpo_edu.run.pipeline import run as run_pipeline
+    from cpugrpo_edu.show.progress import ProgressDisplay
 
-    if threads is None and nproc == 1 and not distributed.joined():
+    if threads is None and nproc == 1 and not ranks.joined():
         threads = begun_with(output) if resume else fewer_threads(model)
 
     given: dict[str, Any] = {
@@ -341,19 +342,19 @@ def run(
     go_on = f"go on with the same command and: --resume --output {folder}"
     if not 1 <= nproc <= 1024:
         raise UserError(f"nproc is {nproc}; give a number of processes from 1 to 1024")
-    launching = nproc > 1 and not distributed.joined()
-    distributed.join()
-    first = distributed.is_main()
-    folder = distributed.gather(folder)[0]
+    launching = nproc > 1 and not ranks.joined()
+    ranks.join()
+    first = ranks.is_main()
+    folder = ranks.gather(folder)[0]
     display = ProgressDisplay(quiet=quiet or not first)
     if launching or not quiet:
         check_settings(config)
-    if not quiet and distributed.LAUNCHED not in os.environ:
+    if not quiet and ranks.LAUNCHED not in os.environ:
         display.message(estimate_text(config))
     if launching:
-        distributed.prompts_per_process(config.prompts_per_step, nproc)
+        ranks.prompts_per_process(config.prompts_per_step, nproc)
         with_output = [] if output else ["--output", str(folder)]
-        code = distributed.launch(nproc, [*context.obj, *with_output], go_on)
+        code = ranks.launch(nproc, [*context.obj, *with_output], go_on)
         raise SystemExit(code)
     try:
         record = run_pipeline(
@@ -370,9 +371,9 @@ def run(
             print(f"cpugrpo: {reason}; saved. {go_on[0].upper()}{go_on[1:]}", file=sys.stderr)
         raise SystemExit(130) from error
     except RuntimeError as error:
-        if not distributed.lost_peer(error):
+        if not ranks.lost_peer(error):
             raise
-        if distributed.LAUNCHED not in os.environ:
+        if ranks.LAUNCHED not in os.environ:
             print(
                 "cpugrpo: another process or machine of this run has gone, so this one stops too; "
                 f"what was complete is saved, {go_on}",
@@ -381,7 +382,7 @@ def run(
         raise SystemExit(1) from error
     if not first:
         return
-    from cpugrpo_edu.report import headline
+    from cpugrpo_edu.show.report import headline
 
     path = folder / "record.json"
     data_out = {
@@ -412,20 +413,20 @@ def evaluate(
 
     Example: `cpugrpo evaluate --model runs/first/model --per-cell 300`
     """
-    from cpugrpo_edu.hardware import configure_threads
+    from cpugrpo_edu.engine.hardware import configure_threads
 
     configure_threads()
     from rich.console import Console
     from rich.table import Table
 
+    from cpugrpo_edu.engine.decode import Sampling
+    from cpugrpo_edu.engine.int8 import quantize_for_rollout
     from cpugrpo_edu.evaluate import evaluate as evaluate_policy
     from cpugrpo_edu.evaluate import save_evaluation
-    from cpugrpo_edu.models import check_policy, load_policy
-    from cpugrpo_edu.monitor import ProgressDisplay
-    from cpugrpo_edu.pipeline import RunConfig, load_data
-    from cpugrpo_edu.quantization import quantize_for_rollout
-    from cpugrpo_edu.rollout import Sampling
-    from cpugrpo_edu.statistics import accuracy_table
+    from cpugrpo_edu.models.load import check_policy, load_policy
+    from cpugrpo_edu.record.stats import accuracy_table
+    from cpugrpo_edu.run.pipeline import RunConfig, load_data
+    from cpugrpo_edu.show.progress import ProgressDisplay
 
     if per_cell < 1:
         raise UserError(f"--per-cell is {per_cell}; give at least 1")
@@ -488,11 +489,11 @@ def generate(
 
     Example: `cpugrpo generate "Compute 12+7-5." --n 4 --temperature 1`
     """
-    from cpugrpo_edu.hardware import configure_threads
+    from cpugrpo_edu.engine.hardware import configure_threads
 
     configure_threads()
-    from cpugrpo_edu.models import check_policy, load_policy
-    from cpugrpo_edu.rollout import Sampling, rollout
+    from cpugrpo_edu.engine.decode import Sampling, rollout
+    from cpugrpo_edu.models.load import check_policy, load_policy
 
     if n < 1:
         raise UserError(f"--n is {n}; give at least 1")
@@ -530,8 +531,8 @@ def report(
 
     Example: `cpugrpo report runs/first`
     """
-    from cpugrpo_edu.report import headline, write_report
-    from cpugrpo_edu.types import RunRecord
+    from cpugrpo_edu.record.run_record import RunRecord
+    from cpugrpo_edu.show.report import headline, write_report
 
     record = RunRecord.load(folder / "record.json")
     markdown, page = write_report(record, folder)
@@ -552,12 +553,12 @@ def export(
 
     Example: `cpugrpo export runs/first --to gguf`
     """
-    from cpugrpo_edu.hardware import configure_threads
+    from cpugrpo_edu.engine.hardware import configure_threads
 
     configure_threads()
     from transformers.utils import logging
 
-    from cpugrpo_edu.export import export as export_run
+    from cpugrpo_edu.run.export import export as export_run
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -580,7 +581,7 @@ def checkpoints_list(run: RunFolder, as_json: Json = False) -> None:
 
     Example: `cpugrpo checkpoints list runs/first`
     """
-    from cpugrpo_edu.checkpoints import list_checkpoints
+    from cpugrpo_edu.run.checkpoints import list_checkpoints
 
     found = list_checkpoints(run)
     lines = [f"{c.kind:5} {c.name:24} {c.size / 1e6:8.1f} MB  {c.fault or 'good'}" for c in found]
@@ -598,7 +599,7 @@ def checkpoints_prune(
 
     Example: `cpugrpo checkpoints prune runs/first --dry-run`
     """
-    from cpugrpo_edu.checkpoints import prune
+    from cpugrpo_edu.run.checkpoints import prune
 
     gone = prune(run, keep, dry_run=dry_run)
     size = sum(c.size for c in gone) / 1e6
@@ -624,11 +625,11 @@ def pretrain(
 
     Example: `cpugrpo pretrain --output runs/my-base`
     """
-    from cpugrpo_edu.hardware import configure_threads
+    from cpugrpo_edu.engine.hardware import configure_threads
 
     configure_threads()
-    from cpugrpo_edu.monitor import ProgressDisplay
-    from cpugrpo_edu.pretrain import PretrainConfig, make_model
+    from cpugrpo_edu.models.pretrain import PretrainConfig, make_model
+    from cpugrpo_edu.show.progress import ProgressDisplay
 
     sizes: dict[str, Any] = {"steps": steps, "hidden": hidden, "layers": layers}
     config = PretrainConfig(seed=seed, **{k: v for k, v in sizes.items() if v is not None})
@@ -654,8 +655,8 @@ def models(
     from rich.console import Console
     from rich.table import Table
 
-    from cpugrpo_edu.estimate import catalogue_steps
-    from cpugrpo_edu.memory import available_memory, models_that_fit
+    from cpugrpo_edu.engine.memory import available_memory, models_that_fit
+    from cpugrpo_edu.lab.estimate import catalogue_steps
 
     if memory_gib is not None and not 0 < memory_gib < 2**20:
         raise UserError(f"--memory-gib is {memory_gib}; give more than 0, and a finite number")
@@ -703,7 +704,7 @@ Steps = Annotated[int | None, typer.Option(help="Steps a stage, instead of the w
 def workload_of(name: str, steps: int | None) -> Any:
     from dataclasses import replace
 
-    from cpugrpo_edu.bench import WORKLOADS
+    from cpugrpo_edu.lab.bench import WORKLOADS
 
     if name not in WORKLOADS:
         raise UserError(f"unknown workload {name!r}; allowed are {', '.join(WORKLOADS)}")
@@ -729,7 +730,7 @@ def give(
     record: Any, path: Path | None, header: list[str], rows: list[list[str]], as_json: bool
 ) -> None:
     """Write a benchmark's record; print it, or its table."""
-    from cpugrpo_edu.report import markdown_table
+    from cpugrpo_edu.show.report import markdown_table
 
     if path is not None:
         record.save(path)
@@ -740,8 +741,8 @@ def give(
 @bench.command("machine")
 def bench_machine(output: Record = None, as_json: Json = False) -> None:
     """What this machine could at best do: arithmetic and memory."""
-    from cpugrpo_edu.bench import run_worker
-    from cpugrpo_edu.hardware import new_record
+    from cpugrpo_edu.engine.hardware import new_record
+    from cpugrpo_edu.lab.bench import run_worker
 
     record = new_record("bench-machine", {}, {"floors": run_worker("floors")})
     rows = [[name, f"{value:.1f}"] for name, value in record.results["floors"].items()]
@@ -769,8 +770,8 @@ def bench_b1_command(
 
     Example: `cpugrpo bench b1 --peers stock,stock-lora`
     """
-    from cpugrpo_edu import compiled
-    from cpugrpo_edu.bench import bench_b1
+    from cpugrpo_edu.engine import c_kernel
+    from cpugrpo_edu.lab.bench import bench_b1
 
     names = comma_names(peers)
     if peer_steps < 1:
@@ -778,16 +779,16 @@ def bench_b1_command(
     say = silent if quiet else show_progress
     shape = workload_of(workload, steps)
     if "ours-compiled" not in names:
-        if compiled.available():
+        if c_kernel.available():
             names = (*names, "ours-compiled")
         else:
-            say(f"no compiled kernel here: {compiled.library()[1]}")
+            say(f"no compiled kernel here: {c_kernel.library()[1]}")
     give_b1(bench_b1(shape, names, peer_steps, folder=cache, say=say), output, as_json)
 
 
 def give_b1(record: Any, output: Path | None, as_json: bool) -> None:
     """Print and keep the record; exit 1 where one of ours did not train."""
-    from cpugrpo_edu.bench import B1_HEADER, b1_rows, fallback_note
+    from cpugrpo_edu.lab.bench import B1_HEADER, b1_rows, fallback_note
 
     give(record, output, B1_HEADER, b1_rows(record), as_json)
     if note := fallback_note(record):
@@ -807,7 +808,7 @@ def bench_peers(
     cache: Cache = None, output: Record = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """`bench b1` with every peer."""
-    from cpugrpo_edu.bench import PEERS, bench_b1
+    from cpugrpo_edu.lab.bench import PEERS, bench_b1
 
     say = silent if quiet else show_progress
     give_b1(bench_b1(workload_of("b1", None), tuple(PEERS), folder=cache, say=say), output, as_json)
@@ -822,7 +823,7 @@ def bench_ablate_command(
     quiet: Quiet = False,
 ) -> None:
     """What each fast path is worth: one stage of B1 with one of them off at a time."""
-    from cpugrpo_edu.bench import ABLATE_HEADER, ablate_rows, bench_ablate
+    from cpugrpo_edu.lab.bench import ABLATE_HEADER, ablate_rows, bench_ablate
 
     say = silent if quiet else show_progress
     record = bench_ablate(workload_of("b1", steps), folder=cache, say=say)
@@ -843,7 +844,7 @@ def bench_rollout_command(
 
     Example: `cpugrpo bench rollout --peers llama.cpp,continuous`
     """
-    from cpugrpo_edu.bench import ROLLOUT_HEADER, bench_rollout, rollout_rows
+    from cpugrpo_edu.lab.bench import ROLLOUT_HEADER, bench_rollout, rollout_rows
 
     say = silent if quiet else show_progress
     record = bench_rollout(workload_of("b1", None), comma_names(peers), folder=cache, say=say)
@@ -861,9 +862,9 @@ def bench_sweep_command(
 
     Example: `cpugrpo bench sweep --output records/bench-sweep.json`
     """
-    from cpugrpo_edu import sweep
-    from cpugrpo_edu.files import cache_folder
-    from cpugrpo_edu.report import markdown_table
+    from cpugrpo_edu.lab import sweep
+    from cpugrpo_edu.record.files import cache_folder
+    from cpugrpo_edu.show.report import markdown_table
 
     partial = (cache or cache_folder()) / "sweep.partial.json"
     say = silent if quiet else show_progress
@@ -877,8 +878,8 @@ def bench_sweep_command(
 @bench.command("train")
 def bench_train(output: Record = None, as_json: Json = False) -> None:
     """Steps of the bundled model's default run with each rollout engine."""
-    from cpugrpo_edu.bench import TRAIN_HEADER, run_worker, train_rows
-    from cpugrpo_edu.hardware import new_record
+    from cpugrpo_edu.engine.hardware import new_record
+    from cpugrpo_edu.lab.bench import TRAIN_HEADER, run_worker, train_rows
 
     record = new_record("bench-train", {}, {"engines": run_worker("bundled", show_progress)})
     give(record, output, TRAIN_HEADER, train_rows(record), as_json)
@@ -895,8 +896,8 @@ def bench_plot(
 
     Example: `cpugrpo bench plot records/bench-b1.json`
     """
-    from cpugrpo_edu.bench_plots import plot_record
-    from cpugrpo_edu.types import RunRecord
+    from cpugrpo_edu.lab.bench_plots import plot_record
+    from cpugrpo_edu.record.run_record import RunRecord
 
     plot = plot_record(RunRecord.load(record))
     path = output or record.with_suffix(".png")
@@ -922,8 +923,8 @@ def study_list(as_json: Json = False) -> None:
 
     Example: `cpugrpo study list`
     """
-    from cpugrpo_edu.report import markdown_table, records_folder
-    from cpugrpo_edu.studies.registry import STUDIES
+    from cpugrpo_edu.lab.studies.registry import STUDIES
+    from cpugrpo_edu.show.report import markdown_table, records_folder
 
     rows = []
     for item in STUDIES.values():
@@ -966,20 +967,20 @@ def study_run(
 
     Example: `cpugrpo study run quantization --reduced`
     """
-    from cpugrpo_edu.studies.common import Setting
-    from cpugrpo_edu.studies.registry import study_named
+    from cpugrpo_edu.lab.studies.common import Setting
+    from cpugrpo_edu.lab.studies.registry import study_named
 
     chosen = study_named(name)
     if seeds is not None and seeds < 1:
         raise UserError(f"--seeds is {seeds}; give at least 1")
     path = output or work / f"study-{name}{'-reduced' if reduced else ''}.json"
     check_output_folder(path.parent)
-    from cpugrpo_edu.hardware import configure_threads
+    from cpugrpo_edu.engine.hardware import configure_threads
 
     configure_threads()
     from transformers.utils import logging
 
-    from cpugrpo_edu.report import markdown_table
+    from cpugrpo_edu.show.report import markdown_table
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -1018,8 +1019,8 @@ def calculator(
 
     Example: `cpugrpo calculator --set students=120 --set gpu_price=0.6`
     """
-    from cpugrpo_edu.report import markdown_table
-    from cpugrpo_edu.studies import cpu_or_gpu as study_module
+    from cpugrpo_edu.lab.studies import cpu_or_gpu as study_module
+    from cpugrpo_edu.show.report import markdown_table
 
     given = {}
     for text in change or ():
@@ -1040,7 +1041,3 @@ def calculator(
     print(markdown_table(["Name", "Assumption", "Value", "Unit", "Source"], rows))
     print(f"\n{markdown_table(study_module.CLASS_HEADER, study_module.class_rows(found))}")
     print(f"\n{study_module.pays_text(found)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
 
 if TYPE_CHECKING:
-    from cpugrpo_edu.grading.course import Course
+    from cpugrpo_edu.course.course import Course
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,7 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one line
 def grading() -> ModuleType:
     """The module over nbgrader, which is an extra."""
     try:
-        from cpugrpo_edu.grading import course
+        from cpugrpo_edu.course import course
     except ImportError as error:
         raise UserError(
             f"grading needs nbgrader ({error}); install it with: pip install 'cpugrpo-edu[grading]'"
@@ -122,7 +122,7 @@ def autograde(
         TimeRemainingColumn,
     )
 
-    from cpugrpo_edu.grading.outcome import Outcome
+    from cpugrpo_edu.course.outcome import Outcome
 
     opening = opened(course)
     columns = (
@@ -157,7 +157,7 @@ def autograde(
     skipped = len(opening.submissions(assignment)) - len(outcomes)
     print(f"{len(outcomes)} graded, {skipped} unchanged or not chosen")
     if outcomes:
-        from cpugrpo_edu.grading.outcome import CONTAINED
+        from cpugrpo_edu.course.outcome import CONTAINED
 
         print(f"Containment on this machine: {CONTAINED[outcomes[0].level]}")
 
@@ -211,7 +211,7 @@ def concepts(
 
     Example: `cpugrpo assign concepts hand-out/concepts`
     """
-    from cpugrpo_edu.inventory import read_bank, write_student_version
+    from cpugrpo_edu.course.inventory import read_bank, write_student_version
 
     made = [str(path) for path in write_student_version(read_bank(bank), folder)]
     print(json.dumps({"made": made}) if as_json else "\n".join(made))

@@ -48,12 +48,12 @@ from nbgrader.preprocessors import (
 )
 from traitlets.config import PyFileConfigLoader
 
-from cpugrpo_edu.files import write_text
-from cpugrpo_edu.grading import execute, sandbox
-from cpugrpo_edu.grading.outcome import Limits, Outcome
-from cpugrpo_edu.grading.peers import Review, peer_reviews
-from cpugrpo_edu.types import UserError
-from cpugrpo_edu.variants import student_key
+from cpugrpo_edu.course import execute, sandbox
+from cpugrpo_edu.course.outcome import Limits, Outcome
+from cpugrpo_edu.course.peers import Review, peer_reviews
+from cpugrpo_edu.course.student_seeds import student_key
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.files import write_text
 
 CONFIG = """# Settings of this course; every option of nbgrader can be added.
 from pathlib import Path
@@ -491,7 +491,7 @@ class Course:
 
         ``release`` puts them into the exchange, where nbgrader gives each student their own.
         """
-        from cpugrpo_edu.grading.feedback import Feedback
+        from cpugrpo_edu.course.feedback import Feedback
 
         self.check_released(assignment)
         made = []
@@ -831,7 +831,7 @@ class ContainedExecute(NbGraderPreprocessor):
 def run_job(order: Path, seconds: float) -> dict[str, Any]:
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "cpugrpo_edu.grading.execute", str(order)],
+            [sys.executable, "-m", "cpugrpo_edu.course.execute", str(order)],
             capture_output=True,
             text=True,
             timeout=seconds,

@@ -1,6 +1,6 @@
 """Execute one submission cell by cell, its kernel shut in, and find out which tests passed.
 
-Started as a process of its own: ``python -m cpugrpo_edu.grading.execute JOB``. The student's
+Started as a process of its own: ``python -m cpugrpo_edu.course.execute JOB``. The student's
 code runs in the kernel alone. The notebook with the hidden tests stays in this process, a test
 reaches the kernel when its turn comes, and a test counts as passed only if its last line was
 reached: that line raises an error with a random word that this process waits for. Swallowed
@@ -31,7 +31,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 
-from cpugrpo_edu.grading import guard, sandbox
+from cpugrpo_edu.course import guard, sandbox
 
 SUSPICIOUS = re.compile(
     r"\b(_getframe|getouterframes|inspect\.stack|currentframe|linecache|get_ipython|_ih|In\["

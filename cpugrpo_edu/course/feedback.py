@@ -4,7 +4,7 @@ nbgrader's own feedback shows the student the whole graded notebook. ``cpugrpo a
 uses :class:`Feedback`; for a plain ``nbgrader generate_feedback``, in ``nbgrader_config.py``::
 
     c.GenerateFeedback.preprocessors = [
-        "cpugrpo_edu.grading.feedback.HideAnswers",
+        "cpugrpo_edu.course.feedback.HideAnswers",
         "nbgrader.preprocessors.GetGrades",
         "nbconvert.preprocessors.CSSHTMLHeaderPreprocessor",
     ]

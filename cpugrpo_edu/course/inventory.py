@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpugrpo_edu.files import write_text
-from cpugrpo_edu.statistics import Interval
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.files import write_text
+from cpugrpo_edu.record.stats import Interval
 
 LETTERS = "abcdef"
 PHASES = ("pre", "post")
@@ -119,7 +119,7 @@ def write_student_version(bank: Bank, folder: Path) -> list[Path]:
         cells=[
             nbformat.v4.new_markdown_cell(PAGE.format(count=len(bank.items))),
             nbformat.v4.new_code_cell(
-                'from cpugrpo_edu.inventory import form\n\nform("concepts.json")'
+                'from cpugrpo_edu.course.inventory import form\n\nform("concepts.json")'
             ),
         ],
         metadata={

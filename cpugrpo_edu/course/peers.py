@@ -7,8 +7,8 @@ import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cpugrpo_edu.types import UserError
-from cpugrpo_edu.variants import student_key
+from cpugrpo_edu.course.student_seeds import student_key
+from cpugrpo_edu.errors import UserError
 
 
 @dataclass(frozen=True)

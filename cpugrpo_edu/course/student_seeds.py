@@ -21,7 +21,7 @@ import hashlib
 import hmac
 import os
 
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
 
 PUBLIC_KEY = hashlib.sha256(b"cpugrpo_edu: a student's own run").digest()
 

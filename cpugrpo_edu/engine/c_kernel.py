@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import cache_folder
+from cpugrpo_edu.record.files import cache_folder
 
 SOURCE = Path(__file__).with_name("decode.c")
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()

@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cpugrpo_edu import compiled
-from cpugrpo_edu.frozen import is_frozen
-from cpugrpo_edu.memory import free_memory, retry_smaller, rows_that_fit, trim_heap
-from cpugrpo_edu.mixed import product_of
-from cpugrpo_edu.types import Episode, Group, UserError
+from cpugrpo_edu.data import Episode, Group
+from cpugrpo_edu.engine import c_kernel
+from cpugrpo_edu.engine.bf16 import product_of
+from cpugrpo_edu.engine.int8_base import is_frozen
+from cpugrpo_edu.engine.memory import free_memory, retry_smaller, rows_that_fit, trim_heap
+from cpugrpo_edu.errors import UserError
 
 ENGINES = ("fast", "generate")
 
@@ -280,7 +281,7 @@ def hidden_states(
 
     ``bias`` (rows or 1, 1, T, T) is added to the attention's scores. With ``recompute`` the
     inside of each MLP, most of a layer's activations, is computed again in the backward pass.
-    With ``bfloat16`` float32 weights are multiplied in it (:mod:`cpugrpo_edu.mixed`).
+    With ``bfloat16`` float32 weights are multiplied in it (:mod:`cpugrpo_edu.engine.bf16`).
     """
     hidden = lm.model.embed_tokens(ids)
     cos, sin = lm.model.rotary_emb(hidden, positions)
@@ -346,12 +347,12 @@ class CompiledDecoder(Decoder):
 
     def __init__(self, plain: Decoder):
         self.lm, self.blocks, self.norm, self.head = plain.lm, plain.blocks, plain.norm, plain.head
-        self.layers = (compiled.Layer * len(self.blocks))()
+        self.layers = (c_kernel.Layer * len(self.blocks))()
         for ours, layer, block in zip(self.layers, self.lm.model.layers, self.blocks, strict=True):
-            ours.before_attention = compiled.address(layer.input_layernorm.weight)
-            ours.before_mlp = compiled.address(layer.post_attention_layernorm.weight)
+            ours.before_attention = c_kernel.address(layer.input_layernorm.weight)
+            ours.before_mlp = c_kernel.address(layer.post_attention_layernorm.weight)
             for name, (module, projection) in products(layer, block).items():
-                linear = compiled.describe(base_layer(module), projection.down, projection.up)
+                linear = c_kernel.describe(base_layer(module), projection.down, projection.up)
                 setattr(ours, name, linear)
         self.epsilon = self.lm.model.layers[0].input_layernorm.variance_epsilon
         self.cache: Cache | None = None
@@ -372,12 +373,12 @@ class CompiledDecoder(Decoder):
     def attach(self, cache: Cache) -> None:
         """Tell C where this cache lies, and make room for it to work in."""
         for ours, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            ours.keys, ours.values = compiled.address(keys), compiled.address(values)
-        self.room = compiled.Room.make(self.layers, *cache.keys[0].shape)
+            ours.keys, ours.values = c_kernel.address(keys), c_kernel.address(values)
+        self.room = c_kernel.Room.make(self.layers, *cache.keys[0].shape)
         self.cache = cache
 
     def forward(self, ids: Tensor, positions: Tensor, valid: Tensor, cache: Cache) -> Tensor:
-        if ids.shape[1] > 1 or len(ids) > compiled.FEW_ROWS:
+        if ids.shape[1] > 1 or len(ids) > c_kernel.FEW_ROWS:
             return super().forward(ids, positions, valid, cache)
         if cache is not self.cache:
             self.attach(cache)
@@ -390,7 +391,7 @@ class CompiledDecoder(Decoder):
         if not bool(visible.all()):
             bias = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
         shape = cache.keys[0].shape
-        compiled.decode(self.layers, self.room, hidden, shape, start, cos, sin, bias, self.epsilon)
+        c_kernel.decode(self.layers, self.room, hidden, shape, start, cos, sin, bias, self.epsilon)
         return self.norm(hidden[:, -1])
 
 
@@ -399,7 +400,7 @@ def products(layer: Any, block: Block) -> dict[str, tuple[Any, Projection]]:
     projections = (*block.query_key_value.each, block.output, *block.gate_up.each, block.down)
     return {
         name: (layer.get_submodule(path), projection)
-        for (name, path), projection in zip(compiled.LINEARS.items(), projections, strict=True)
+        for (name, path), projection in zip(c_kernel.LINEARS.items(), projections, strict=True)
     }
 
 

@@ -23,11 +23,12 @@ from typing import Any, Literal
 
 import psutil
 
-from .types import RunRecord, UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.run_record import RunRecord
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 DISTRIBUTION = "cpugrpo-edu"
-BUNDLED_MODEL = PACKAGE / "bundled" / "model.safetensors"
+BUNDLED_MODEL = PACKAGE / "models" / "bundled" / "model.safetensors"
 MINIMUM_PYTHON = (3, 11)
 CORE_PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate", "tokenizers"),

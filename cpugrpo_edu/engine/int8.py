@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import compiled
-from .memory import drop_input_grad_hooks
-from .types import UserError
+from cpugrpo_edu.engine import c_kernel
+from cpugrpo_edu.engine.memory import drop_input_grad_hooks
+from cpugrpo_edu.errors import UserError
 
 _linear_dynamic = torch.ops.quantized.linear_dynamic
 
@@ -137,7 +137,7 @@ def quantized_engine() -> str:
 
 def usable_kernel(wanted: str) -> str:
     """The kernel that is used where ``wanted`` is asked for."""
-    if wanted == "compiled" and not compiled.available():
+    if wanted == "compiled" and not c_kernel.available():
         wanted = "packed"
     return "exact" if wanted == "packed" and quantized_engine() in ("torch", "qnnpack") else wanted
 
@@ -149,7 +149,7 @@ class Int8Linear(nn.Module):
     back), the result (..., out_features). On x86 activations get 7 bits: without
     VNNI instructions the kernel adds two u8 * s8 products in 16 bits, and
     2 * 255 * 127 would saturate and give wrong sums silently; 2 * 127 * 127 fits.
-    ``kernel`` "compiled" computes with the plain integers, see :mod:`cpugrpo_edu.compiled`.
+    ``kernel`` "compiled" computes with the plain integers, see :mod:`cpugrpo_edu.engine.c_kernel`.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Int8Linear(nn.Module):
         self.packed: Any = None
         self.plain: Any = None  # what the fallback computes with
         if self.kernel == "compiled":
-            self.q, self.row_sum = compiled.place(q, getattr(self, "q", None))
+            self.q, self.row_sum = c_kernel.place(q, getattr(self, "q", None))
             self.scale, self.bias = scale, bias
         elif engine == "torch":
             self.plain = (q, scale, zero_point, bias)
@@ -201,7 +201,7 @@ class Int8Linear(nn.Module):
                 "an INT8 layer has no gradient; train the float model and refresh() this copy"
             )
         if self.kernel == "compiled":
-            return compiled.product(x.float(), self).to(x.dtype)
+            return c_kernel.product(x.float(), self).to(x.dtype)
         if self.plain:
             return self._forward_plain(x)
         if x.dtype is torch.float32:  # the one path that runs at every decode step

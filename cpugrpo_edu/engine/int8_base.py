@@ -13,7 +13,7 @@ equal size first. The adapters stay in float32; the gradient reaches them throug
 layers.
 
 ``kernel`` says how: "packed" by torch's INT8 layers, which keep copies in an order of their own;
-"compiled" from the plain integers, one copy of them, by :mod:`cpugrpo_edu.compiled`; "exact" by
+"compiled" from the plain integers, one copy of them, by :mod:`.c_kernel`; "exact" by
 float products of the dequantized weights: the reference in tests, and what happens where the
 machine has no working INT8 kernel.
 """
@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from cpugrpo_edu import compiled
-from cpugrpo_edu.hardware import native_bfloat16
-from cpugrpo_edu.memory import trim_heap
-from cpugrpo_edu.mixed import product_of
-from cpugrpo_edu.quantization import _linear_dynamic, _pack, quantize_tensor, usable_kernel
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.engine import c_kernel
+from cpugrpo_edu.engine.bf16 import product_of
+from cpugrpo_edu.engine.hardware import native_bfloat16
+from cpugrpo_edu.engine.int8 import _linear_dynamic, _pack, quantize_tensor, usable_kernel
+from cpugrpo_edu.engine.memory import trim_heap
+from cpugrpo_edu.errors import UserError
 
 KERNELS = ("packed", "compiled", "exact")
 
@@ -100,14 +100,14 @@ class FrozenInt8Linear(nn.Linear):
             self.packed = pack(q, self.scale)
             self.packed_transposed = pack(q.t().contiguous(), torch.ones(self.in_features))
         elif self.kernel == "compiled":
-            self.q, self.row_sum = compiled.place(q)
+            self.q, self.row_sum = c_kernel.place(q)
         else:
             self.q = q
 
     def product(self, x: Tensor) -> Tensor:
         y: Tensor
         if self.kernel == "compiled":
-            return compiled.product(x, self)
+            return c_kernel.product(x, self)
         if self.kernel == "exact":
             y = F.linear(x, self.q.float()).mul_(self.scale)
         elif x.numel() <= FEW_ROWS * self.in_features:
@@ -118,7 +118,7 @@ class FrozenInt8Linear(nn.Linear):
 
     def transposed_product(self, gradient: Tensor) -> Tensor:
         if self.kernel == "compiled":
-            return compiled.many_rows(gradient * self.scale, self.q, None, None)
+            return c_kernel.many_rows(gradient * self.scale, self.q, None, None)
         if self.kernel == "exact":
             return (gradient * self.scale) @ self.q.float()
         return rowwise(gradient * self.scale, self.packed_transposed)
@@ -149,7 +149,7 @@ class FrozenInt8Embedding(nn.Embedding):
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         large = usable_kernel(kernel) == "compiled"
         place = (
-            compiled.in_large_pages if large else functools.partial(torch.empty, dtype=torch.int8)
+            c_kernel.in_large_pages if large else functools.partial(torch.empty, dtype=torch.int8)
         )
         self.q, self.scale = place(weight.shape), torch.empty(len(weight))
         for tile in self.tiles():
@@ -199,14 +199,14 @@ class FrozenInt8Head(nn.Linear):
         else:
             self.q, self.scale = rows.q, rows.scale
             if self.kernel == "compiled":
-                self.row_sum = compiled.row_sums(self.q)
+                self.row_sum = c_kernel.row_sums(self.q)
 
     def tile_product(self, hidden: Tensor, index: int) -> Tensor:
         """Logits (..., rows of the tile) for one tile of the vocabulary."""
         if self.kernel != "packed":
             q, scale = self.q[self.tiles[index]], self.scale[self.tiles[index]]
             if self.kernel == "compiled":
-                return compiled.many_rows(hidden, q.t(), scale, None)
+                return c_kernel.many_rows(hidden, q.t(), scale, None)
             return F.linear(hidden, q.float()).mul_(scale)
         if hidden.numel() <= FEW_ROWS * self.in_features:
             logits: Tensor = _linear_dynamic(hidden, self.packed[index], True)
@@ -214,8 +214,8 @@ class FrozenInt8Head(nn.Linear):
         return rowwise(hidden, self.packed[index])
 
     def product(self, hidden: Tensor) -> Tensor:
-        if self.kernel == "compiled" and hidden.numel() <= compiled.FEW_ROWS * self.in_features:
-            return compiled.few_rows(hidden, self)
+        if self.kernel == "compiled" and hidden.numel() <= c_kernel.FEW_ROWS * self.in_features:
+            return c_kernel.few_rows(hidden, self)
         return torch.cat([self.tile_product(hidden, i) for i in range(len(self.tiles))], -1)
 
     def transposed_product(self, gradient: Tensor) -> Tensor:
@@ -290,7 +290,7 @@ def token_log_probs(
     """Log-probs in nats and entropies, (n,) each, of ``tokens`` (n,) after ``hidden`` (n, hidden).
 
     ``head`` is a ``FrozenInt8Head`` or any linear layer; only for the first no logits are kept.
-    ``bfloat16``: see :mod:`cpugrpo_edu.mixed`.
+    ``bfloat16``: see :mod:`cpugrpo_edu.engine.bf16`.
     """
     if isinstance(head, FrozenInt8Head):
         result: tuple[Tensor, Tensor] = _TokenLogProbs.apply(hidden, tokens, head, temperature)

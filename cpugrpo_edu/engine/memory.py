@@ -21,8 +21,8 @@ from typing import Any, Literal, TypeVar
 
 import psutil
 
-from .hardware import BUNDLED_MODEL, GIB, available_memory, usable_cpus
-from .types import UserError
+from cpugrpo_edu.engine.hardware import BUNDLED_MODEL, GIB, available_memory, usable_cpus
+from cpugrpo_edu.errors import UserError
 
 __all__ = [
     "Architecture",

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
 
 T = TypeVar("T")
 

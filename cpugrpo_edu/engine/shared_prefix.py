@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpugrpo_edu.frozen import token_log_probs
-from cpugrpo_edu.rollout import causal_lm, hidden_states, is_supported
+from cpugrpo_edu.engine.decode import causal_lm, hidden_states, is_supported
+from cpugrpo_edu.engine.int8_base import token_log_probs
 
 
 def group_rows(prompt_ids: Tensor, prompt_mask: Tensor) -> list[list[int]]:

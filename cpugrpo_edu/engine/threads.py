@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 
-from cpugrpo_edu.cost import best_of
-from cpugrpo_edu.files import cache_folder, remembered
-from cpugrpo_edu.hardware import BUNDLED_MODEL, describe_machine, usable_cores
-from cpugrpo_edu.memory import Architecture, trim_heap
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.engine.hardware import BUNDLED_MODEL, describe_machine, usable_cores
+from cpugrpo_edu.engine.memory import Architecture, trim_heap
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.cost import best_of
+from cpugrpo_edu.record.files import cache_folder, remembered
 
 CLEARLY = 0.9
 """Fewer threads are taken only if they need less than this share of the time of all cores:

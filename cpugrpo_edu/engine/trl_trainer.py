@@ -29,11 +29,12 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from cpugrpo_edu import distributed
-from cpugrpo_edu.control import Control
-from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
-from cpugrpo_edu.frozen import is_frozen
-from cpugrpo_edu.memory import (
+from cpugrpo_edu.data import Group
+from cpugrpo_edu.engine import ranks
+from cpugrpo_edu.engine.decode import Sampling, rollout
+from cpugrpo_edu.engine.int8 import quantize_for_rollout, refresh
+from cpugrpo_edu.engine.int8_base import is_frozen
+from cpugrpo_edu.engine.memory import (
     estimate_training_memory,
     free_memory,
     plan_micro_batch,
@@ -41,11 +42,11 @@ from cpugrpo_edu.memory import (
     retry_smaller,
     trim_heap,
 )
-from cpugrpo_edu.models import Policy
-from cpugrpo_edu.packing import group_rows, packed_log_probs
-from cpugrpo_edu.quantization import quantize_for_rollout, refresh
-from cpugrpo_edu.rollout import Sampling, rollout
-from cpugrpo_edu.types import Group, UserError
+from cpugrpo_edu.engine.shared_prefix import group_rows, packed_log_probs
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
+from cpugrpo_edu.models.load import Policy
+from cpugrpo_edu.run.pause import Control
 
 # TRL 1.16 uses names that transformers renames in version 6: nothing a user can mend.
 warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
@@ -94,7 +95,7 @@ class CPUOptions:
     int8_head: bool = False
     """The head in INT8 as well: with a vocabulary of 150,000 a quarter of what decoding reads."""
     kernel: str = "packed"
-    """Of the INT8 copy: "packed", or "compiled" (see :mod:`cpugrpo_edu.compiled`)."""
+    """Of the INT8 copy: "packed", or "compiled" (see :mod:`cpugrpo_edu.engine.c_kernel`)."""
     importance_correction: bool = True
     """Take the policy ratio against the INT8 policy that sampled, not against the float one."""
     engine: str = "fast"
@@ -104,7 +105,7 @@ class CPUOptions:
     """Bytes this process may hold in all; None leaves it to what the machine has."""
     skip_zero_advantage: bool = True
     share_prefix: bool = False
-    """Score the completions of a prompt behind one copy of it, see :mod:`cpugrpo_edu.packing`."""
+    """Score the completions of a prompt behind one copy of it, see :mod:`.shared_prefix`."""
     recompute: bool = False
     """Compute the inside of each MLP again in the backward pass, see ``rollout.hidden_states`` and
     ``frozen.spares_memory``."""
@@ -439,7 +440,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         tokens = inputs["completion_mask"].sum()
         alone = self.accelerator.num_processes == 1
         if not alone and self.loss_type == "bnpo":  # DDP averages over ranks: divide by their mean
-            tokens = torch.tensor(distributed.gather(float(tokens))).mean()
+            tokens = torch.tensor(ranks.gather(float(tokens))).mean()
         total: Tensor | float = 0.0
         whole = self.options.share_prefix
         micro_batches = list(split_by_length(inputs, keep, size, groups_together=whole))
@@ -619,13 +620,13 @@ class CPUGRPOTrainer(GRPOTrainer):
         if "loss" in logs:
             self.on_step({**logs, "step": self.state.global_step})
             self.guard.check(logs)
-            if distributed.agree(self.requests.checkpoint()):
+            if ranks.agree(self.requests.checkpoint()):
                 self.control.should_save = self.control.should_training_stop = True
 
     def share_metrics(self) -> None:
         """Average the metrics over ranks: some are of a rank's own rows, see ``metrics_alone``."""
         metrics = self._metrics["train"]
-        means = distributed.gather({k: sum(v) / len(v) for k, v in metrics.items() if v})
+        means = ranks.gather({k: sum(v) / len(v) for k, v in metrics.items() if v})
         for name in means[0]:
             values = [mean[name] for mean in means if name in mean]
             metrics[name][:] = [sum(values) / len(values)]

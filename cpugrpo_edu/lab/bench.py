@@ -24,17 +24,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cpugrpo_edu.cost import calibrate, machine_floors
-from cpugrpo_edu.files import cache_folder
-from cpugrpo_edu.hardware import (
+from cpugrpo_edu.engine.hardware import (
     available_memory,
     configure_threads,
     native_bfloat16,
     new_record,
 )
-from cpugrpo_edu.memory import Architecture, PeakMemory
-from cpugrpo_edu.rollout_peers import PEERS as ROLLOUT_PEERS
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.engine.memory import Architecture, PeakMemory
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.cost import calibrate, machine_floors
+from cpugrpo_edu.lab.peers import PEERS as ROLLOUT_PEERS
+from cpugrpo_edu.record.files import cache_folder
+from cpugrpo_edu.record.run_record import RunRecord
 
 LORA_RANK = 16
 LEARNING_RATE = 1e-4
@@ -181,7 +182,7 @@ class Options:
 
 def endless(policy: Any) -> Any:
     """The same policy, but no token ends a completion, so all have full length."""
-    from cpugrpo_edu.models import Policy
+    from cpugrpo_edu.models.load import Policy
 
     class Endless(Policy):
         @property
@@ -204,12 +205,12 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    from cpugrpo_edu.engine.int8 import quantized_engine, usable_kernel
+    from cpugrpo_edu.engine.int8_base import load_frozen, spares_memory
+    from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, CPUOptions, cpu_config
     from cpugrpo_edu.ewc import Anchor, merge_anchors, normalize_fisher, take_anchor
     from cpugrpo_edu.fisher import examples_from_groups, fisher_diagonal
-    from cpugrpo_edu.frozen import load_frozen, spares_memory
-    from cpugrpo_edu.models import Policy, add_lora, relative_change, snapshot
-    from cpugrpo_edu.quantization import quantized_engine, usable_kernel
-    from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+    from cpugrpo_edu.models.load import Policy, add_lora, relative_change, snapshot
 
     imported = time.perf_counter()
     lora = options.method == "lora"
@@ -421,8 +422,8 @@ def _rollout_engine(
 ) -> Callable[[int], list[list[int]]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cpugrpo_edu.frozen import load_frozen
-    from cpugrpo_edu.rollout import Sampling, rollout
+    from cpugrpo_edu.engine.decode import Sampling, rollout
+    from cpugrpo_edu.engine.int8_base import load_frozen
 
     if engine in ("ours-int8", "ours-int8-compiled"):
         source = folder / "bf16"
@@ -475,13 +476,13 @@ def step_floor(workload: Workload, floors: dict[str, float]) -> dict[str, float]
 
 
 def sweep_worker(**arguments: Any) -> dict[str, Any]:
-    from cpugrpo_edu.sweep import measure_point
+    from cpugrpo_edu.lab.sweep import measure_point
 
     return measure_point(**arguments)
 
 
 def evaluation_worker() -> dict[str, Any]:
-    from cpugrpo_edu.sweep import measure_evaluation
+    from cpugrpo_edu.lab.sweep import measure_evaluation
 
     return measure_evaluation()
 
@@ -492,10 +493,10 @@ def evaluation_worker() -> dict[str, Any]:
 def bundled_speed(steps: int = 3) -> dict[str, Any]:
     """Seconds and tokens a second of GRPO steps on the bundled model, by rollout engine."""
     from cpugrpo_edu.curriculum import stage_problems, to_dataset
-    from cpugrpo_edu.models import load_policy
-    from cpugrpo_edu.pipeline import RunConfig
+    from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+    from cpugrpo_edu.models.load import load_policy
     from cpugrpo_edu.rewards import combine
-    from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+    from cpugrpo_edu.run.pipeline import RunConfig
 
     results: dict[str, Any] = {}
     run = RunConfig()
@@ -775,7 +776,7 @@ def run_worker(
     name: str, on_line: Callable[[str], None] = lambda line: None, **arguments: Any
 ) -> dict[str, Any]:
     """Call a worker in a fresh process and return what it returned."""
-    command = [sys.executable, "-m", "cpugrpo_edu.bench", name, json.dumps(arguments)]
+    command = [sys.executable, "-m", "cpugrpo_edu.lab.bench", name, json.dumps(arguments)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
     )

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cpugrpo_edu.bench import steady_seconds
-from cpugrpo_edu.monitor import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.bench import steady_seconds
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.show.progress import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
 
 
 def bars(axes: Any, names: list[str], values: list[float], form: str, ours: str = "ours") -> None:
@@ -174,7 +175,7 @@ def longest_series(record: RunRecord) -> list[dict[str, Any]]:
 
 def by_tokens(record: RunRecord) -> list[tuple[float, float, float]]:
     """(tokens, measured seconds, fitted seconds) of the longest series."""
-    from cpugrpo_edu.cost import CostModel, Step
+    from cpugrpo_edu.lab.cost import CostModel, Step
 
     model = CostModel.from_json(record.results["model"])
     return [

@@ -8,7 +8,7 @@ at its best (its *floors*), so the coefficients in
 
 are pure numbers, at least 0: how many times slower than the floor that kind of work is. They
 are fitted once, by non-negative least squares on relative errors, to a sweep over group size,
-completion length, layers and models (:mod:`cpugrpo_edu.sweep`); another machine needs only
+completion length, layers and models (:mod:`cpugrpo_edu.lab.sweep`); another machine needs only
 its floors, which :func:`calibrate` measures in about a second. Every error stated is that of
 points left out of the fit.
 """
@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cpugrpo_edu.memory import Architecture, estimate_training_memory
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.engine.memory import Architecture, estimate_training_memory
+from cpugrpo_edu.errors import UserError
 
 WIDER = 0.5
 """Least relative error stated where this machine could not be calibrated."""
@@ -64,7 +64,7 @@ def machine_floors(
     """
     import torch
 
-    from cpugrpo_edu.quantization import Int8Linear
+    from cpugrpo_edu.engine.int8 import Int8Linear
 
     inner, outer = 896, 4864
     weight = torch.randn(outer, inner)

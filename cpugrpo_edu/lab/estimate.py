@@ -1,7 +1,7 @@
 """What a run will take on this machine: the fitted cost model, this machine's floors, a run's
 settings.
 
-The model comes from the sweep's record, see :mod:`cpugrpo_edu.cost`; floors are measured once
+The model comes from the sweep's record, see :mod:`cpugrpo_edu.lab.cost`; floors are measured once
 and kept in the user's cache folder. What only a run can tell, such as how long the bundled
 model's completions are, comes from the recorded runs.
 """
@@ -15,7 +15,11 @@ from statistics import StatisticsError, fmean, median
 from types import SimpleNamespace
 from typing import Any
 
-from cpugrpo_edu.cost import (
+from cpugrpo_edu.data import DIFFICULTIES
+from cpugrpo_edu.engine.hardware import BUNDLED_MODEL, GIB, describe_machine
+from cpugrpo_edu.engine.memory import CATALOGUE, Architecture, estimate_training_memory
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.cost import (
     FLOORS,
     CostModel,
     Step,
@@ -24,11 +28,9 @@ from cpugrpo_edu.cost import (
     rollout_work,
     training_work,
 )
-from cpugrpo_edu.files import cache_folder, remembered
-from cpugrpo_edu.hardware import BUNDLED_MODEL, GIB, describe_machine
-from cpugrpo_edu.memory import CATALOGUE, Architecture, estimate_training_memory
-from cpugrpo_edu.report import records_folder
-from cpugrpo_edu.types import DIFFICULTIES, RunRecord, UserError
+from cpugrpo_edu.record.files import cache_folder, remembered
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.show.report import records_folder
 
 SWEEP = "bench-sweep"
 """Stem of the record with the fitted model."""
@@ -163,8 +165,8 @@ def architecture_of(model: str) -> Architecture:
 
 def run_step(config: Any, tokens: float, prompt_tokens: float = Step.prompt_tokens) -> Step:
     """The mean GRPO step of a run (its ``pipeline.RunConfig``)."""
-    from cpugrpo_edu.quantization import usable_kernel
-    from cpugrpo_edu.trainer import CACHE_BYTES, MIN_TOKENS
+    from cpugrpo_edu.engine.int8 import usable_kernel
+    from cpugrpo_edu.engine.trl_trainer import CACHE_BYTES, MIN_TOKENS
 
     frozen = config.dtype == "int8"
     step = Step(

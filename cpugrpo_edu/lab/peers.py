@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
 
 INSTALL = "python -m pip install llama-cpp-python gguf, which needs a C++ compiler"
 
@@ -69,7 +69,7 @@ def write_gguf(source: Path, target: Path) -> Path:
     from safetensors import safe_open
     from transformers import AutoConfig
 
-    from cpugrpo_edu.gguf_layout import describe_qwen2
+    from cpugrpo_edu.run.gguf_layout import describe_qwen2
 
     config = AutoConfig.from_pretrained(source)
     partial = target.with_suffix(".partial")

@@ -15,10 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cpugrpo_edu.cost import CostModel, Fit, Step, fit_points
-from cpugrpo_edu.files import write_text
-from cpugrpo_edu.memory import Architecture, PeakMemory
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.engine.memory import Architecture, PeakMemory
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.cost import CostModel, Fit, Step, fit_points
+from cpugrpo_edu.record.files import write_text
+from cpugrpo_edu.record.run_record import RunRecord
 
 BUNDLED_PROMPTS = 8
 
@@ -99,11 +100,11 @@ def _measure_point(point: Point, folder: Path, started: float) -> dict[str, Any]
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from cpugrpo_edu.bench import LORA_RANK, endless, even_ids, step_callback
-    from cpugrpo_edu.frozen import load_frozen, spares_memory
-    from cpugrpo_edu.models import Policy, add_lora, load_policy
-    from cpugrpo_edu.pipeline import RunConfig
-    from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+    from cpugrpo_edu.engine.int8_base import load_frozen, spares_memory
+    from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+    from cpugrpo_edu.lab.bench import LORA_RANK, endless, even_ids, step_callback
+    from cpugrpo_edu.models.load import Policy, add_lora, load_policy
+    from cpugrpo_edu.run.pipeline import RunConfig
 
     bundled = point.shape is None
     if bundled:
@@ -180,7 +181,7 @@ def sweep_prompts(policy: Any, point: Point) -> list[dict[str, Any]]:
     """Prompts of about 64 tokens, or the bundled model's own problems."""
     count = point.prompts * point.steps
     if point.shape is not None:
-        from cpugrpo_edu.bench import Workload
+        from cpugrpo_edu.lab.bench import Workload
 
         vocabulary = point.shape.vocabulary
         words = Workload(
@@ -188,7 +189,7 @@ def sweep_prompts(policy: Any, point: Point) -> list[dict[str, Any]]:
         )
         return [{"prompt": prompt} for prompt in words.prompts()]
     from cpugrpo_edu.curriculum import stage_problems, to_dataset
-    from cpugrpo_edu.pipeline import RunConfig
+    from cpugrpo_edu.run.pipeline import RunConfig
 
     run = RunConfig()
     problems = stage_problems(run.stages[0], run.domains, count, seed=0)
@@ -198,8 +199,8 @@ def sweep_prompts(policy: Any, point: Point) -> list[dict[str, Any]]:
 def measure_evaluation(per_cell: int = 100) -> dict[str, Any]:
     """Seconds of an evaluation of the bundled model, and the work in it."""
     from cpugrpo_edu.evaluate import evaluate
-    from cpugrpo_edu.models import load_policy
-    from cpugrpo_edu.pipeline import RunConfig, load_data
+    from cpugrpo_edu.models.load import load_policy
+    from cpugrpo_edu.run.pipeline import RunConfig, load_data
 
     policy = load_policy("bundled")
     _, problems = load_data(RunConfig(per_cell=per_cell))
@@ -227,9 +228,9 @@ def bench_sweep(
 ) -> RunRecord:
     """Measure the points, fit the model, and keep both. ``partial`` is where points that are
     done wait for the others."""
-    from cpugrpo_edu import compiled
-    from cpugrpo_edu.bench import Workload, run_worker, workload_model
-    from cpugrpo_edu.hardware import new_record
+    from cpugrpo_edu.engine import c_kernel
+    from cpugrpo_edu.engine.hardware import new_record
+    from cpugrpo_edu.lab.bench import Workload, run_worker, workload_model
 
     record = new_record("bench-sweep", {"points": [asdict(point) for point in points]}, {})
     done: dict[str, Any] = {}
@@ -257,8 +258,8 @@ def bench_sweep(
         say(f"{number}/{len(points)} {point.name}")
 
         def call(point: Point = point) -> dict[str, Any]:
-            if point.compiled and not compiled.available():
-                raise UserError(f"no compiled kernel: {compiled.library()[1]}")
+            if point.compiled and not c_kernel.available():
+                raise UserError(f"no compiled kernel: {c_kernel.library()[1]}")
             place = ""
             if point.shape is not None:
                 place = str(workload_model(Workload(**asdict(point.shape)), folder))

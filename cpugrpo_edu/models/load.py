@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cpugrpo_edu.frozen import is_frozen, load_frozen
-from cpugrpo_edu.hardware import BUNDLED_MODEL, native_bfloat16
-from cpugrpo_edu.memory import ensure_fits, estimate_model_bytes
+from cpugrpo_edu.data import Problem
+from cpugrpo_edu.engine.hardware import BUNDLED_MODEL, native_bfloat16
+from cpugrpo_edu.engine.int8_base import is_frozen, load_frozen
+from cpugrpo_edu.engine.memory import ensure_fits, estimate_model_bytes
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks import prompt_messages
-from cpugrpo_edu.types import Problem, UserError
 
 BUNDLED = BUNDLED_MODEL.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FROZEN = "int8"
-"""The dtype whose base is integers, for LoRA only, see :mod:`cpugrpo_edu.frozen`."""
+"""The dtype whose base is integers, for LoRA only, see :mod:`cpugrpo_edu.engine.int8_base`."""
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 SYSTEM_PROMPT = (

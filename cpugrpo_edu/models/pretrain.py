@@ -23,12 +23,13 @@ import torch
 from tokenizers import pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from cpugrpo_edu.files import check_output_folder
+from cpugrpo_edu.data import ANSWER_MARK, DIFFICULTIES, Problem
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.files import check_output_folder
 from cpugrpo_edu.tasks import DOMAINS, TASKS, split_of
-from cpugrpo_edu.types import ANSWER_MARK, DIFFICULTIES, Problem, UserError
 
 if TYPE_CHECKING:
-    from cpugrpo_edu.models import Policy
+    from cpugrpo_edu.models.load import Policy
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -250,8 +251,8 @@ def make_model(
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> dict[str, Any]:
     """Pretrain, score the result on held-out problems, and write its model card."""
-    from cpugrpo_edu.hardware import describe_machine, versions
-    from cpugrpo_edu.models import load_policy
+    from cpugrpo_edu.engine.hardware import describe_machine, versions
+    from cpugrpo_edu.models.load import load_policy
 
     check_settings(config)
     if per_cell < 1:
@@ -269,8 +270,8 @@ def write_model_card(
 ) -> None:
     """README.md: what the model is, what it was trained on, how it scores, what it is not for."""
     from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
-    from cpugrpo_edu.report import markdown_table
-    from cpugrpo_edu.statistics import accuracy_table
+    from cpugrpo_edu.record.stats import accuracy_table
+    from cpugrpo_edu.show.report import markdown_table
 
     config = summary["config"]
     problems = held_out_problems(per_cell)

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpugrpo_edu.hardware import configure_threads, versions
-from cpugrpo_edu.monitor import Plot
-from cpugrpo_edu.report import records_folder, value
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.engine.hardware import configure_threads, versions
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.show.progress import Plot
+from cpugrpo_edu.show.report import records_folder, value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

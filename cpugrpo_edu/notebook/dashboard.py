@@ -1,6 +1,6 @@
 """A run watched and steered from a notebook.
 
-    from cpugrpo_edu.dashboard import train
+    from cpugrpo_edu.notebook.dashboard import train
     train("runs/live", per_cell=30)
 
 The run goes on in a thread, so the notebook stays usable; the buttons pause it, stop it
@@ -16,19 +16,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpugrpo_edu.control import Control
-from cpugrpo_edu.monitor import (
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.run.pause import Control
+from cpugrpo_edu.show.progress import (
     Metrics,
     ProgressDisplay,
     plot_learning,
     read_metrics,
     readings,
 )
-from cpugrpo_edu.types import UserError
 
 if TYPE_CHECKING:
-    from cpugrpo_edu.monitor import _Phase
-    from cpugrpo_edu.pipeline import RunConfig
+    from cpugrpo_edu.run.pipeline import RunConfig
+    from cpugrpo_edu.show.progress import _Phase
 
 SAMPLES = 3
 """Completions shown, the latest first."""
@@ -42,7 +42,7 @@ def train(
     ``settings`` are fields of ``RunConfig``, if no ``config`` is given. With
     ``resume`` the run in ``output`` goes on.
     """
-    from cpugrpo_edu.pipeline import RunConfig
+    from cpugrpo_edu.run.pipeline import RunConfig
 
     if config is not None and settings:
         raise UserError(f"give a config, or settings ({', '.join(settings)}), not both")
@@ -114,7 +114,7 @@ class Dashboard:
         self.follow()
 
     def _do(self, resume: bool) -> None:
-        from cpugrpo_edu.pipeline import Interrupted, run
+        from cpugrpo_edu.run.pipeline import Interrupted, run
 
         assert self.config is not None
         try:

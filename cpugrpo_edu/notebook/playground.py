@@ -1,6 +1,6 @@
 """Two models, one prompt, side by side, judged by the verifier.
 
-from cpugrpo_edu.playground import playground
+from cpugrpo_edu.notebook.playground import playground
 playground()
 """
 
@@ -12,12 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpugrpo_edu.monitor import BLUE, VERMILLION
+from cpugrpo_edu.data import DIFFICULTIES, Problem, StepReport
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.show.progress import BLUE, VERMILLION
 from cpugrpo_edu.tasks import DOMAINS, get_task, make_problems
-from cpugrpo_edu.types import DIFFICULTIES, Problem, StepReport, UserError
 
 if TYPE_CHECKING:
-    from cpugrpo_edu.models import Policy
+    from cpugrpo_edu.models.load import Policy
 
 TYPED = "typed"
 """The domain of a prompt that the user wrote: only its final answer can be judged."""
@@ -59,7 +60,7 @@ def model_folder(name: str) -> str:
 @lru_cache(maxsize=2)
 def cached_policy(name: str, changed: float) -> Policy:
     """The two models used last; ``changed`` (time of the weights) tells an overwritten one."""
-    from cpugrpo_edu.models import check_policy, load_policy
+    from cpugrpo_edu.models.load import check_policy, load_policy
 
     policy = load_policy(name)
     check_policy(policy)
@@ -76,7 +77,7 @@ def answer_of(
     name: str, problem: Problem, temperature: float, max_tokens: int, seed: int
 ) -> Answer:
     """Let the model answer, and judge it."""
-    from cpugrpo_edu.rollout import Sampling, rollout
+    from cpugrpo_edu.engine.decode import Sampling, rollout
 
     policy = policy_of(name)
     [group] = rollout(
@@ -96,7 +97,7 @@ def answer_of(
 def judge(problem: Problem, text: str) -> tuple[bool | None, StepReport | None]:
     """Verdict and step marks; a typed prompt has no steps, and no verdict without an answer."""
     if problem.domain == TYPED:
-        from cpugrpo_edu.answers import exact_match
+        from cpugrpo_edu.tasks.answers import exact_match
 
         return (exact_match(problem, text) if problem.answer else None), None
     task = get_task(problem.domain)

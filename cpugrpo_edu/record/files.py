@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
 
 WRITE_ERRORS = {
     errno.ENOSPC: "the disk is full",

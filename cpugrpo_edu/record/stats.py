@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from cpugrpo_edu.types import DIFFICULTIES, Evaluation, UserError
+from cpugrpo_edu.data import DIFFICULTIES, Evaluation
+from cpugrpo_edu.errors import UserError
 
 Bools = NDArray[np.bool_]
 

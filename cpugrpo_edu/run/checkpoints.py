@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
 
 MARK = "complete.json"
 """Written last into a checkpoint within a stage: with it, everything is on disk."""

@@ -15,14 +15,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cpugrpo_edu.answers import answers_match, extract_answer
+from cpugrpo_edu.engine.decode import Sampling, rollout
+from cpugrpo_edu.engine.int8 import dequantize, quantize_tensor
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.evaluate import held_out_problems
-from cpugrpo_edu.files import check_output_folder, replacing
-from cpugrpo_edu.gguf_layout import describe_qwen2
-from cpugrpo_edu.models import Policy, load_policy
-from cpugrpo_edu.quantization import dequantize, quantize_tensor
-from cpugrpo_edu.rollout import Sampling, rollout
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.models.load import Policy, load_policy
+from cpugrpo_edu.record.files import check_output_folder, replacing
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.run.gguf_layout import describe_qwen2
+from cpugrpo_edu.tasks.answers import answers_match, extract_answer
 
 LEAST_AGREEMENT = {"merged": 1.0, "adapter": 0.95, "int8": 0.8, "gguf": 1.0}
 """Share of greedy completions that must agree. The same weights give the same text; an
@@ -269,14 +270,14 @@ WAYS: dict[str, tuple[Writer, Reader]] = {
 HOW_TO_LOAD = {
     "merged": 'AutoModelForCausalLM.from_pretrained("this folder")',
     "adapter": 'PeftModel.from_pretrained(base, "this folder")',
-    "int8": 'cpugrpo_edu.export.load_int8("this folder")',
+    "int8": 'cpugrpo_edu.run.export.load_int8("this folder")',
     "gguf": 'AutoModelForCausalLM.from_pretrained("this folder", gguf_file="model.gguf")',
 }
 
 
 def model_card(record: RunRecord, kind: str, agree: int, compared: int) -> str:
     """What this model is and how it came about, from the run's record."""
-    from cpugrpo_edu.report import headline
+    from cpugrpo_edu.show.report import headline
 
     what = "answers" if kind == "int8" else "completions"
     config = {k: v for k, v in record.config.items() if v not in (None, "")}

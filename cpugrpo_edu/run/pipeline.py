@@ -27,9 +27,6 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from cpugrpo_edu import compiled, distributed, frozen
-from cpugrpo_edu.checkpoints import MARK
-from cpugrpo_edu.control import Control
 from cpugrpo_edu.curriculum import (
     Stage,
     make_stages,
@@ -37,6 +34,35 @@ from cpugrpo_edu.curriculum import (
     stage_problems,
     to_dataset,
 )
+from cpugrpo_edu.data import Evaluation, Problem
+from cpugrpo_edu.engine import c_kernel, int8_base, ranks
+from cpugrpo_edu.engine.decode import ENGINES, Sampling, rollout
+from cpugrpo_edu.engine.hardware import (
+    GIB,
+    configure_threads,
+    new_record,
+)
+from cpugrpo_edu.engine.int8 import quantization_report, quantize_for_rollout, usable_kernel
+from cpugrpo_edu.engine.memory import (
+    PeakMemory,
+    available_memory,
+    checkpointing_policy,
+    ensure_fits,
+    estimate_training_memory,
+    fits,
+    free_memory,
+    memory_alarm,
+    release_memory,
+    retry_smaller,
+)
+from cpugrpo_edu.engine.trl_trainer import (
+    CPUGRPOTrainer,
+    CPUOptions,
+    Guard,
+    RolloutTally,
+    cpu_config,
+)
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.evaluate import (
     evaluate,
     evaluation_path,
@@ -53,33 +79,8 @@ from cpugrpo_edu.ewc import (
     save_anchor,
     take_anchor,
 )
-from cpugrpo_edu.files import (
-    check_output_folder,
-    flush,
-    is_temporary,
-    replacing,
-    write_failure,
-    write_text,
-)
 from cpugrpo_edu.fisher import Example, Variant, examples_from_groups, fisher_diagonal
-from cpugrpo_edu.hardware import (
-    GIB,
-    configure_threads,
-    new_record,
-)
-from cpugrpo_edu.memory import (
-    PeakMemory,
-    available_memory,
-    checkpointing_policy,
-    ensure_fits,
-    estimate_training_memory,
-    fits,
-    free_memory,
-    memory_alarm,
-    release_memory,
-    retry_smaller,
-)
-from cpugrpo_edu.models import (
+from cpugrpo_edu.models.load import (
     FROZEN,
     check_policy,
     fingerprint,
@@ -89,17 +90,24 @@ from cpugrpo_edu.models import (
     save_policy,
     snapshot,
 )
-from cpugrpo_edu.monitor import MetricsLog, ProgressDisplay, read_metrics
-from cpugrpo_edu.quantization import quantization_report, quantize_for_rollout, usable_kernel
-from cpugrpo_edu.report import write_report
+from cpugrpo_edu.record.files import (
+    check_output_folder,
+    flush,
+    is_temporary,
+    replacing,
+    write_failure,
+    write_text,
+)
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.record.stats import accuracy_table, compare, forgetting_matrix
 from cpugrpo_edu.rewards import combine
-from cpugrpo_edu.rollout import ENGINES, Sampling, rollout
-from cpugrpo_edu.statistics import accuracy_table, compare, forgetting_matrix
+from cpugrpo_edu.run.checkpoints import MARK
+from cpugrpo_edu.run.pause import Control
+from cpugrpo_edu.show.progress import MetricsLog, ProgressDisplay, read_metrics
+from cpugrpo_edu.show.report import write_report
 from cpugrpo_edu.tasks import DOMAINS, split_of
 from cpugrpo_edu.tasks.custom import load_custom
 from cpugrpo_edu.tasks.gsm8k import load_gsm8k
-from cpugrpo_edu.trainer import CPUGRPOTrainer, CPUOptions, Guard, RolloutTally, cpu_config
-from cpugrpo_edu.types import Evaluation, Problem, RunRecord, UserError
 
 STEP_METRICS = {
     # our name: TRL's
@@ -206,7 +214,7 @@ def run(
     the work, the first one writes, and each returns the record.
     """
     started = started or time.time()
-    distributed.join()
+    ranks.join()
     with writing_to(output):
         with PeakMemory() as peak, display or ProgressDisplay(quiet=True) as shown:
             work = Run(config, Path(output), shown, started, control, report_to, peak)
@@ -215,10 +223,10 @@ def run(
             work.measure("before")
             for index in range(len(config.stages)):
                 work.do_stage(index)
-            record = distributed.on_main(work.finish)
+            record = ranks.on_main(work.finish)
         record.results["peak_rss_bytes"] = work.peak_rss_bytes()
         record.results["cpu_percent"] = peak.cpu_percent
-        if distributed.size() > 1:
+        if ranks.size() > 1:
             record.results["distributed"] = work.processes(work.peak_rss_bytes())
 
         def write() -> None:
@@ -232,7 +240,7 @@ def run(
             work.metrics.close()
             shutil.rmtree(work.output / "checkpoints", ignore_errors=True)
 
-        distributed.on_main(write)
+        ranks.on_main(write)
     return record
 
 
@@ -289,7 +297,7 @@ class Run:
     def memory_limit(self) -> int | None:
         """Bytes that this process may hold in all; processes of a machine share its budget."""
         budget = self.config.memory_budget_gib
-        return None if budget is None else int(budget * GIB) // distributed.local_size()
+        return None if budget is None else int(budget * GIB) // ranks.local_size()
 
     # Beginning
 
@@ -297,7 +305,7 @@ class Run:
         """Check everything that can be checked before the model is loaded."""
         check_settings(self.config)
         check_tracker(self.report_to)
-        if distributed.size() > 1 and self.frozen:
+        if ranks.size() > 1 and self.frozen:
             raise UserError(
                 "an int8 base cannot be trained by several processes yet; "
                 "choose --dtype float32 or bfloat16 with --lora, or one process"
@@ -321,9 +329,9 @@ class Run:
         self.display.message(
             f"{len(stages)} stages of {', '.join(str(s.steps) for s in stages)} GRPO steps "
             f"on {self.config.model}, {self.threads['threads']} threads, in {self.output}"
-            + (f", {distributed.size()} processes" if distributed.size() > 1 else "")
+            + (f", {ranks.size()} processes" if ranks.size() > 1 else "")
         )
-        distributed.barrier()  # nobody writes before everybody has looked
+        ranks.barrier()  # nobody writes before everybody has looked
 
     def restore(self) -> None:
         path = self.output / "state.json"
@@ -376,7 +384,7 @@ class Run:
         self.state["seconds_before"] = self.seconds()
         self.state["peak_rss_before"] = self.peak_rss_bytes()
         self.started = time.time()
-        if distributed.is_main():
+        if ranks.is_main():
             write_text(self.output / "state.json", json.dumps(self.state, indent=1))
 
     def load(self) -> None:
@@ -398,8 +406,8 @@ class Run:
         )
         if not config.lora_rank:  # TRL loads the reference of a KL term from here
             self.policy.model.config._name_or_path = resolve_source(config.model)
-        if config.kernel == "compiled" and not compiled.available():
-            self.display.message(f"no compiled kernel here: {compiled.library()[1]}; torch's it is")
+        if config.kernel == "compiled" and not c_kernel.available():
+            self.display.message(f"no compiled kernel here: {c_kernel.library()[1]}; torch's it is")
         check_policy(self.policy)
         self.first = self.starting_point(done)
         if done and config.lora_rank:
@@ -411,7 +419,7 @@ class Run:
             )
         self.state["seconds"]["load"] += time.time() - self.started
         self.save_state()  # the first thing written: nothing is left behind by what was refused
-        mine = self.output / "metrics.jsonl" if distributed.is_main() else os.devnull
+        mine = self.output / "metrics.jsonl" if ranks.is_main() else os.devnull
         self.metrics = MetricsLog(mine)
 
     def starting_point(self, done: int) -> dict[str, torch.Tensor]:
@@ -480,7 +488,7 @@ class Run:
         consolidating = time.perf_counter()
         detail = self.consolidate(problems, index)
         fisher_seconds = time.perf_counter() - consolidating
-        tally = RolloutTally.of_all(distributed.gather(trainer.tally))
+        tally = RolloutTally.of_all(ranks.gather(trainer.tally))
         history = [row for row in trainer.state.log_history if "reward" in row]
         self.state["stages"].append(
             {
@@ -503,10 +511,10 @@ class Run:
                 "fisher": detail,
             }
         )
-        if distributed.size() > 1:
+        if ranks.size() > 1:
             self.state["stages"][-1] |= {
                 "gradient_bytes_per_step": self.traffic.bytes_per_step,
-                "same_weights": len(set(distributed.gather(now))) == 1,
+                "same_weights": len(set(ranks.gather(now))) == 1,
             }
 
         def save() -> None:
@@ -516,13 +524,13 @@ class Run:
                     save_anchor(self.anchor, folder / "anchor.safetensors")
             shutil.rmtree(self.checkpoints(index), ignore_errors=True)
 
-        distributed.on_main(save)
+        ranks.on_main(save)
         del trainer
         if self.config.cleanup:
             self.released += release_memory()
         self.state["seconds"]["train"] += time.perf_counter() - begun
         self.save_state()
-        if distributed.agree(self.control.stopping):  # asked for in the stage's last step
+        if ranks.agree(self.control.stopping):  # asked for in the stage's last step
             raise Interrupted(f"stopped after stage {stage.name!r}")
         self.measure(f"after {stage.name}")
 
@@ -559,7 +567,7 @@ class Run:
             micro_batch=config.micro_batch,
             memory_limit=self.memory_limit,
             share_prefix=self.frozen if config.share_prefix is None else config.share_prefix,
-            recompute=frozen.spares_memory(self.policy.model),
+            recompute=int8_base.spares_memory(self.policy.model),
             ewc_strength=config.ewc_strength,
             patience=config.patience,
         )
@@ -596,7 +604,7 @@ class Run:
         if stage.steps:
             with stop_on_interrupt(self.control):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
-            stopping = distributed.agree(self.control.stopping)
+            stopping = ranks.agree(self.control.stopping)
             if stopping and trainer.state.global_step < stage.steps:
                 self.state["seconds"]["train"] += time.perf_counter() - begun
                 self.save_state()
@@ -610,8 +618,8 @@ class Run:
         config = self.config
         if config.fisher_examples == 0 or not self.config.stages[index].steps:
             return {}  # nothing learnt since the last anchor: it would only count twice
-        chosen = distributed.share(list(problems)[-config.fisher_examples :])
-        mine = config.seed + 101 * distributed.rank()
+        chosen = ranks.share(list(problems)[-config.fisher_examples :])
+        mine = config.seed + 101 * ranks.rank()
         prompts = [self.policy.encode_problem(problem) for problem in chosen]
         if config.fisher in ("empirical", "batched"):
             solutions = [self.policy.tokenizer(p.solution or p.answer)["input_ids"] for p in chosen]
@@ -643,7 +651,7 @@ class Run:
             )
 
         fisher = retry_smaller(estimate, 8, self.display.message)
-        fisher = distributed.average(fisher, len(chosen))
+        fisher = ranks.average(fisher, len(chosen))
         values = torch.cat([f.flatten() for f in fisher.values()])
         mean = float(values.mean())
         if mean > 0:
@@ -651,7 +659,7 @@ class Run:
             self.anchor = merge_anchors(self.anchor, latest, config.ewc_decay)
         return {
             "variant": config.fisher,
-            "examples": config.fisher_examples if distributed.size() > 1 else len(chosen),
+            "examples": config.fisher_examples if ranks.size() > 1 else len(chosen),
             "mean": mean,
             "largest": float(values.max()),
             "parameters": values.numel(),
@@ -662,7 +670,7 @@ class Run:
     def measure(self, label: str) -> None:
         """Evaluate, on the first process while others wait."""
         if self.config.per_cell:
-            distributed.on_main(lambda: self.evaluation(label) and None)
+            ranks.on_main(lambda: self.evaluation(label) and None)
 
     def evaluation(self, label: str, model: Any = None) -> Evaluation | None:
         """Evaluate on the held-out problems, unless that was done before an interruption."""
@@ -729,15 +737,15 @@ class Run:
         """How many processes shared the work, and what crossed the wire between them."""
         # Stages done before by one process alone, then resumed by several, have no such entries.
         stages = [s for s in self.state["stages"] if "same_weights" in s]
-        count = distributed.size()
+        count = ranks.size()
         gradient = max((stage["gradient_bytes_per_step"] for stage in stages), default=0.0)
         return {
             "processes": count,
-            "hosts": distributed.hosts(),
+            "hosts": ranks.hosts(),
             "gradient_bytes_per_step": gradient,
-            "ring_bytes_per_process": distributed.ring_bytes(gradient, count),
+            "ring_bytes_per_process": ranks.ring_bytes(gradient, count),
             "same_weights": all(stage["same_weights"] for stage in stages),
-            "peak_rss_bytes": distributed.gather(peak_rss_bytes),
+            "peak_rss_bytes": ranks.gather(peak_rss_bytes),
         }
 
     def tokens_per_second(self) -> dict[str, float]:
@@ -923,13 +931,13 @@ def check_settings(config: RunConfig) -> None:
 
 def grpo_arguments(config: RunConfig, folder: str | Path, stage: Stage, **more: Any) -> Any:
     """TRL's configuration for one stage, on this process's share of the prompts."""
-    processes = distributed.size()
+    processes = ranks.size()
     if processes > 1:
         # Buffers are constant and ranks run the model different numbers of times.
         more |= {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": False}
     return cpu_config(
         folder,
-        prompts_per_step=distributed.prompts_per_process(config.prompts_per_step, processes),
+        prompts_per_step=ranks.prompts_per_process(config.prompts_per_step, processes),
         num_generations=config.num_generations,
         max_completion_length=config.max_completion,
         max_steps=stage.steps,
@@ -1029,11 +1037,11 @@ class Checkpoints(TrainerCallback):
         self.trainer, self.folder, self.minutes = trainer, folder, minutes
         self.saved = time.monotonic()
         self.alarmed = False
-        self.traffic = distributed.Traffic()
+        self.traffic = ranks.Traffic()
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if distributed.size() > 1:
+        if ranks.size() > 1:
             self.traffic.watch(self.trainer.model_wrapped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -1044,11 +1052,11 @@ class Checkpoints(TrainerCallback):
             self.trainer.say(f"{alarm}; saving a checkpoint now")
             control.should_save = True
         self.alarmed = alarm is not None
-        control.should_save = distributed.agree(control.should_save)
+        control.should_save = ranks.agree(control.should_save)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        tally = RolloutTally.of_all(distributed.gather(self.trainer.tally))
-        distributed.on_main(lambda: self.complete(state.global_step, tally))
+        tally = RolloutTally.of_all(ranks.gather(self.trainer.tally))
+        ranks.on_main(lambda: self.complete(state.global_step, tally))
         self.saved = time.monotonic()
 
     def complete(self, step: int, tally: RolloutTally) -> None:
@@ -1068,17 +1076,17 @@ class Checkpoints(TrainerCallback):
         found = list(self.folder.glob("checkpoint-*"))
         complete = [checkpoint for checkpoint in found if (checkpoint / MARK).exists()]
         last = max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
-        if len(set(distributed.gather(last and last.name))) > 1:
+        if len(set(ranks.gather(last and last.name))) > 1:
             raise UserError(
                 f"the processes see different checkpoints in {self.folder}; "
                 "--output must be a folder that all machines share"
             )
         for checkpoint in found:
-            if checkpoint not in complete and distributed.is_main():
+            if checkpoint not in complete and ranks.is_main():
                 shutil.rmtree(checkpoint, ignore_errors=True)
         if last is not None:
             kept = json.loads((last / MARK).read_text(encoding="utf-8"))
-            if distributed.is_main():  # the sum over all
+            if ranks.is_main():  # the sum over all
                 self.trainer.tally = RolloutTally(**kept["tally"])
             self.trainer.guard = Guard(**kept["guard"])
         return last

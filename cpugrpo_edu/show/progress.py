@@ -24,8 +24,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from cpugrpo_edu.files import write_text
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
 """The report of a run, as Markdown and HTML, and the glue from records into prose.
 
-Every number comes from a :class:`~cpugrpo_edu.types.RunRecord`. The ``results``
+Every number comes from a :class:`~cpugrpo_edu.record.run_record.RunRecord`. The ``results``
 of a training run have this layout; every part may be missing (an interrupted
 run, a run without evaluation)::
 
@@ -22,7 +22,7 @@ run, a run without evaluation)::
     samples       [{"question", "answer", "difficulty", "domain",
                   "before", "after", "before_correct", "after_correct"}]
 
-``metrics.jsonl`` beside the record has one object a step, see :mod:`cpugrpo_edu.monitor`.
+``metrics.jsonl`` beside the record has one object a step, see :mod:`cpugrpo_edu.show.progress`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
 
-from cpugrpo_edu.monitor import (
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.record.stats import difficulty_order, over_seeds, wilson_interval
+from cpugrpo_edu.show.progress import (
     BLUE,
     GREEN,
     GREY,
@@ -53,8 +56,6 @@ from cpugrpo_edu.monitor import (
     read_metrics,
     tidy,
 )
-from cpugrpo_edu.statistics import difficulty_order, over_seeds, wilson_interval
-from cpugrpo_edu.types import RunRecord, UserError
 
 __all__ = [
     "Plot",

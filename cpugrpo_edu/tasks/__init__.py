@@ -10,11 +10,12 @@ import hashlib
 import random
 from dataclasses import replace
 
+from cpugrpo_edu.data import DIFFICULTIES, Difficulty, Problem, Split, Task
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks.algebra import Algebra
 from cpugrpo_edu.tasks.arithmetic import Arithmetic
 from cpugrpo_edu.tasks.lists import Lists
 from cpugrpo_edu.tasks.word_problems import WordProblems
-from cpugrpo_edu.types import DIFFICULTIES, Difficulty, Problem, Split, Task, UserError
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (Arithmetic(), WordProblems(), Algebra(), Lists())

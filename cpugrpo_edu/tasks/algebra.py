@@ -6,9 +6,15 @@ import random
 import re
 from dataclasses import dataclass
 
-from cpugrpo_edu.answers import exact_match
+from cpugrpo_edu.data import (
+    ANSWER_MARK,
+    Difficulty,
+    Problem,
+    Step,
+    StepReport,
+)
+from cpugrpo_edu.tasks.answers import exact_match
 from cpugrpo_edu.tasks.equations import step_score, working_lines
-from cpugrpo_edu.types import ANSWER_MARK, Difficulty, Problem, Step, StepReport
 
 TERM = re.compile(r"([+-]?)(\d{1,9})?(x)?", re.ASCII)
 BRACKET = re.compile(r"([+-]?\d{1,9})\(x([+-]\d{1,9})\)", re.ASCII)

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from cpugrpo_edu.types import ANSWER_MARK, Problem
+from cpugrpo_edu.data import ANSWER_MARK, Problem
 
 MAX_ANSWER_CHARS = 100
 """A longer stated answer is not accepted."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from cpugrpo_edu.answers import exact_match
+from cpugrpo_edu.data import Difficulty, Problem, StepReport
+from cpugrpo_edu.tasks.answers import exact_match
 from cpugrpo_edu.tasks.equations import check_equations, write_solution
-from cpugrpo_edu.types import Difficulty, Problem, StepReport
 
 SHAPES: dict[str, tuple[int, int, int]] = {
     # difficulty: (operations, of which multiplications, largest number)

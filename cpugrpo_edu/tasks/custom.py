@@ -15,9 +15,10 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import cpugrpo_edu.tasks as tasks
-from cpugrpo_edu.answers import exact_match, normalize_answer
+from cpugrpo_edu.data import DIFFICULTIES, Difficulty, Problem, StepReport
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.tasks.answers import exact_match, normalize_answer
 from cpugrpo_edu.tasks.gsm8k import check_prose, read_jsonl
-from cpugrpo_edu.types import DIFFICULTIES, Difficulty, Problem, StepReport, UserError
 
 Verifier = Callable[[Problem, str], Any]
 """``verify(problem, completion)`` returns a bool, or a grade from 0 to 1."""

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from fractions import Fraction
 
-from cpugrpo_edu.types import ANSWER_MARK, Problem, Step, StepReport
+from cpugrpo_edu.data import ANSWER_MARK, Problem, Step, StepReport
 
 NUMBER = r"-?\d{1,12}"
 EQUATION = re.compile(rf"({NUMBER}) ?([-+*/]) ?({NUMBER}) ?= ?({NUMBER})", re.ASCII)

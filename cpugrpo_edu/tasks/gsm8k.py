@@ -18,9 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import cpugrpo_edu.tasks as tasks
-from cpugrpo_edu.answers import exact_match, extract_answer, parse_number
+from cpugrpo_edu.data import (
+    ANSWER_MARK,
+    Difficulty,
+    Problem,
+    Step,
+    StepReport,
+)
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.tasks.answers import exact_match, extract_answer, parse_number
 from cpugrpo_edu.tasks.equations import step_score
-from cpugrpo_edu.types import ANSWER_MARK, Difficulty, Problem, Step, StepReport, UserError
 
 MAX_WORKING_CHARS = 10_000
 """Working beyond this is not read, which bounds the cost of checking it."""

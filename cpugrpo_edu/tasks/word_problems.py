@@ -10,9 +10,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cpugrpo_edu.answers import exact_match
+from cpugrpo_edu.data import Difficulty, Problem, StepReport
+from cpugrpo_edu.tasks.answers import exact_match
 from cpugrpo_edu.tasks.equations import check_equations, write_solution
-from cpugrpo_edu.types import Difficulty, Problem, StepReport
 
 Steps = list[tuple[int, str, int]]
 Template = Callable[[random.Random], tuple[str, Steps]]

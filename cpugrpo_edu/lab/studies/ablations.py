@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from cpugrpo_edu.hardware import new_record
-from cpugrpo_edu.studies.common import (
+from cpugrpo_edu.data import DIFFICULTIES
+from cpugrpo_edu.engine.hardware import new_record
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.studies.common import (
     Outcome,
     Pieces,
     Setting,
@@ -26,7 +28,7 @@ from cpugrpo_edu.studies.common import (
     run_or_resume,
     signed,
 )
-from cpugrpo_edu.types import DIFFICULTIES, RunRecord, UserError
+from cpugrpo_edu.record.run_record import RunRecord
 
 SEEDS = 5
 COMPLETIONS = 128
@@ -82,7 +84,7 @@ FACTORS = tuple(dict.fromkeys(arm.factor for arm in ARMS[1:]))
 
 def config_of(arm: Arm, seed: int, reduced: bool) -> Any:
     """The run of an arm. Reduced it keeps the arm's change at a fraction of the compute."""
-    from cpugrpo_edu.pipeline import RunConfig
+    from cpugrpo_edu.run.pipeline import RunConfig
 
     config = replace(RunConfig(per_cell=100, int8_evaluation=False), seed=seed, **arm.change)
     if reduced:
@@ -272,7 +274,7 @@ def findings(record: RunRecord) -> list[str]:
 
 def plot(record: RunRecord) -> Any:
     """The difference in accuracy of every arm, with its interval over seeds."""
-    from cpugrpo_edu.monitor import BLUE, GREY, Plot, new_figure, tidy
+    from cpugrpo_edu.show.progress import BLUE, GREY, Plot, new_figure, tidy
 
     arms = [each for each in record.results["arms"] if each["arm"] != BASE]
     figure = new_figure(7, 1 + 0.28 * len(arms))

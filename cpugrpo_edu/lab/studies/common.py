@@ -19,9 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cpugrpo_edu.files import check_output_folder, replacing
-from cpugrpo_edu.hardware import describe_machine
-from cpugrpo_edu.types import Evaluation, RunRecord, UserError
+from cpugrpo_edu.data import Evaluation
+from cpugrpo_edu.engine.hardware import describe_machine
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.files import check_output_folder, replacing
+from cpugrpo_edu.record.run_record import RunRecord
 
 Say = Callable[[str], None]
 
@@ -117,7 +119,7 @@ def decided_by(setting: Setting, **more: Any) -> dict[str, Any]:
 
 def recorded_runs() -> list[RunRecord]:
     """The default runs in the records' folder."""
-    from cpugrpo_edu.report import records_folder
+    from cpugrpo_edu.show.report import records_folder
 
     return [RunRecord.load(path) for path in sorted(records_folder().glob("run-seed*.json"))]
 
@@ -160,8 +162,8 @@ def run_or_resume(
 
 
 def run_here(config: Any, folder: Path) -> RunRecord:
-    from cpugrpo_edu.monitor import ProgressDisplay
-    from cpugrpo_edu.pipeline import Interrupted, run
+    from cpugrpo_edu.run.pipeline import Interrupted, run
+    from cpugrpo_edu.show.progress import ProgressDisplay
 
     resume = (folder / "state.json").exists()
     try:
@@ -173,7 +175,7 @@ def run_here(config: Any, folder: Path) -> RunRecord:
 def run_in_process(config: dict[str, Any], folder: Path) -> None:
     """The same in a new process. Ctrl-C reaches it as well: it saves, and is waited for."""
     task = json.dumps({"config": config, "folder": str(folder.absolute())})
-    command = [sys.executable, "-c", "from cpugrpo_edu.studies.common import serve; serve()"]
+    command = [sys.executable, "-c", "from cpugrpo_edu.lab.studies.common import serve; serve()"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -191,7 +193,7 @@ def run_in_process(config: dict[str, Any], folder: Path) -> None:
 
 def serve() -> None:
     """What the new process does: one run, told on stdin."""
-    from cpugrpo_edu.pipeline import RunConfig
+    from cpugrpo_edu.run.pipeline import RunConfig
 
     task = json.loads(sys.stdin.read())
     given: dict[str, Any] = {
@@ -262,7 +264,7 @@ def paired_over_seeds(base: Sequence[float], arm: Sequence[float]) -> dict[str, 
     """Mean of arm - base over seeds with its t interval and p-value; no interval for one seed."""
     from scipy import stats
 
-    from cpugrpo_edu.statistics import over_seeds
+    from cpugrpo_edu.record.stats import over_seeds
 
     differences = [b - a for a, b in zip(base, arm, strict=True)]
     found: dict[str, Any] = {

@@ -16,9 +16,10 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from cpugrpo_edu.hardware import new_record
-from cpugrpo_edu.studies.common import Outcome, Setting, recorded_runs
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.engine.hardware import new_record
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.studies.common import Outcome, Setting, recorded_runs
+from cpugrpo_edu.record.run_record import RunRecord
 
 EDIT = "assumption, edit it"
 
@@ -194,7 +195,7 @@ def repeat_errors(runs: list[RunRecord]) -> list[dict[str, Any]]:
 def model_errors(runs: list[RunRecord]) -> dict[str, Any]:
     """The same runs predicted by the cost model, which was fitted to other work (the sweep) and
     has seen no run; or why it cannot be asked."""
-    from cpugrpo_edu.estimate import machine_name, recorded_model, run_parts
+    from cpugrpo_edu.lab.estimate import machine_name, recorded_model, run_parts
 
     try:
         model = recorded_model()
@@ -215,8 +216,8 @@ def model_errors(runs: list[RunRecord]) -> dict[str, Any]:
 def arithmetic(run: RunRecord) -> dict[str, float]:
     """Operations (2 a multiply-add) of a recorded run's rollouts and updates, and how many a
     second that came to. Prompts are taken to have the cost model's usual length."""
-    from cpugrpo_edu.cost import FLOORS, rollout_work, training_work
-    from cpugrpo_edu.estimate import run_step
+    from cpugrpo_edu.lab.cost import FLOORS, rollout_work, training_work
+    from cpugrpo_edu.lab.estimate import run_step
 
     config = SimpleNamespace(**run.config)
     step = run_step(config, fmean(row["completion_length"] for row in run.results["steps"]))
@@ -356,7 +357,7 @@ def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
 
 def plot(record: RunRecord) -> Any:
     """Money and energy against the GPU's speed, with the CPU's for comparison."""
-    from cpugrpo_edu.monitor import BLUE, ORANGE, VERMILLION, Plot, new_figure, tidy
+    from cpugrpo_edu.show.progress import BLUE, ORANGE, VERMILLION, Plot, new_figure, tidy
 
     values: Values = {a["key"]: a["value"] for a in record.results["assumptions"]}
     speeds = [10 ** (i / 20 - 0.5) for i in range(51)]

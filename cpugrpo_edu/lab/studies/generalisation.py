@@ -13,8 +13,9 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from cpugrpo_edu.hardware import new_record
-from cpugrpo_edu.studies.common import (
+from cpugrpo_edu.data import DIFFICULTIES
+from cpugrpo_edu.engine.hardware import new_record
+from cpugrpo_edu.lab.studies.common import (
     Outcome,
     Pieces,
     Setting,
@@ -28,8 +29,8 @@ from cpugrpo_edu.studies.common import (
     signed,
     unpacked_evaluation,
 )
+from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.tasks import DOMAINS
-from cpugrpo_edu.types import DIFFICULTIES, RunRecord
 
 SEEDS = 5
 ALL = "everything"
@@ -62,7 +63,7 @@ def conditions(reduced: bool) -> tuple[Condition, ...]:
 
 def config_of(condition: Condition, seed: int, reduced: bool) -> Any:
     """Without EWC and without evaluations of its own: those are the study's."""
-    from cpugrpo_edu.pipeline import RunConfig
+    from cpugrpo_edu.run.pipeline import RunConfig
 
     config = RunConfig(
         seed=seed,
@@ -79,7 +80,7 @@ def config_of(condition: Condition, seed: int, reduced: bool) -> Any:
 
 def answers_of(source: str, per_cell: int, limit: int, label: str) -> dict[str, Any]:
     from cpugrpo_edu.evaluate import evaluate, held_out_problems
-    from cpugrpo_edu.models import load_policy
+    from cpugrpo_edu.models.load import load_policy
 
     problems = held_out_problems(per_cell)
     return packed_evaluation(evaluate(load_policy(source), problems, label, max_new_tokens=limit))
@@ -135,7 +136,7 @@ def run(setting: Setting) -> Outcome:
 
 def margins(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Accuracy by domain and by difficulty."""
-    from cpugrpo_edu.statistics import accuracy_table
+    from cpugrpo_edu.record.stats import accuracy_table
 
     table = accuracy_table(unpacked_evaluation(evaluation))
     return {
@@ -238,7 +239,7 @@ def findings(record: RunRecord) -> list[str]:
 
 def plot(record: RunRecord) -> Any:
     """The gains as two maps, trained by tested."""
-    from cpugrpo_edu.monitor import Plot, new_figure
+    from cpugrpo_edu.show.progress import Plot, new_figure
 
     figure = new_figure(7.4, 3.6)
     facts = []

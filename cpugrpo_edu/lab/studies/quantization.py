@@ -19,8 +19,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cpugrpo_edu.hardware import new_record
-from cpugrpo_edu.studies.common import (
+from cpugrpo_edu.data import DIFFICULTIES
+from cpugrpo_edu.engine.hardware import new_record
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.studies.common import (
     Outcome,
     Pieces,
     Say,
@@ -36,7 +38,7 @@ from cpugrpo_edu.studies.common import (
     signed,
     unpacked_evaluation,
 )
-from cpugrpo_edu.types import DIFFICULTIES, RunRecord, UserError
+from cpugrpo_edu.record.run_record import RunRecord
 
 GROUP = 32
 """Weights that share a scale in INT4, along a row."""
@@ -91,7 +93,7 @@ def simulate(model: Any, bits: int, group: int | None = None) -> Any:
 
 
 def dynamic(model: Any, per_channel: bool) -> Any:
-    from cpugrpo_edu.quantization import quantize_for_rollout
+    from cpugrpo_edu.engine.int8 import quantize_for_rollout
 
     return quantize_for_rollout(model, per_channel=per_channel)
 
@@ -114,7 +116,7 @@ FORMATS = (
 
 def stored_bytes(model: Any, chosen: Format, changed: Any) -> int:
     """Weights in the format, with their scales; of a simulated one what it would take."""
-    from cpugrpo_edu.quantization import Int8Linear
+    from cpugrpo_edu.engine.int8 import Int8Linear
 
     tensors = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -142,7 +144,7 @@ def layer_errors(policy: Any, changed: Any, problems: Sequence[Any]) -> dict[str
     """
     import torch
 
-    from cpugrpo_edu.quantization import Int8Linear
+    from cpugrpo_edu.engine.int8 import Int8Linear
 
     layers = dict(linear_layers(policy.model))
     wrong, size = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
@@ -233,7 +235,7 @@ TINY = (Member(40, 1, steps=30),)
 def pretraining_of(member: Member) -> Any:
     """Like the bundled model's, but with working in nine of ten solutions to the end: a model
     that blurts out bare answers has little accuracy to lose."""
-    from cpugrpo_edu.pretrain import PretrainConfig
+    from cpugrpo_edu.models.pretrain import PretrainConfig
 
     config = PretrainConfig(steps=member.steps, hidden=member.hidden, layers=member.layers)
     return replace(config, bare_late=config.bare_early, warmup_steps=min(100, member.steps))
@@ -243,7 +245,7 @@ def member_folder(member: Member, cache: Path | None) -> Path:
     """Where the trained model is kept: a build product, named after all that decides it."""
     import hashlib
 
-    from cpugrpo_edu.files import cache_folder
+    from cpugrpo_edu.record.files import cache_folder
 
     decides = json.dumps(asdict(pretraining_of(member)), sort_keys=True)
     name = f"{member.hidden}x{member.layers}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
@@ -255,8 +257,8 @@ def is_made(folder: Path) -> bool:
 
 
 def make_member(member: Member, folder: Path, say: Say) -> Path:
-    from cpugrpo_edu.files import write_text
-    from cpugrpo_edu.pretrain import pretrain
+    from cpugrpo_edu.models.pretrain import pretrain
+    from cpugrpo_edu.record.files import write_text
 
     if is_made(folder):
         return folder
@@ -275,7 +277,7 @@ def make_member(member: Member, folder: Path, say: Say) -> Path:
 def pretraining_minutes(members: Sequence[Member]) -> tuple[float, str]:
     """From the time that the bundled model's pretraining took, in proportion to the arithmetic;
     and the processor that it was made on."""
-    from cpugrpo_edu.hardware import BUNDLED_MODEL
+    from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
 
     made = json.loads((BUNDLED_MODEL.parent / "pretraining.json").read_text(encoding="utf-8"))
 
@@ -302,7 +304,7 @@ TRAINED = "INT8, corrected"
 
 def run_config(reduced: bool, **more: Any) -> Any:
     """The default run; reduced, one stage of two steps. One evaluation before, one after all."""
-    from cpugrpo_edu.pipeline import RunConfig
+    from cpugrpo_edu.run.pipeline import RunConfig
 
     config = RunConfig(per_cell=200, int8_evaluation=False)
     if reduced:
@@ -349,7 +351,7 @@ def train_arms(setting: Setting, seeds: int, folder: Path) -> dict[str, list[dic
 
 def compare_arms(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Each arm against float32 rollouts: paired by seed, and within each seed by problem."""
-    from cpugrpo_edu.statistics import compare
+    from cpugrpo_edu.record.stats import compare
 
     first = next(iter(arms))
     base = arms[first]
@@ -446,8 +448,8 @@ def evaluate_formats(
 ) -> dict[str, dict[str, Any]]:
     """``{format: {"evaluation", "bytes", "output_error", "weight_error"}}`` of one model."""
     from cpugrpo_edu.evaluate import evaluate, held_out_problems
-    from cpugrpo_edu.models import load_policy
-    from cpugrpo_edu.pipeline import RunConfig
+    from cpugrpo_edu.models.load import load_policy
+    from cpugrpo_edu.run.pipeline import RunConfig
     from cpugrpo_edu.tasks import DOMAINS, make_problems
 
     problems = held_out_problems(per_cell)
@@ -487,7 +489,7 @@ def evaluate_formats(
 
 def summarize(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
     """Accuracy, loss against float32, bytes and speed of every model and format."""
-    from cpugrpo_edu.statistics import accuracy_table, compare
+    from cpugrpo_edu.record.stats import accuracy_table, compare
 
     simulated = {chosen.name: chosen.simulated for chosen in FORMATS}
     rows, losses = [], []
@@ -614,7 +616,16 @@ def findings(record: RunRecord) -> list[str]:
 
 def plot(record: RunRecord) -> Any:
     """The difference to fp32 of every model and format, with intervals."""
-    from cpugrpo_edu.monitor import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
+    from cpugrpo_edu.show.progress import (
+        BLUE,
+        GREEN,
+        GREY,
+        ORANGE,
+        VERMILLION,
+        Plot,
+        new_figure,
+        tidy,
+    )
 
     rows = [row for row in record.results["rows"] if "against_fp32" in row]
     models = list(dict.fromkeys(row["model"] for row in rows))

@@ -6,8 +6,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from cpugrpo_edu.studies.common import Outcome, Setting
-from cpugrpo_edu.types import RunRecord, UserError
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.studies.common import Outcome, Setting
+from cpugrpo_edu.record.run_record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -50,24 +51,24 @@ STUDIES = {
         Study(
             "quantization",
             "What do fewer bits cost in accuracy, and can the cost be foretold?",
-            "cpugrpo_edu.studies.quantization",
+            "cpugrpo_edu.lab.studies.quantization",
             ("models", "seeds"),
         ),
         Study(
             "cpu-or-gpu",
             "What does a class need in time, energy and money, and when does a GPU pay?",
-            "cpugrpo_edu.studies.cpu_or_gpu",
+            "cpugrpo_edu.lab.studies.cpu_or_gpu",
         ),
         Study(
             "ablations",
             "Which part of the recipe earns what, at equal compute?",
-            "cpugrpo_edu.studies.ablations",
+            "cpugrpo_edu.lab.studies.ablations",
             ("seeds", "only"),
         ),
         Study(
             "generalisation",
             "Does training on one domain or difficulty help the others?",
-            "cpugrpo_edu.studies.generalisation",
+            "cpugrpo_edu.lab.studies.generalisation",
             ("seeds",),
         ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 
-from cpugrpo_edu.hardware import (
+from cpugrpo_edu.engine.hardware import (
     GIB,
     Check,
     cgroup_memory,
@@ -14,10 +14,10 @@ from cpugrpo_edu.hardware import (
     usable_cpus,
     versions,
 )
-from cpugrpo_edu.hardware import doctor as installation
-from cpugrpo_edu.memory import swap_pressure
-from cpugrpo_edu.threads import choose, measured
-from cpugrpo_edu.types import UserError
+from cpugrpo_edu.engine.hardware import doctor as installation
+from cpugrpo_edu.engine.memory import swap_pressure
+from cpugrpo_edu.engine.threads import choose, measured
+from cpugrpo_edu.errors import UserError
 
 SHOWN = ("torch", "transformers", "trl", "peft", "datasets")
 

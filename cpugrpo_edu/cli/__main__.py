@@ -1,0 +1,5 @@
+"""What `python -m cpugrpo_edu.cli` runs."""
+
+from cpugrpo_edu.cli import main
+
+main()

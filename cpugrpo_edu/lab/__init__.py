@@ -1,0 +1,1 @@
+"""Benchmarks, peers, the cost model and the studies."""

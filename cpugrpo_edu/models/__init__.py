@@ -1,0 +1,1 @@
+"""Load, save and pretrain policies; the bundled model's files."""

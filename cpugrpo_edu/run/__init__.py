@@ -1,0 +1,1 @@
+"""A whole run: configuration, data, stages, checkpoints, results and export."""
