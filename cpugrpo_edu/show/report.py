@@ -58,7 +58,6 @@ from cpugrpo_edu.show.progress import (
 )
 
 __all__ = [
-    "Plot",
     "headline",
     "number",
     "plot_accuracy",
