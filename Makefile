@@ -1,6 +1,6 @@
 # `make run` for a first run, `make test` for every check, `make help` for the rest.
-# PYTHON: the Python (>= 3.11) that creates the environment; the first found here that is
-# new enough. VENV: where it is.
+# PYTHON: the Python (>= 3.11) that creates the environment, by default the first one found that
+# is new enough. VENV: the environment's folder.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo $$python; break; }; done)
@@ -8,12 +8,14 @@ VENV ?= .venv
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-# one torch thread per test worker: they would only take each other's cores
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# One torch thread per test worker: more would only take each other's cores. tests/lint holds the
+# rules for prose, chapters and project files, which `make lint` checks.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+TESTS := $(PYTEST) -n $(WORKERS) --ignore tests/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help run test venv lint format types unit coverage notebooks mutations psets book book-check book-pdf binder serve \
-	records results lock audit torture clean
+.PHONY: help run test check venv lint format types unit coverage notebooks mutations psets book \
+	book-check book-pdf binder serve records results lock audit torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,34 +25,38 @@ run: venv ## install what is missing, then train the bundled model and show the 
 
 test: lint types coverage notebooks mutations book book-check ## every check: style, types, tests, notebooks, broken packages, book, its pages
 
+check: lint types unit ## what to run while you work: style, types and the fast tests
+
 venv: ## create the environment from requirements.lock (at once when it is up to date)
 	@python='$(PYTHON)'; if [ -z "$$python" ]; then \
 		echo "No Python 3.11 or newer found (TRL 1.16 needs it); install one, or name it:" \
 		"make run PYTHON=/path/to/python3" >&2; exit 1; fi; \
 	"$$python" tools/install.py --venv "$(VENV)"
 
-lint: venv ## ruff: style and formatting
+lint: venv ## style, formatting, layers of imports; rules for prose, chapters and project files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check --config line-length=76 notebooks/*.ipynb
 	$(BIN)/ruff format --check --config line-length=76 notebooks/*.ipynb
 	$(BIN)/ruff check notebooks/instructor/*.ipynb
 	$(BIN)/ruff format --check notebooks/instructor/*.ipynb
+	$(BIN)/lint-imports --no-cache
+	$(PYTEST) -q tests/lint
 
-format: venv ## ruff: mend style and formatting
+format: venv ## ruff: fix style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 types: venv ## mypy on the package
 	$(BIN)/mypy
 
-unit: venv ## unit tests (under three minutes on two cores)
-	$(PYTEST) -m 'not slow'
+unit: venv ## the fast tests
+	$(TESTS) -m 'not slow'
 
 # run by hand: hostile submissions (make psets runs them), JupyterLab in a browser
 BY_HAND := --ignore tests/test_hostile.py --ignore tests/test_lab.py --ignore tests/test_lab_grading.py
-coverage: venv ## unit tests and those that take longer (kills and resumes, whole books), with coverage
-	$(PYTEST) $(BY_HAND) --cov --cov-report=term
+coverage: venv ## all tests, the slow ones too (kills and resumes, whole books), with coverage
+	$(TESTS) $(BY_HAND) --cov --cov-report=term
 
 notebooks: venv ## execute every notebook with nbval and print what each took
 	$(BIN)/python tools/notebooks.py $(ARGS)
@@ -61,7 +67,7 @@ mutations: venv ## break the package on purpose: a notebook must fail each time
 psets: venv ## problem sets: student versions, zoo of answers, leak test, hostile submissions
 	$(BIN)/python tools/psets.py $(ARGS)
 
-# without a network where the system can take it away, so that every build proves it needs none
+# Without a network where the system allows that, so that every build proves that it needs none
 ALONE = $(shell unshare -rn true 2>/dev/null && echo unshare -rn)
 book: venv ## build the book from the stored outputs into _build/html
 	$(ALONE) $(BIN)/jupyter-book build -W -n --keep-going .
@@ -78,10 +84,10 @@ binder: venv ## build the pip part of environment.yml from scratch, as Binder wo
 serve: book ## show the book at http://127.0.0.1:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
 
-records: venv ## do the runs of the readme's table again (about a quarter of an hour) and keep their records
+records: venv ## repeat the recorded training runs (about a quarter of an hour) and keep their records
 	$(BIN)/python tools/records.py $(ARGS)
 
-results: venv ## write the table of the readme from records/run-*.json
+results: venv ## write the readme's results from records/run-*.json
 	$(BIN)/python tools/results.py
 
 lock: venv ## solve pyproject.toml again into requirements.lock (ARGS=--upgrade renews all pins)
@@ -92,7 +98,7 @@ audit: venv ## ask a vulnerability service about the pinned packages (needs the 
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/python -m pip_audit --no-deps --disable-pip -r requirements.lock
 
-torture: venv ## kill and resume runs, keep memory budgets, refuse bad input (ARGS="--points 50 --default" for all)
+torture: venv ## kill and resume runs, measure memory budgets, refuse bad input (ARGS="--points 50 --default" for all)
 	$(BIN)/python tools/torture.py $(ARGS)
 
 clean: ## delete what the targets built, and the environment

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-from mutations import MUTATIONS  # noqa: E402
+from mutations import MUTATIONS, ROOT, copy_package
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
-def test_the_break_changes_one_line_that_still_compiles(mutation):
-    text = (ROOT / "cpugrpo_edu" / mutation.module).read_text()
-    broken = mutation.mutate(text)
-    compile(broken, mutation.module, "exec")
-    differing = [a for a, b in zip(text.splitlines(), broken.splitlines(), strict=True) if a != b]
-    assert len(differing) == 1
+def test_the_break_changes_one_line_that_still_compiles(mutation, tmp_path):
+    package = copy_package(tmp_path)
+    before = {path: path.read_text() for path in package.rglob("*.py")}
+    module = mutation.apply(package)
+    changed = [path for path, text in before.items() if path.read_text() != text]
+    assert changed == [module]
+    broken = module.read_text()
+    compile(broken, str(module), "exec")
+    lines = zip(before[module].splitlines(), broken.splitlines(), strict=True)
+    assert sum(a != b for a, b in lines) == 1
     assert (ROOT / "notebooks" / f"{mutation.notebook}.ipynb").exists()

@@ -4,8 +4,9 @@
     python tools/mutations.py kl-sign     # some
 
 Each break changes one line of a copy of the package and executes one notebook against that
-copy, up to the first cell that fails. It must fail by an assertion. A notebook that runs
-through would teach the broken thing without noticing.
+copy, up to the first cell that fails. It must fail by an assertion: a notebook that runs
+through would teach the broken thing without noticing. A break names the line by its text, not
+by its file, so that code can move.
 """
 
 from __future__ import annotations
@@ -26,65 +27,62 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Mutation:
-    """``old`` in ``module`` becomes ``new``; ``notebook`` must then fail."""
+    """``old``, which occurs once in the package, becomes ``new``; ``notebook`` must then fail."""
 
     name: str
-    module: str
     old: str
     new: str
     notebook: str
 
-    def mutate(self, text: str) -> str:
-        assert text.count(self.old) == 1, f"{self.name}: {self.old!r} is not there just once"
-        return text.replace(self.old, self.new)
+    def apply(self, package: Path) -> Path:
+        """Break the package in this folder; the module that was changed."""
+        modules = {path: path.read_text() for path in package.rglob("*.py")}
+        count = sum(text.count(self.old) for text in modules.values())
+        assert count == 1, f"{self.name}: {self.old!r} is there {count} times, not once"
+        [module] = [path for path, text in modules.items() if self.old in text]
+        module.write_text(modules[module].replace(self.old, self.new))
+        return module
 
 
 MUTATIONS = [
     Mutation(
         "kl-sign",
-        "policy.py",
         "    d = ref_log_probs - log_probs\n",
         "    d = log_probs - ref_log_probs\n",
         "03_grpo_from_zero",
     ),
     Mutation(
         "advantage-ddof",
-        "policy.py",
         "rewards.std(dim=-1, correction=1, keepdim=True)",
         "rewards.std(dim=-1, correction=0, keepdim=True)",
         "03_grpo_from_zero",
     ),
     Mutation(
         "loss-mask",
-        "policy.py",
         "    loss = loss * mask  # also",
         "    loss = loss * torch.ones_like(mask)  # also",
         "03_grpo_from_zero",
     ),
     Mutation(
         "log-prob-mask",
-        "policy.py",
         ".masked_fill(~mask, 0.0)",
         ".masked_fill(mask & ~mask, 0.0)",
         "01_policy",
     ),
     Mutation(
         "clip-minimum",
-        "policy.py",
         "return torch.min(ratio * advantages,",
         "return torch.max(ratio * advantages,",
         "03_grpo_from_zero",
     ),
     Mutation(
         "ewc-half",
-        "ewc.py",
         "return strength / 2 * torch.stack(energies).sum()",
         "return strength * torch.stack(energies).sum()",
         "14_ewc",
     ),
     Mutation(
         "fisher-batch-mean",
-        "fisher.py",
         "fisher[name] += torch.tensordot(weights, score.float().square(), dims=1)",
         "fisher[name] += torch.tensordot(weights, score.float(), dims=1).square() / len(weights)",
         "13_fisher",
@@ -92,14 +90,17 @@ MUTATIONS = [
 ]
 
 
+def copy_package(folder: Path) -> Path:
+    """The package, copied into ``folder``."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    return Path(shutil.copytree(ROOT / "cpugrpo_edu", folder / "cpugrpo_edu", ignore=ignore))
+
+
 def caught(mutation: Mutation) -> tuple[bool, str]:
     """Whether the notebook fails on the broken package, and how."""
     with tempfile.TemporaryDirectory() as folder:
-        broken = Path(folder) / "cpugrpo_edu"
-        shutil.copytree(ROOT / "cpugrpo_edu", broken, ignore=shutil.ignore_patterns("__pycache__"))
+        mutation.apply(copy_package(Path(folder)))
         shutil.copytree(ROOT / "records", Path(folder) / "records")
-        module = broken / mutation.module
-        module.write_text(mutation.mutate(module.read_text()))
         notebook = ROOT / "notebooks" / f"{mutation.notebook}.ipynb"
         command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute"]
         command += ["--output-dir", folder, str(notebook)]

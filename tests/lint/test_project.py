@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import tomllib
 from pathlib import Path
 
+import install
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 import cpugrpo_edu
 from cpugrpo_edu.cli import app
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = [
     Requirement(line)
@@ -33,15 +33,7 @@ SYSTEMS = {
 }
 
 
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-install = load_tool("install")
-# What the environment gets; "benchmark" is built from source by who wants it.
+# What the environment gets; whoever wants the extra "benchmark" builds it from source.
 INSTALLED = [PROJECT["optional-dependencies"][extra] for extra in install.EXTRAS.split(",")]
 DECLARED = [Requirement(text) for texts in (PROJECT["dependencies"], *INSTALLED) for text in texts]
 
@@ -144,72 +136,8 @@ def test_lock_has_no_cuda_package():
     assert not any("cu1" in str(pin.specifier) for pin in PINS)
 
 
-# --- installing the CPU build of torch ----------------------------------------------------------
-
-
-def report(*names: str) -> str:
-    return json.dumps({"install": [{"metadata": {"name": name}} for name in names]})
-
-
-@pytest.mark.parametrize("name", ["nvidia-cublas", "nvidia_cudnn_cu13", "triton", "cuda-bindings"])
-def test_cuda_packages_are_recognised(name):
-    assert install.brings_cuda(report("torch", name))
-    assert not install.brings_cuda(report("torch", "sympy"))
-
-
-@pytest.mark.parametrize(("offered", "from_cpu_index"), [("sympy", False), ("triton", True)])
-def test_torch_comes_from_the_cpu_index_only_where_needed(monkeypatch, offered, from_cpu_index):
-    calls = []
-
-    def pip(python, *arguments, capture=False):
-        calls.append(arguments)
-        return report("torch", offered)
-
-    monkeypatch.setattr(install, "pip", pip)
-    install.install_torch(Path("python"), install.pinned_torch())
-    plan, installation = calls
-    assert "--dry-run" in plan
-    assert (install.TORCH_INDEX in installation) is from_cpu_index
-    assert installation[-1] == f"torch=={pinned(environment('3.11', 'linux'))['torch']}"
-
-
-def test_an_unreachable_cpu_index_ends_with_the_mend(monkeypatch):
-    def pip(python, *arguments, capture=False):
-        if "--index-url" in arguments:
-            raise SystemExit("pip failed")
-        return report("triton")
-
-    monkeypatch.setattr(install, "pip", pip)
-    with pytest.raises(SystemExit, match="set TORCH_INDEX"):
-        install.install_torch(Path("python"), "torch==0")
-
-
-@pytest.mark.parametrize(("kind", "accepted"), [("cpu", True), ("13.0", False)])
-def test_only_a_cpu_build_is_accepted(monkeypatch, kind, accepted):
-    done = subprocess.CompletedProcess([], 0, stdout=f"2.13.0 {kind}\n")
-    monkeypatch.setattr(install.subprocess, "run", lambda *_, **__: done)
-    if accepted:
-        install.check_cpu_build(Path("env/bin/python"))
-    else:
-        with pytest.raises(SystemExit, match="CUDA 13.0"):
-            install.check_cpu_build(Path("env/bin/python"))
-
-
-def test_installing_again_does_nothing_until_the_lock_changes(monkeypatch, tmp_path):
-    def create(folder):
-        raise RuntimeError("installs again")
-
-    monkeypatch.setattr(install, "create", create)
-    monkeypatch.setattr(install.sys, "argv", ["install.py", "--venv", str(tmp_path)])
-    (tmp_path / "installed.txt").write_text(install.fingerprint())
-    install.main()
-
-    lock = tmp_path / "requirements.lock"
-    lock.write_text("torch==0\n")
-    monkeypatch.setattr(install, "LOCK", lock)
-    with pytest.raises(RuntimeError, match="installs again"):
-        install.main()
-    assert not (tmp_path / "installed.txt").exists()
+def test_the_installer_takes_the_pin_of_torch():
+    assert install.pinned_torch() == f"torch=={pinned(environment('3.11', 'linux'))['torch']}"
 
 
 # --- what is committed --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.show.report import BEGIN, END, number
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "book").rglob("*.md"))
 PROSE = [*PAGES, ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 
