@@ -9,16 +9,12 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from datasets import Dataset
 
 from cpugrpo_edu.data import DIFFICULTIES, Difficulty, Problem
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.rewards import problem_columns
-from cpugrpo_edu.tasks import make_problems, prompt_messages
+from cpugrpo_edu.tasks import make_problems
 
 ORDERS = ("curriculum", "mixed", "reversed")
 
@@ -150,11 +146,3 @@ def complexity(question: str) -> float:
     operators = len(re.findall(r"[-+*/=%]", question))
     numbers = len(re.findall(r"\d+(?:\.\d+)?", question))
     return len(question.split()) + 2 * operators + 1.5 * numbers + 3 * deepest
-
-
-def to_dataset(problems: Iterable[Problem], system: str | None = None) -> Dataset:
-    """A data set for TRL: the prompt as a conversation, and the columns that rewards read."""
-    problems = list(problems)
-    columns: dict[str, list[Any]] = dict(problem_columns(problems))
-    columns["prompt"] = [prompt_messages(problem, system) for problem in problems]
-    return Dataset.from_dict(columns)

@@ -6,7 +6,7 @@ first; it imports nothing from the package but the standard library.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 Difficulty = Literal["basic", "intermediate", "advanced"]
@@ -16,21 +16,6 @@ Split = Literal["pretrain", "train", "eval"]
 
 ANSWER_MARK = "####"
 """A completion states its final answer after this mark, as in GSM8K."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One task with a verifiable answer.
-
-    ``solution`` is a worked solution: one step a line, then ``#### answer``.
-    """
-
-    id: str
-    domain: str
-    difficulty: str
-    question: str
-    answer: str
-    solution: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,7 @@ class StepReport:
 
 
 class Task(Protocol):
-    """A domain: makes problems, and owns the reward's ground truth for them."""
+    """A domain: makes problems, and owns the ground truth for them."""
 
     @property
     def name(self) -> str: ...
@@ -69,9 +54,49 @@ class Task(Protocol):
         """Whether the completion's stated final answer is exactly right."""
         ...
 
+    def grade(self, problem: Problem, completion: str) -> float:
+        """1 or 0 by ``verify``, or a grade in between."""
+        ...
+
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         """Check every line of working in the completion."""
         ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with a verifiable answer, and the task that judges completions of it.
+
+    ``solution`` is a worked solution: one step a line, then ``#### answer``. ``task`` may be
+    missing from a problem that is only asked, never judged.
+    """
+
+    id: str
+    domain: str
+    difficulty: str
+    question: str
+    answer: str
+    solution: str = ""
+    task: Task | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def judge(self) -> Task:
+        """The task; a `ValueError` if there is none."""
+        if self.task is None:
+            raise ValueError(f"problem {self.id!r} has no task, so no completion can be judged")
+        return self.task
+
+    def verify(self, completion: str) -> bool:
+        """Whether the completion's stated final answer is exactly right."""
+        return self.judge.verify(self, completion)
+
+    def grade(self, completion: str) -> float:
+        """How right the completion is, from 0 to 1."""
+        return self.judge.grade(self, completion)
+
+    def check_steps(self, completion: str) -> StepReport:
+        """Check every line of working in the completion."""
+        return self.judge.check_steps(self, completion)
 
 
 @dataclass
@@ -82,9 +107,9 @@ class Episode:
     distribution, in nats. ``finished`` is False when the length limit cut it.
     """
 
-    completion_ids: list[int]
-    logprobs: list[float]
-    finished: bool
+    completion_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = True
     text: str = ""
     reward: float = 0.0
 
@@ -95,6 +120,7 @@ class Group:
 
     prompt_ids: list[int]
     episodes: list[Episode]
+    problem: Problem | None = None
 
 
 @dataclass

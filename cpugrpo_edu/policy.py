@@ -2,8 +2,8 @@
 
 A language model is a policy: at position t it draws token o_t from
 pi(o_t | q, o_<t). This module holds the whole algorithm as plain functions of
-tensors, in the order in which a training step uses them. The trainer runs TRL's
-implementation of the same formulas; the tests hold the two equal.
+tensors, in the order in which a training step uses them; ``train`` puts them together. The
+product's trainer runs TRL's implementation of the same formulas; the tests hold the two equal.
 
 Shapes: B sequences, P prompt positions (padded on the left), C completion
 positions (padded on the right), V tokens in the vocabulary. ``mask`` is (B, C),
@@ -13,12 +13,15 @@ log-probabilities, entropies and KL divergences are in nats.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.data import Group, Problem
+from cpugrpo_edu.tasks import prompt_messages
 
 Scale = Literal["group", "batch", "none"]
 Reduction = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
@@ -26,6 +29,47 @@ Importance = Literal["token", "sequence"]
 
 ADVANTAGE_EPS = 1e-4
 """Added to the standard deviation of the rewards; TRL's value."""
+
+
+# --- The policy: a model and how to ask it -----------------------------------
+
+
+@dataclass
+class Policy:
+    """A model with its tokenizer and how to prompt it.
+
+    ``model`` may be wrapped by PEFT. ``source`` is the folder or hub id it came from, ``system``
+    the system prompt or None. ``sampler`` completes prompts; None means ``sample.sample``.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+    system: str | None = None
+    sampler: Callable[..., list[Group]] | None = None
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Every token that ends a completion, from the tokenizer and the generation config."""
+        ids = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = ids if isinstance(ids, list) else [ids]
+        return {int(i) for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation through the chat template, ready for the answer."""
+        return list(
+            self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        )
+
+    def encode_problem(self, problem: Problem) -> list[int]:
+        """Token ids of the prompt that puts the problem to this model."""
+        return self.encode_chat(prompt_messages(problem, self.system))
 
 
 # --- What the policy says about a completion ---------------------------------
@@ -41,23 +85,23 @@ def completion_logits(
     """Logits (B, C, V) in fp32, divided by ``temperature``, that predict the completion.
 
     ``prompt_ids`` is (B, P), left-padded; ``completion_ids`` (B, C), right-padded;
-    ``attention_mask`` (B, P + C), 1 on real tokens. Raises ``UserError`` on shapes
+    ``attention_mask`` (B, P + C), 1 on real tokens. Raises ``ValueError`` on shapes
     that do not fit, an empty prompt, or a temperature that is not positive.
     """
     (batch, prompt), (_, completion) = prompt_ids.shape, completion_ids.shape
     if attention_mask.shape != (batch, prompt + completion) or len(completion_ids) != batch:
-        raise UserError(
+        raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; allowed is "
             f"{(batch, prompt + completion)}, one entry for each prompt and completion token: "
             "concatenate the prompt mask and the completion mask along dim 1"
         )
     if prompt == 0:
-        raise UserError(
+        raise ValueError(
             "the prompt has 0 tokens; at least 1 is needed to predict the first completion token: "
             "start the prompt with a BOS token"
         )
     if temperature <= 0:
-        raise UserError(
+        raise ValueError(
             f"temperature is {temperature}; it must be greater than 0: give the one you sampled at"
         )
     # Position 0 is the first real token. Without this, left padding would shift the
@@ -116,17 +160,18 @@ def group_advantages(rewards: Tensor, scale: Scale = "group") -> Tensor:
     standard deviation divides: of the "group" (Shao et al. 2024, arXiv 2402.03300,
     section 4.1.2), of the whole "batch", or "none" (Liu et al. 2025, Dr. GRPO, arXiv
     2503.20783: dividing favours prompts that are almost always or never solved).
-    The standard deviation has ddof = 1, as in TRL. Raises ``UserError`` if G < 2, if a
+    The standard deviation has ddof = 1, as in TRL. Raises ``ValueError`` if G < 2, if a
     reward is not finite, or on an unknown ``scale``.
     """
-    rewards = rewards.float()
+    if not rewards.is_floating_point():
+        rewards = rewards.float()
     if rewards.ndim == 0 or rewards.shape[-1] < 2:
-        raise UserError(
+        raise ValueError(
             f"rewards have shape {tuple(rewards.shape)}; the last dimension is the group and must "
             "be at least 2: sample at least 2 completions a prompt and use rewards.view(-1, G)"
         )
     if not rewards.isfinite().all():
-        raise UserError(
+        raise ValueError(
             "rewards contain NaN or infinity; only finite numbers are allowed: "
             "let the reward function return 0.0 for a completion it cannot score"
         )
@@ -137,7 +182,7 @@ def group_advantages(rewards: Tensor, scale: Scale = "group") -> Tensor:
         return centred / (rewards.std(dim=-1, correction=1, keepdim=True) + ADVANTAGE_EPS)
     if scale == "batch":
         return centred / (rewards.std(correction=1) + ADVANTAGE_EPS)
-    raise UserError(f"scale is {scale!r}; allowed are 'group', 'batch' and 'none': choose one")
+    raise ValueError(f"scale is {scale!r}; allowed are 'group', 'batch' and 'none': choose one")
 
 
 # --- How far the policy has moved from the reference --------------------------
@@ -164,7 +209,7 @@ def kl_estimates(log_probs: Tensor, ref_log_probs: Tensor) -> KLEstimates:
     Unbiased as a *value* does not mean unbiased as a *loss*. Differentiated as they
     stand, with samples from pi, the expected gradients are: k1, zero; k2, the gradient
     of KL(pi || ref); k3, the gradient of KL(ref || pi), the other direction. The tests
-    enumerate all of this. The mend is to multiply by the ratio pi / pi_old with its
+    enumerate all of this. To correct this, multiply by the ratio pi / pi_old with its
     gradient: then E[ratio k3] has both the value and the gradient of KL(pi || ref).
     Getting the sign of d wrong leaves k2 unchanged, biases k3 and turns k1 from a
     penalty into a bonus.
@@ -236,7 +281,7 @@ def grpo_loss(
       (arXiv 2503.14476, eq. 8). Left out, it is this batch's, and equals "bnpo".
 
     When gradients are accumulated over n micro-batches, divide by n, except for "dapo":
-    its micro-batch losses simply add up. Raises ``UserError`` on a missing or unknown option.
+    its micro-batch losses simply add up. Raises ``ValueError`` on a missing or unknown option.
     """
     mask = mask.to(log_probs.dtype)
     if advantages.ndim == 1:
@@ -246,13 +291,13 @@ def grpo_loss(
     elif importance == "token":
         new, old = log_probs, old_log_probs
     else:
-        raise UserError(
+        raise ValueError(
             f"importance is {importance!r}; allowed are 'token' and 'sequence': choose one"
         )
     loss = -clipped_surrogate(new, old, advantages, eps_low, eps_high)
     if beta:
         if ref_log_probs is None:
-            raise UserError(
+            raise ValueError(
                 f"beta is {beta} but ref_log_probs is missing; a KL penalty needs the reference's "
                 "log-probabilities: pass them, or set beta to 0"
             )
@@ -266,7 +311,7 @@ def grpo_loss(
         return loss.sum() / mask.sum().clamp(min=1)
     if reduction == "dr_grpo":
         if not max_length or max_length < 1:
-            raise UserError(
+            raise ValueError(
                 f"max_length is {max_length}; reduction 'dr_grpo' divides by it and needs at least "
                 "1: pass the largest allowed number of completion tokens"
             )
@@ -274,6 +319,6 @@ def grpo_loss(
     if reduction == "dapo":
         tokens = mask.sum() if total_tokens is None else torch.as_tensor(total_tokens)
         return loss.sum() / tokens.clamp(min=1)
-    raise UserError(
+    raise ValueError(
         f"reduction is {reduction!r}; allowed are 'grpo', 'bnpo', 'dr_grpo' and 'dapo': choose one"
     )

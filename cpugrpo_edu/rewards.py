@@ -1,33 +1,28 @@
-"""Verifiable rewards in TRL's signature, hardened against gaming.
+"""Verifiable rewards: what a completion earns, checked against exact ground truth.
 
-A reward is a function ``reward(prompts, completions, **columns) -> list[float]`` with one
-finite number per completion. TRL hands over the dataset's columns as lists (see
-`problem_columns`), repeated for each of the G completions of a group, and more that we
-ignore (``trainer_state``, ``log_metric``, ...). A completion is a string, or a list of
-messages when the prompt is a conversation.
+A reward is a function ``reward(problem, episode) -> float``: the problem knows how it is
+judged (`Problem.task`), the episode holds the completion's text and tokens. The total reward
+of a completion is the weighted sum of its terms:
 
-    functions, weights = combine("correct_answer=1,valid_steps=0.5")
-    GRPOTrainer(reward_funcs=functions, args=GRPOConfig(reward_weights=weights), ...)
+    rewards = parse_rewards("correct_answer=1,valid_steps=0.5")
+    give_rewards(groups, rewards)  # fills in every episode's reward
 
 What a reward measures is what the policy learns to produce, so each one here is checked
-against exact ground truth, and none counts words.
+against ground truth, and none counts words.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any
 
-from cpugrpo_edu.data import ANSWER_MARK, Problem, Task
+from cpugrpo_edu.data import ANSWER_MARK, Episode, Group, Problem
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.tasks import get_task
 from cpugrpo_edu.tasks.answers import extract_answer, stated_answers
 
-RewardFunction = Callable[..., list[float]]
+RewardFunction = Callable[[Problem, Episode], float]
 
 LARGEST = 1e18
 """A reward beyond this, squared for the standard deviation in float32, would be infinite."""
@@ -35,108 +30,104 @@ LARGEST = 1e18
 
 @dataclass(frozen=True)
 class Reward:
-    """One term of the total reward, sum over terms of weight times function."""
+    """One term of the total reward: ``weight`` times ``function(problem, episode)``.
+
+    Calling it returns the function's value without the weight. A function that raises, or
+    returns anything but a finite number, ends the run with a `UserError` that names it: TRL
+    would drop a NaN silently from the total.
+    """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise UserError(
+                f"weight {self.weight} of reward {self.name} is not allowed; give 0 or more"
+            )
 
-def guarded(function: RewardFunction) -> RewardFunction:
-    """Let a reward function fail with one clear sentence.
-
-    An exception, a wrong number of rewards, or a reward that is not a finite number stops
-    the run with a `UserError`. TRL itself would drop a NaN silently from the total.
-    """
-    name = getattr(function, "__name__", type(function).__name__)
-
-    def checked(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    def __call__(self, problem: Problem, episode: Episode) -> float:
         try:
-            rewards = function(prompts=prompts, completions=completions, **columns)
+            value = self.function(problem, episode)
         except UserError:
             raise
         except Exception as error:
             raise UserError(
-                f"reward {name} failed with {type(error).__name__}: {error}; mend the function"
+                f"reward {self.name} failed on problem {problem.id!r} with "
+                f"{type(error).__name__}: {error}; fix the reward function or the verifier of "
+                f"domain {problem.domain!r}"
             ) from error
-        if not isinstance(rewards, Sequence) or len(rewards) != len(completions):
+        if not isinstance(value, Real) or not abs(value) <= LARGEST:  # so for NaN too
             raise UserError(
-                f"reward {name} returned {rewards!r:.80}; return a list of {len(completions)} "
-                "numbers, one per completion"
+                f"reward {self.name} gave {value!r:.80} for problem {problem.id!r}; "
+                "return a finite number for each completion"
             )
-        for i, reward in enumerate(rewards):
-            if not isinstance(reward, Real) or not abs(reward) <= LARGEST:  # so for NaN too
-                raise UserError(
-                    f"reward {name} gave {reward!r:.80} for completion {i}; "
-                    "return a finite number for each completion"
-                )
-        return [float(reward) for reward in rewards]
-
-    functools.update_wrapper(checked, function)
-    checked.__name__ = name  # a callable object has none, and TRL's metrics need one
-    return checked
+        return float(value)
 
 
-@guarded
-def correct_answer(
-    prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-) -> list[float]:
-    """1 if the stated final answer is exactly right, else 0.
-
-    A user's own verifier may grade in between; see `cpugrpo_edu.tasks.custom`.
-    """
-
-    def score(task: Task, problem: Problem, text: str) -> float:
-        return float(getattr(task, "grade", task.verify)(problem, text))
-
-    return _score_each("correct_answer", score, completions, columns)
+def give_rewards(groups: Iterable[Group], rewards: Sequence[Reward]) -> None:
+    """Set every episode's ``reward`` to its total. The groups must know their problems."""
+    for group in groups:
+        if group.problem is None:
+            raise ValueError("a group has no problem to judge its completions by")
+        for episode in group.episodes:
+            episode.reward = total_reward(rewards, group.problem, episode)
 
 
-@guarded
-def valid_steps(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+def total_reward(rewards: Iterable[Reward], problem: Problem, episode: Episode) -> float:
+    """The weighted sum of the terms."""
+    return sum(reward.weight * reward(problem, episode) for reward in rewards)
+
+
+# --- The terms ----------------------------------------------------------------
+
+
+def correct_answer(problem: Problem, episode: Episode) -> float:
+    """1 if the stated final answer is exactly right, else 0; a custom verifier may grade."""
+    return problem.grade(episode.text) if episode.text.strip() else 0.0
+
+
+def valid_steps(problem: Problem, episode: Episode) -> float:
     """Share in [0, 1] of the required steps that the working reaches (`StepReport.score`)."""
-
-    def score(task: Task, problem: Problem, text: str) -> float:
-        value = task.check_steps(problem, text).score
-        if not 0 <= value <= 1:
-            raise ValueError(f"a step score of {value} is outside [0, 1]")
-        return value
-
-    return _score_each("valid_steps", score, completions, columns)
+    score = problem.check_steps(episode.text).score if episode.text.strip() else 0.0
+    if not 0 <= score <= 1:
+        raise ValueError(f"a step score of {score} is outside [0, 1]")
+    return score
 
 
-@guarded
-def good_format(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+def good_format(problem: Problem, episode: Episode) -> float:
     """1 if there is working, and then one last line ``#### answer``; else 0.
 
-    Says nothing on right or wrong: on its own it teaches a shape, so keep its weight small.
+    Says nothing about right or wrong: alone it teaches a shape, so keep its weight small.
     """
-    return [float(_is_well_formed(_text(completion))) for completion in completions]
+    text = episode.text
+    answer = extract_answer(text)
+    if answer is None or len(stated_answers(text)) != 1:
+        return 0.0
+    working, _, last = text.strip().replace("\r\n", "\n").rpartition("\n")
+    return float(last == f"{ANSWER_MARK} {answer}" and any(map(str.isalnum, working)))
 
 
 def make_length_penalty(soft_limit: int = 192, hard_limit: int = 256) -> RewardFunction:
-    """Make a reward that is 0 up to ``soft_limit`` and falls linearly to -1 at ``hard_limit``.
+    """Make a reward that is 0 up to ``soft_limit`` tokens and falls linearly to -1 at
+    ``hard_limit``.
 
-    The soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 13), with
-    ``hard_limit`` for L_max and ``hard_limit - soft_limit`` for L_cache. Lengths are in
-    tokens if TRL hands over ``completion_ids``, else in characters.
+    The soft overlong punishment of DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 13), with
+    ``hard_limit`` for L_max and ``hard_limit - soft_limit`` for L_cache. Lengths are in tokens,
+    or in characters for an episode that has only a text.
     """
     if not 0 <= soft_limit < hard_limit:
         raise UserError(
             f"length limits {soft_limit} and {hard_limit} do not fit; give 0 <= soft < hard"
         )
 
-    def length_penalty(
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Any,
-    ) -> list[float]:
-        measured = map(_text, completions) if completion_ids is None else completion_ids
-        excess = [(len(item) - soft_limit) / (hard_limit - soft_limit) for item in measured]
-        return [-min(1.0, x) if x > 0 else 0.0 for x in excess]
+    def length_penalty(problem: Problem, episode: Episode) -> float:
+        length = len(episode.completion_ids or episode.text)
+        excess = (length - soft_limit) / (hard_limit - soft_limit)
+        return -min(1.0, excess) if excess > 0 else 0.0
 
-    return guarded(length_penalty)
+    return length_penalty
 
 
 length_penalty = make_length_penalty()
@@ -149,116 +140,29 @@ REWARDS: dict[str, RewardFunction] = {
 }
 
 
-def parse_rewards(text: str) -> list[Reward]:
-    """Read ``"correct_answer=1,valid_steps=0.5"``."""
-    weights: dict[str, float] = {}
+def parse_rewards(text: str, max_completion: int | None = None) -> list[Reward]:
+    """Read ``"correct_answer=1,valid_steps=0.5"``.
+
+    Given ``max_completion`` tokens, the length penalty falls over its last quarter.
+    """
+    rewards: list[Reward] = []
     for term in text.split(","):
         name, _, weight = (part.strip() for part in term.partition("="))
-        if name in weights:
+        if any(reward.name == name for reward in rewards):
             raise UserError(f"reward {name!r} is given twice; give each name once")
         try:
-            weights[name] = float(weight)
+            number = float(weight)
         except ValueError:
             raise UserError(
                 f"cannot read the reward {term.strip()!r}; write name=weight with a name out of "
                 f"{', '.join(REWARDS)}, for example correct_answer=1,valid_steps=0.5"
             ) from None
-    return _named_rewards(weights)
-
-
-def combine(
-    rewards: str | Mapping[str, float] | Sequence[Reward], max_completion: int | None = None
-) -> tuple[list[RewardFunction], list[float]]:
-    """Return the functions for ``GRPOTrainer`` and the weights for ``GRPOConfig.reward_weights``.
-
-    Takes the command line's text, ``{"correct_answer": 1.0}``, or `Reward` objects, which
-    may hold functions of your own; those are `guarded`. Given ``max_completion``, the length
-    penalty falls over its last quarter.
-    """
-    if isinstance(rewards, str):
-        rewards = parse_rewards(rewards)
-    elif isinstance(rewards, Mapping):
-        rewards = _named_rewards(rewards)
-    for reward in rewards:
-        if not (math.isfinite(reward.weight) and reward.weight >= 0):
-            raise UserError(
-                f"weight {reward.weight} of reward {reward.name} is not allowed; give 0 or more"
-            )
-    if not any(reward.weight for reward in rewards):
-        raise UserError("all reward weights are zero; give at least one a weight above 0")
-    functions = [reward.function for reward in rewards]
-    if max_completion:
-        fitting = make_length_penalty(3 * max_completion // 4, max_completion)
-        functions = [fitting if f is length_penalty else f for f in functions]
-    return [guarded(f) for f in functions], [reward.weight for reward in rewards]
-
-
-def problem_columns(problems: Sequence[Problem]) -> dict[str, list[str]]:
-    """Return the dataset columns that the rewards read, one list entry per problem."""
-    return {
-        _column(field.name): [getattr(problem, field.name) for problem in problems]
-        for field in fields(Problem)
-    }
-
-
-def _column(name: str) -> str:
-    return "problem_id" if name == "id" else name
-
-
-def _named_rewards(weights: Mapping[str, float]) -> list[Reward]:
-    for name in weights:
         if name not in REWARDS:
             raise UserError(f"unknown reward {name!r}; allowed are {', '.join(REWARDS)}")
-    return [Reward(name, REWARDS[name], weight) for name, weight in weights.items()]
-
-
-def _score_each(
-    name: str,
-    score: Callable[[Task, Problem, str], float],
-    completions: Sequence[Any],
-    columns: Mapping[str, Any],
-) -> list[float]:
-    """Score each non-empty completion with the task that owns its problem's domain."""
-    rewards = []
-    for problem, completion in zip(_problems(columns, len(completions)), completions, strict=True):
-        text = _text(completion)
-        try:
-            rewards.append(score(get_task(problem.domain), problem, text) if text.strip() else 0.0)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"reward {name} failed on problem {problem.id!r} with {type(error).__name__}: "
-                f"{error}; mend the verifier of domain {problem.domain!r}"
-            ) from error
+        function = REWARDS[name]
+        if function is length_penalty and max_completion:
+            function = make_length_penalty(3 * max_completion // 4, max_completion)
+        rewards.append(Reward(name, function, number))
+    if not any(reward.weight for reward in rewards):
+        raise UserError("all reward weights are zero; give at least one a weight above 0")
     return rewards
-
-
-def _problems(columns: Mapping[str, Any], count: int) -> list[Problem]:
-    values = {}
-    for field in fields(Problem):
-        column = _column(field.name)
-        if len(columns.get(column, ())) != count:
-            raise UserError(
-                f"the rewards need the dataset column {column!r} with one entry per completion; "
-                "build the dataset's columns with cpugrpo_edu.rewards.problem_columns"
-            )
-        values[field.name] = columns[column]
-    return [Problem(**{key: values[key][i] for key in values}) for i in range(count)]
-
-
-def _text(completion: Any) -> str:
-    """The completion's text; of a conversation, what the assistant said."""
-    if isinstance(completion, str):
-        return completion
-    contents = [m.get("content") for m in completion if m.get("role", "assistant") == "assistant"]
-    return "\n".join(content for content in contents if isinstance(content, str))
-
-
-def _is_well_formed(text: str) -> bool:
-    """Some working, then exactly one ``#### answer``, alone on the last line."""
-    answer = extract_answer(text)
-    if answer is None or len(stated_answers(text)) != 1:
-        return False
-    working, _, last = text.strip().replace("\r\n", "\n").rpartition("\n")
-    return last == f"{ANSWER_MARK} {answer}" and any(map(str.isalnum, working))

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -419,13 +419,13 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from cpugrpo_edu.engine.decode import Sampling
     from cpugrpo_edu.engine.int8 import quantize_for_rollout
     from cpugrpo_edu.evaluate import evaluate as evaluate_policy
-    from cpugrpo_edu.evaluate import save_evaluation
     from cpugrpo_edu.models.load import check_policy, load_policy
+    from cpugrpo_edu.record.evaluations import save_evaluation
     from cpugrpo_edu.record.stats import accuracy_table
     from cpugrpo_edu.run.pipeline import RunConfig, load_data
+    from cpugrpo_edu.sample import Sampling
     from cpugrpo_edu.show.progress import ProgressDisplay
 
     if per_cell < 1:
@@ -438,19 +438,12 @@ def evaluate(
     _, problems = load_data(RunConfig(data=data, verifier=verifier, per_cell=per_cell))
     policy = load_policy(model)
     check_policy(policy)
-    served = quantize_for_rollout(policy.model) if int8 else None
+    if int8:
+        policy = replace(policy, model=quantize_for_rollout(policy.model))
     with ProgressDisplay(quiet=quiet) as display:
         bar = display.counter("evaluate", len(problems))
-        result = evaluate_policy(
-            policy,
-            problems,
-            f"{model}, INT8" if int8 else model,
-            model=served,
-            temperature=sampling.temperature,
-            max_new_tokens=sampling.max_new_tokens,
-            seed=sampling.seed,
-            on_done=bar,
-        )
+        label = f"{model}, INT8" if int8 else model
+        result = evaluate_policy(policy, problems, label, sampling, bar)
     table = accuracy_table(result)
     if output is not None:
         save_evaluation(result, output)
@@ -492,8 +485,8 @@ def generate(
     from cpugrpo_edu.engine.hardware import configure_threads
 
     configure_threads()
-    from cpugrpo_edu.engine.decode import Sampling, rollout
     from cpugrpo_edu.models.load import check_policy, load_policy
+    from cpugrpo_edu.sample import Sampling, rollout
 
     if n < 1:
         raise UserError(f"--n is {n}; give at least 1")
@@ -502,17 +495,10 @@ def generate(
     sampling = Sampling(max_completion, check_temperature(temperature), seed=check_seed(seed))
     policy = load_policy(model)
     check_policy(policy)
-    [group] = rollout(
-        policy.model,
-        [policy.encode_problem(Problem("prompt", "", "", prompt, answer=""))],
-        n,
-        sampling,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-    )
+    [group] = rollout(policy, [Problem("prompt", "", "", prompt, answer="")], n, sampling)
     found = [
         {
-            "text": policy.tokenizer.decode(episode.completion_ids, skip_special_tokens=True),
+            "text": episode.text,
             "log_prob": sum(episode.logprobs),
             "tokens": len(episode.completion_ids),
             "finished": episode.finished,

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpugrpo_edu.engine.decode import causal_lm, hidden_states, is_supported
+from cpugrpo_edu.engine.blocks import causal_lm, hidden_states, is_supported
 from cpugrpo_edu.engine.int8_base import token_log_probs
 
 

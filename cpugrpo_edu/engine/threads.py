@@ -1,14 +1,15 @@
-"""How many threads are fastest here: measured once, then remembered.
+"""How many threads are fastest on this machine: measured once, then remembered.
 
-More threads are not always faster. A small model's layers take microseconds, and threads meet
-after each; cores that share a cache or a memory channel wait for each other. So a piece of work
-like a run's is timed with one thread, two, four, and so on up to all cores.
+More threads are not always faster. The layers of a small model take microseconds, and the threads
+synchronize after each one; cores that share a cache or a memory channel slow each other down. So
+work like that of a run is timed with one thread, two, four, and so on up to all cores.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,18 +20,29 @@ import psutil
 from cpugrpo_edu.engine.hardware import BUNDLED_MODEL, describe_machine, usable_cores
 from cpugrpo_edu.engine.memory import Architecture, trim_heap
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.lab.cost import best_of
 from cpugrpo_edu.record.files import cache_folder, remembered
 
 CLEARLY = 0.9
-"""Fewer threads are taken only if they need less than this share of the time of all cores:
-what is measured in a second differs by some per cent from one second to the next."""
+"""Use fewer threads only if they take less than this share of the time with all cores: timings
+this short vary by a few per cent from one second to the next."""
 
 BUSY = 25
-"""Per cent of all processors' time that others may use while threads are timed."""
+"""Per cent of the machine's CPU time that other programs may use while threads are timed."""
 
 MOST_BYTES = 64 * 2**20
-"""Weights to time with: a few layers of a large model stand for all."""
+"""Most weights to time with: a few layers of a large model represent the others."""
+
+
+def best_of(function: Callable[[], Any], repeats: int) -> float:
+    """The shortest time of ``repeats`` calls in seconds, after half as many calls to warm up."""
+    for _ in range(repeats // 2):
+        function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def candidates(cores: int) -> list[int]:
@@ -39,15 +51,18 @@ def candidates(cores: int) -> list[int]:
 
 
 def choose(seconds: dict[int, float]) -> int:
-    """All cores, or the fastest fewer if they are clearly faster."""
+    """From seconds by number of threads: all cores, unless fewer are clearly faster."""
     every = max(seconds)
     best = min(seconds, key=lambda threads: seconds[threads])
     return best if seconds[best] < CLEARLY * seconds[every] else every
 
 
 def sample_work(a: Architecture) -> Callable[[], None]:
-    """Decoding 8 tokens of 64 completions and one training pass over 512 tokens, through some
-    layers of this shape with random weights (attention over the context is left out)."""
+    """Work to time: decode 8 tokens of 64 completions, then one training pass over 512 tokens.
+
+    It goes through a few layers of this shape with random weights; attention over the context is
+    left out.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -76,8 +91,7 @@ def sample_work(a: Architecture) -> Callable[[], None]:
 
 
 def time_threads(a: Architecture, counts: list[int], repeats: int = 6) -> dict[int, float]:
-    """The shortest seconds of the sample work for each number of threads. Torch keeps the
-    number it had."""
+    """Seconds of the sample work for each number of threads. Torch then gets its old number back."""
     import torch
 
     before, work = torch.get_num_threads(), sample_work(a)
@@ -94,8 +108,10 @@ def time_threads(a: Architecture, counts: list[int], repeats: int = 6) -> dict[i
 
 
 def shape_of(model: str) -> Architecture:
-    """The sizes in a local model's config, read as plain numbers: nothing of it is loaded or run.
-    The bundled model's where there is none that can be read."""
+    """The sizes in a local model's config, read as plain numbers: no code of it is loaded or run.
+
+    Where that config cannot be read, the bundled model's sizes.
+    """
     for folder in (Path(model), BUNDLED_MODEL.parent):
         with contextlib.suppress(OSError, ValueError, TypeError, ZeroDivisionError, UserError):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -109,7 +125,9 @@ def shape_of(model: str) -> Architecture:
 
 def measured(model: str = "bundled", folder: Path | None = None) -> dict[int, float]:
     """Seconds by number of threads for a model of this shape, from the cache or measured now.
-    Nothing, and nothing is kept, where other programs are at work: they would be measured too."""
+
+    Empty, and not cached, while other programs are busy: their work would distort the timing.
+    """
     import torch
 
     cores = usable_cores()
@@ -130,6 +148,6 @@ def measured(model: str = "bundled", folder: Path | None = None) -> dict[int, fl
 
 
 def fastest_threads(model: str = "bundled", folder: Path | None = None) -> int:
-    """Threads to use for a model: all usable cores, unless fewer are clearly faster here."""
+    """Threads to use for a model: all usable cores, unless fewer are clearly faster."""
     seconds = {} if usable_cores() == 1 else measured(model, folder)
     return choose(seconds) if seconds else usable_cores()

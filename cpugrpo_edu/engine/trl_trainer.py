@@ -31,7 +31,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from cpugrpo_edu.data import Group
 from cpugrpo_edu.engine import ranks
-from cpugrpo_edu.engine.decode import Sampling, rollout
+from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.int8 import quantize_for_rollout, refresh
 from cpugrpo_edu.engine.int8_base import is_frozen
 from cpugrpo_edu.engine.memory import (
@@ -42,11 +42,13 @@ from cpugrpo_edu.engine.memory import (
     retry_smaller,
     trim_heap,
 )
+from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.shared_prefix import group_rows, packed_log_probs
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
-from cpugrpo_edu.models.load import Policy
+from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.run.pause import Control
+from cpugrpo_edu.sample import Sampling
 
 # TRL 1.16 uses names that transformers renames in version 6: nothing a user can mend.
 warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
@@ -85,37 +87,6 @@ WORKING_SPACE = 4
 """What a micro-batch takes at its peak, over the activations it keeps: their derivatives,
 short-lived copies and holes in the heap (measured: 2.5, and 4 in the first step of a process).
 Decides only where memory is short."""
-
-
-@dataclass(frozen=True)
-class CPUOptions:
-    """What the subclass adds to TRL's configuration."""
-
-    int8_rollouts: bool = False
-    int8_head: bool = False
-    """The head in INT8 as well: with a vocabulary of 150,000 a quarter of what decoding reads."""
-    kernel: str = "packed"
-    """Of the INT8 copy: "packed", or "compiled" (see :mod:`cpugrpo_edu.engine.c_kernel`)."""
-    importance_correction: bool = True
-    """Take the policy ratio against the INT8 policy that sampled, not against the float one."""
-    engine: str = "fast"
-    micro_batch: int | None = None
-    """Completions per backward pass; None plans it from the available memory."""
-    memory_limit: int | None = None
-    """Bytes this process may hold in all; None leaves it to what the machine has."""
-    skip_zero_advantage: bool = True
-    share_prefix: bool = False
-    """Score the completions of a prompt behind one copy of it, see :mod:`.shared_prefix`."""
-    recompute: bool = False
-    """Compute the inside of each MLP again in the backward pass, see ``rollout.hidden_states`` and
-    ``frozen.spares_memory``."""
-    spare_memory: bool = False
-    """Hold a second model only while it is needed, so that the backward pass has the memory: the
-    INT8 copy is made anew for each rollout, and a reference (a KL term with full fine-tuning) is
-    read from its files in each step."""
-    ewc_strength: float = 0.0
-    patience: int = 8
-    """Steps without any learning signal before the run is stopped; 0 never stops it."""
 
 
 def cpu_config(
@@ -272,7 +243,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         args: GRPOConfig,
         reward_functions: list[Any],
         dataset: Dataset,
-        options: CPUOptions | None = None,
+        options: EngineOptions | None = None,
         anchor: Anchor | None = None,
         on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
         say: Callable[[str], None] = lambda sentence: None,
@@ -283,7 +254,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         # On CPUs TRL projects prompt and padding through the head too; this asks it to
         # project completion positions only. Same values (tested), fewer of them.
         trl.trainer.utils._use_triton = lambda device: True
-        self.options = options or CPUOptions()
+        self.options = options or EngineOptions()
         if args.top_p < 1 and self.options.int8_rollouts and self.options.importance_correction:
             raise UserError(
                 f"top_p is {args.top_p}: log-probs of the tokens kept are no policy's to correct "
@@ -352,17 +323,17 @@ class CPUGRPOTrainer(GRPOTrainer):
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.rollout_seed(),
+            stop_at_eos=self.options.stop_at_eos,
         )
         start = time.perf_counter()
-        groups = rollout(
+        groups = sample(
             self.sampling_model(),
             [block[0] for block in blocks],
             copies,
             sampling,
             eos_ids=self.policy.eos_ids,
             pad_id=self.policy.pad_id,
-            engine=self.options.engine,
-            memory_limit=self.options.memory_limit,
+            options=self.options,
         )
         if self.options.spare_memory:
             self.int8_copy = None

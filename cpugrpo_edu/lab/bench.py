@@ -180,18 +180,6 @@ class Options:
     kernel: str = "packed"
 
 
-def endless(policy: Any) -> Any:
-    """The same policy, but no token ends a completion, so all have full length."""
-    from cpugrpo_edu.models.load import Policy
-
-    class Endless(Policy):
-        @property
-        def eos_ids(self) -> set[int]:
-            return set()
-
-    return Endless(**vars(policy))
-
-
 def ours(workload: dict[str, Any], folder: str, options: dict[str, Any]) -> dict[str, Any]:
     """The workload with this package: seconds by part, peak memory, what changed."""
     started = time.perf_counter()
@@ -207,7 +195,8 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
 
     from cpugrpo_edu.engine.int8 import quantized_engine, usable_kernel
     from cpugrpo_edu.engine.int8_base import load_frozen, spares_memory
-    from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+    from cpugrpo_edu.engine.options import EngineOptions
+    from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
     from cpugrpo_edu.ewc import Anchor, merge_anchors, normalize_fisher, take_anchor
     from cpugrpo_edu.fisher import examples_from_groups, fisher_diagonal
     from cpugrpo_edu.models.load import Policy, add_lora, relative_change, snapshot
@@ -224,7 +213,7 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     if lora:
         model = add_lora(model, LORA_RANK)
-    policy = endless(Policy(model, tokenizer, str(source)))
+    policy = Policy(model, tokenizer, str(source))
     anchor: Anchor | None = None
     prompts = workload.prompts()
     steps: list[float] = []
@@ -253,7 +242,8 @@ def _ours(workload: Workload, folder: Path, options: Options, started: float) ->
                 config,
                 [even_ids],
                 Dataset.from_dict({"prompt": chosen}),
-                options=CPUOptions(
+                options=EngineOptions(
+                    stop_at_eos=False,
                     ewc_strength=EWC_STRENGTH if anchor else 0.0,
                     engine="fast" if options.fast_rollouts else "generate",
                     share_prefix=options.share_prefix,
@@ -422,8 +412,10 @@ def _rollout_engine(
 ) -> Callable[[int], list[list[int]]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cpugrpo_edu.engine.decode import Sampling, rollout
+    from cpugrpo_edu.engine.decode import sample
     from cpugrpo_edu.engine.int8_base import load_frozen
+    from cpugrpo_edu.engine.options import EngineOptions
+    from cpugrpo_edu.sample import Sampling
 
     if engine in ("ours-int8", "ours-int8-compiled"):
         source = folder / "bf16"
@@ -433,9 +425,10 @@ def _rollout_engine(
         model = AutoModelForCausalLM.from_pretrained(folder / "fp32")
 
     def once(tokens: int) -> list[list[int]]:
-        sampling = Sampling(tokens, 1.0)
-        name = "generate" if engine == "generate" else "fast"
-        [group] = rollout(model, [prompt], rows, sampling, eos_ids=set(), pad_id=2, engine=name)
+        options = EngineOptions("generate" if engine == "generate" else "fast")
+        [group] = sample(
+            model, [prompt], rows, Sampling(tokens), eos_ids=set(), pad_id=2, options=options
+        )
         return [episode.completion_ids for episode in group.episodes]
 
     return once
@@ -492,17 +485,19 @@ def evaluation_worker() -> dict[str, Any]:
 
 def bundled_speed(steps: int = 3) -> dict[str, Any]:
     """Seconds and tokens a second of GRPO steps on the bundled model, by rollout engine."""
-    from cpugrpo_edu.curriculum import stage_problems, to_dataset
-    from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+    from cpugrpo_edu.curriculum import stage_problems
+    from cpugrpo_edu.engine.options import EngineOptions
+    from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
+    from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
     from cpugrpo_edu.models.load import load_policy
-    from cpugrpo_edu.rewards import combine
+    from cpugrpo_edu.rewards import parse_rewards
     from cpugrpo_edu.run.pipeline import RunConfig
 
     results: dict[str, Any] = {}
     run = RunConfig()
     for engine in ("fast", "generate"):
         policy = load_policy("bundled")
-        functions, weights = combine(run.rewards)
+        rewards = parse_rewards(run.rewards)
         problems = stage_problems(run.stages[0], run.domains, steps * run.prompts_per_step, seed=0)
         times: list[float] = []
         with tempfile.TemporaryDirectory() as out:
@@ -511,14 +506,14 @@ def bundled_speed(steps: int = 3) -> dict[str, Any]:
                 max_steps=steps,
                 max_completion_length=run.max_completion,
                 learning_rate=run.learning_rates[0],
-                reward_weights=weights,
+                reward_weights=[reward.weight for reward in rewards],
             )
             trainer = CPUGRPOTrainer(
                 policy,
                 config,
-                functions,
+                trl_rewards(rewards, problems),
                 to_dataset(problems, policy.system),
-                CPUOptions(engine=engine),
+                EngineOptions(engine=engine),
             )
             trainer.add_callback(step_callback(times))
             trainer.train()

@@ -101,8 +101,9 @@ def _measure_point(point: Point, folder: Path, started: float) -> dict[str, Any]
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from cpugrpo_edu.engine.int8_base import load_frozen, spares_memory
-    from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, CPUOptions, cpu_config
-    from cpugrpo_edu.lab.bench import LORA_RANK, endless, even_ids, step_callback
+    from cpugrpo_edu.engine.options import EngineOptions
+    from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
+    from cpugrpo_edu.lab.bench import LORA_RANK, even_ids, step_callback
     from cpugrpo_edu.models.load import Policy, add_lora, load_policy
     from cpugrpo_edu.run.pipeline import RunConfig
 
@@ -118,7 +119,6 @@ def _measure_point(point: Point, folder: Path, started: float) -> dict[str, Any]
             model = AutoModelForCausalLM.from_pretrained(source)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
         policy = Policy(add_lora(model, LORA_RANK), tokenizer, str(source))
-    policy = endless(policy)
     # by its own name: the configuration has the folder's
     architecture = replace(Architecture.from_config(policy.model.config), name=point.name)
     loaded = time.perf_counter()
@@ -134,7 +134,8 @@ def _measure_point(point: Point, folder: Path, started: float) -> dict[str, Any]
             beta=0.0 if bundled else 0.1,
             gradient_checkpointing=bundled and default.checkpointing == "on",
         )
-        options = CPUOptions(
+        options = EngineOptions(
+            stop_at_eos=False,
             int8_rollouts=bundled and default.int8_rollouts,
             share_prefix=point.frozen and not bundled,
             recompute=spares_memory(policy.model),
@@ -188,7 +189,8 @@ def sweep_prompts(policy: Any, point: Point) -> list[dict[str, Any]]:
             steps=count, stages=1, shortest_prompt=64, longest_prompt=64, vocabulary=vocabulary
         )
         return [{"prompt": prompt} for prompt in words.prompts()]
-    from cpugrpo_edu.curriculum import stage_problems, to_dataset
+    from cpugrpo_edu.curriculum import stage_problems
+    from cpugrpo_edu.engine.trl_data import to_dataset
     from cpugrpo_edu.run.pipeline import RunConfig
 
     run = RunConfig()
@@ -201,11 +203,14 @@ def measure_evaluation(per_cell: int = 100) -> dict[str, Any]:
     from cpugrpo_edu.evaluate import evaluate
     from cpugrpo_edu.models.load import load_policy
     from cpugrpo_edu.run.pipeline import RunConfig, load_data
+    from cpugrpo_edu.sample import Sampling
 
     policy = load_policy("bundled")
     _, problems = load_data(RunConfig(per_cell=per_cell))
-    evaluate(policy, problems[:8], "warm-up", max_new_tokens=8)
-    result = evaluate(policy, problems, "sweep", max_new_tokens=RunConfig().max_completion)
+    evaluate(policy, problems[:8], "warm-up", Sampling(8, temperature=0.0))
+    result = evaluate(
+        policy, problems, "sweep", Sampling(RunConfig().max_completion, temperature=0.0)
+    )
     lengths = [len(policy.encode_problem(problem)) for problem in problems]
     step = Step(
         replace(Architecture.from_config(policy.model.config), name="bundled"),

@@ -7,8 +7,8 @@ before a single weight is read.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cpugrpo_edu.data import Problem
+from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.hardware import BUNDLED_MODEL, native_bfloat16
 from cpugrpo_edu.engine.int8_base import is_frozen, load_frozen
 from cpugrpo_edu.engine.memory import ensure_fits, estimate_model_bytes
+from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.tasks import prompt_messages
+from cpugrpo_edu.policy import Policy
 
 BUNDLED = BUNDLED_MODEL.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,43 +35,6 @@ SYSTEM_PROMPT = (
     "Then write the final answer alone on the last line after #### ."
 )
 """Tells a general model the format that the bundled one already knows."""
-
-
-@dataclass
-class Policy:
-    """A model with its tokenizer and how to prompt it.
-
-    ``model`` may be wrapped by PEFT. ``system`` is the system prompt or None;
-    ``source`` is the folder or hub id it came from.
-    """
-
-    model: Any
-    tokenizer: Any
-    source: str
-    system: str | None = None
-
-    @property
-    def eos_ids(self) -> set[int]:
-        """Every token that ends a completion, from the tokenizer and the generation config."""
-        ids = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = ids if isinstance(ids, list) else [ids]
-        return {int(i) for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
-
-    @property
-    def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)
-
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation through the chat template, ready for the answer."""
-        return list(
-            self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        )
-
-    def encode_problem(self, problem: Problem) -> list[int]:
-        """Token ids of the prompt that puts the problem to this model."""
-        return self.encode_chat(prompt_messages(problem, self.system))
 
 
 def resolve_source(name: str | Path) -> str:
@@ -109,13 +73,15 @@ def load_policy(
     system: str | None = None,
     seed: int = 0,
     check_memory: bool = True,
+    options: EngineOptions | None = None,
 ) -> Policy:
     """Load model and tokenizer; ``lora_rank`` > 0 freezes the base and adds adapters.
 
     ``dtype`` is float32, bfloat16, auto (bfloat16 where the CPU computes in it), or int8:
     a frozen integer base that only LoRA can train, in a quarter of the memory, whose products
-    ``kernel`` does (``frozen.KERNELS``; "compiled" is "packed" where there is no C compiler).
-    A model other than ours gets ``SYSTEM_PROMPT`` unless ``system`` says otherwise.
+    ``kernel`` does (``int8_base.KERNELS``; "compiled" is "packed" where there is no C compiler).
+    ``options`` are the sampler's. A model other than ours gets ``SYSTEM_PROMPT`` unless
+    ``system`` says otherwise.
     Raises UserError for an unknown model, a broken download, or too little memory.
     """
     if dtype == "auto":
@@ -126,7 +92,7 @@ def load_policy(
         raise UserError(f"lora_rank is {lora_rank}; give 0 (full fine-tuning) or more")
     source = resolve_source(name)
     try:
-        # Never code from a model folder, never a pickle: safetensors and our transformers only.
+        # Never run code from a model folder, never load a pickle: safetensors only.
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if check_memory:
             ensure_fits(f"loading {name}", estimate_model_bytes(config, dtype))
@@ -157,7 +123,8 @@ def load_policy(
         model = add_lora(model, lora_rank, seed)
     if system is None and not getattr(config, "cpugrpo_format", False):  # not a model of ours
         system = SYSTEM_PROMPT
-    return Policy(model, tokenizer, source, system)
+    sampler = functools.partial(sample, options=options or EngineOptions())
+    return Policy(model, tokenizer, source, system, sampler)
 
 
 def check_policy(policy: Policy) -> None:
@@ -166,7 +133,7 @@ def check_policy(policy: Policy) -> None:
         ids = policy.encode_chat([{"role": "user", "content": "1"}])
     except Exception as error:  # whatever a template does
         raise UserError(
-            f"the chat template of {policy.source!r} fails ({first_sentence(error)}); mend "
+            f"the chat template of {policy.source!r} fails ({first_sentence(error)}); fix "
             "chat_template.jinja in the model's folder, or delete it for a plain one"
         ) from error
     known = getattr(policy.model.config, "vocab_size", None)

@@ -271,13 +271,14 @@ def write_model_card(
     """README.md: what the model is, what it was trained on, how it scores, what it is not for."""
     from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
     from cpugrpo_edu.record.stats import accuracy_table
+    from cpugrpo_edu.sample import Sampling
     from cpugrpo_edu.show.report import markdown_table
 
     config = summary["config"]
     problems = held_out_problems(per_cell)
     sections = []
     for temperature, name in ((0.0, "Greedy"), (1.0, "Sampled at temperature 1")):
-        evaluation = evaluate(policy, problems, name, temperature=temperature)
+        evaluation = evaluate(policy, problems, name, Sampling(128, temperature))
         table = accuracy_table(evaluation)
         rows = [
             [domain, *(interval_text(cells[level]) for level in DIFFICULTIES)]

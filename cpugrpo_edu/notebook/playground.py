@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cpugrpo_edu.data import DIFFICULTIES, Problem, StepReport
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.show.progress import BLUE, VERMILLION
-from cpugrpo_edu.tasks import DOMAINS, get_task, make_problems
+from cpugrpo_edu.tasks import DOMAINS, make_problems
 
 if TYPE_CHECKING:
     from cpugrpo_edu.models.load import Policy
@@ -77,19 +77,12 @@ def answer_of(
     name: str, problem: Problem, temperature: float, max_tokens: int, seed: int
 ) -> Answer:
     """Let the model answer, and judge it."""
-    from cpugrpo_edu.engine.decode import Sampling, rollout
+    from cpugrpo_edu.sample import Sampling, rollout
 
     policy = policy_of(name)
-    [group] = rollout(
-        policy.model,
-        [policy.encode_problem(problem)],
-        1,
-        Sampling(max_tokens, temperature, seed=seed),
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-    )
+    [group] = rollout(policy, [problem], 1, Sampling(max_tokens, temperature, seed=seed))
     [episode] = group.episodes
-    text = policy.tokenizer.decode(episode.completion_ids, skip_special_tokens=True)
+    text = episode.text
     correct, report = judge(problem, text)
     return Answer(text, len(episode.completion_ids), episode.finished, correct, report)
 
@@ -100,8 +93,7 @@ def judge(problem: Problem, text: str) -> tuple[bool | None, StepReport | None]:
         from cpugrpo_edu.tasks.answers import exact_match
 
         return (exact_match(problem, text) if problem.answer else None), None
-    task = get_task(problem.domain)
-    return task.verify(problem, text), task.check_steps(problem, text)
+    return problem.verify(text), problem.check_steps(text)
 
 
 def answer_html(answer: Answer, problem: Problem) -> str:

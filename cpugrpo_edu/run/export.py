@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cpugrpo_edu.engine.decode import Sampling, rollout
+from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.int8 import dequantize, quantize_tensor
+from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.evaluate import held_out_problems
 from cpugrpo_edu.models.load import Policy, load_policy
 from cpugrpo_edu.record.files import check_output_folder, replacing
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.run.gguf_layout import describe_qwen2
+from cpugrpo_edu.sample import Sampling, rollout
 from cpugrpo_edu.tasks.answers import answers_match, extract_answer
 
 LEAST_AGREEMENT = {"merged": 1.0, "adapter": 0.95, "int8": 0.8, "gguf": 1.0}
@@ -97,17 +101,9 @@ def answers(policy: Policy, count: int) -> list[str]:
     """Greedy completions of some held-out problems of every kind, by transformers' ``generate``."""
     problems = held_out_problems(-(-count // 12))
     problems = problems[:: max(1, len(problems) // count)][:count]
-    groups = rollout(
-        policy.model,
-        [policy.encode_problem(problem) for problem in problems],
-        1,
-        Sampling(104, temperature=0),
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        engine="generate",
-    )
-    ids = [group.episodes[0].completion_ids for group in groups]
-    return list(policy.tokenizer.batch_decode(ids, skip_special_tokens=True))
+    policy = replace(policy, sampler=partial(sample, options=EngineOptions("generate")))
+    groups = rollout(policy, problems, 1, Sampling(104, temperature=0))
+    return [group.episodes[0].text for group in groups]
 
 
 # --- the ways: how each is written, and read back ----------------------------------------

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,16 +27,9 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from cpugrpo_edu.curriculum import (
-    Stage,
-    make_stages,
-    select_problems,
-    stage_problems,
-    to_dataset,
-)
+from cpugrpo_edu.curriculum import Stage, make_stages, select_problems, stage_problems
 from cpugrpo_edu.data import Evaluation, Problem
 from cpugrpo_edu.engine import c_kernel, int8_base, ranks
-from cpugrpo_edu.engine.decode import ENGINES, Sampling, rollout
 from cpugrpo_edu.engine.hardware import (
     GIB,
     configure_threads,
@@ -55,22 +48,11 @@ from cpugrpo_edu.engine.memory import (
     release_memory,
     retry_smaller,
 )
-from cpugrpo_edu.engine.trl_trainer import (
-    CPUGRPOTrainer,
-    CPUOptions,
-    Guard,
-    RolloutTally,
-    cpu_config,
-)
+from cpugrpo_edu.engine.options import ENGINES, EngineOptions
+from cpugrpo_edu.engine.trl_data import message_text, to_dataset, trl_rewards
+from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, Guard, RolloutTally, cpu_config
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.evaluate import (
-    evaluate,
-    evaluation_path,
-    held_out_problems,
-    load_evaluation,
-    save_evaluation,
-    working_share,
-)
+from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
 from cpugrpo_edu.ewc import (
     Anchor,
     load_anchor,
@@ -90,6 +72,7 @@ from cpugrpo_edu.models.load import (
     save_policy,
     snapshot,
 )
+from cpugrpo_edu.record.evaluations import evaluation_path, load_evaluation, save_evaluation
 from cpugrpo_edu.record.files import (
     check_output_folder,
     flush,
@@ -100,9 +83,10 @@ from cpugrpo_edu.record.files import (
 )
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import accuracy_table, compare, forgetting_matrix
-from cpugrpo_edu.rewards import combine
+from cpugrpo_edu.rewards import parse_rewards
 from cpugrpo_edu.run.checkpoints import MARK
 from cpugrpo_edu.run.pause import Control
+from cpugrpo_edu.sample import Sampling, rollout
 from cpugrpo_edu.show.progress import MetricsLog, ProgressDisplay, read_metrics
 from cpugrpo_edu.show.report import write_report
 from cpugrpo_edu.tasks import DOMAINS, split_of
@@ -310,9 +294,7 @@ class Run:
                 "an int8 base cannot be trained by several processes yet; "
                 "choose --dtype float32 or bfloat16 with --lora, or one process"
             )
-        self.reward_functions, self.reward_weights = combine(
-            self.config.rewards, self.config.max_completion
-        )
+        self.rewards = parse_rewards(self.config.rewards, self.config.max_completion)
         stages = self.config.stages
         self.train_problems, self.eval_problems = load_data(self.config)
         check_output_folder(self.output)
@@ -403,6 +385,7 @@ class Run:
             lora_rank=config.lora_rank,
             system=config.system,
             seed=config.seed,
+            options=EngineOptions(config.engine, memory_limit=self.memory_limit),
         )
         if not config.lora_rank:  # TRL loads the reference of a KL term from here
             self.policy.model.config._name_or_path = resolve_source(config.model)
@@ -554,12 +537,12 @@ class Run:
             self.checkpoints(index),
             stage,
             gradient_checkpointing=self.checkpointing,
-            reward_weights=self.reward_weights,
+            reward_weights=[reward.weight for reward in self.rewards],
             seed=config.seed + 7919 * index,
             report_to=self.report_to,
             run_name=f"{self.output.name}-{stage.name}",
         )
-        options = CPUOptions(
+        options = EngineOptions(
             int8_rollouts=config.int8_rollouts,
             kernel=config.kernel,
             importance_correction=config.importance_correction,
@@ -586,7 +569,7 @@ class Run:
             trainer = CPUGRPOTrainer(
                 self.policy,
                 args,
-                self.reward_functions,
+                trl_rewards(self.rewards, problems),
                 to_dataset(problems, self.policy.system),
                 options,
                 self.anchor,
@@ -620,25 +603,15 @@ class Run:
             return {}  # nothing learnt since the last anchor: it would only count twice
         chosen = ranks.share(list(problems)[-config.fisher_examples :])
         mine = config.seed + 101 * ranks.rank()
-        prompts = [self.policy.encode_problem(problem) for problem in chosen]
         if config.fisher in ("empirical", "batched"):
+            prompts = [self.policy.encode_problem(problem) for problem in chosen]
             solutions = [self.policy.tokenizer(p.solution or p.answer)["input_ids"] for p in chosen]
             examples = [Example(p, s) for p, s in zip(prompts, solutions, strict=True)]
         elif config.fisher == "lightning":
             examples = []  # it looks at weights alone
         else:
             sampling = Sampling(config.max_completion, 1.0, seed=mine + index)
-            groups = rollout(
-                self.policy.model,
-                prompts,
-                1,
-                sampling,
-                eos_ids=self.policy.eos_ids,
-                pad_id=self.policy.pad_id,
-                engine=config.engine,
-                memory_limit=self.memory_limit,
-            )
-            examples = examples_from_groups(groups)
+            examples = examples_from_groups(rollout(self.policy, chosen, 1, sampling))
 
         def estimate(batch_size: int) -> dict[str, torch.Tensor]:
             return fisher_diagonal(
@@ -687,16 +660,9 @@ class Run:
             if self.control.checkpoint():
                 raise Interrupted(f"stopped while evaluating {label!r}")
 
-        evaluation = evaluate(
-            self.policy,
-            self.eval_problems,
-            label,
-            model=model,
-            max_new_tokens=self.config.max_completion,
-            engine=self.config.engine,
-            memory_limit=self.memory_limit,
-            on_done=on_done,
-        )
+        policy = self.policy if model is None else replace(self.policy, model=model)
+        greedy = Sampling(self.config.max_completion, temperature=0.0)
+        evaluation = evaluate(policy, self.eval_problems, label, greedy, on_done)
         save_evaluation(evaluation, path)
         self.state["seconds"]["evaluate"] += time.perf_counter() - begun
         self.save_state()
@@ -870,11 +836,6 @@ def sample_of(trainer: CPUGRPOTrainer) -> dict[str, Any] | None:
         "completion": message_text(logs["completion"][at]),
         "correct": bool(right[at] == 1) if right else None,
     }
-
-
-def message_text(message: Any) -> str:
-    """The last turn's text; TRL keeps conversations as lists of messages."""
-    return str(message if isinstance(message, str) else message[-1]["content"])
 
 
 def check_settings(config: RunConfig) -> None:

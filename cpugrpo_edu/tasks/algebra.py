@@ -13,7 +13,7 @@ from cpugrpo_edu.data import (
     Step,
     StepReport,
 )
-from cpugrpo_edu.tasks.answers import exact_match
+from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import step_score, working_lines
 
 TERM = re.compile(r"([+-]?)(\d{1,9})?(x)?", re.ASCII)
@@ -21,7 +21,7 @@ BRACKET = re.compile(r"([+-]?\d{1,9})\(x([+-]\d{1,9})\)", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Algebra:
+class Algebra(ExactMatch):
     name: str = "algebra"
 
     def generate(self, difficulty: Difficulty, rng: random.Random) -> Problem:
@@ -50,9 +50,6 @@ class Algebra:
         question, *steps = lines
         solution = "\n".join([*steps, f"{ANSWER_MARK} {x}"])
         return Problem("", self.name, difficulty, f"Solve for x: {question}", str(x), solution)
-
-    def verify(self, problem: Problem, completion: str) -> bool:
-        return exact_match(problem, completion)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         """A step is valid if it holds for the true x only, and is simpler than all before.

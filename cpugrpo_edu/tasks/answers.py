@@ -136,3 +136,15 @@ def _fold_character(character: str) -> str:
     if category == "No":  # NFKC would read "1²" as 12 and "1½" as 11/2
         return character
     return "-" if character in "−–" else unicodedata.normalize("NFKC", character)
+
+
+class ExactMatch:
+    """A task's verdict by exact comparison of the stated answer with the reference."""
+
+    def verify(self, problem: Problem, completion: str) -> bool:
+        """Whether the completion's stated final answer is exactly right."""
+        return exact_match(problem, completion)
+
+    def grade(self, problem: Problem, completion: str) -> float:
+        """1 if ``verify``, else 0."""
+        return float(self.verify(problem, completion))

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from cpugrpo_edu.data import Difficulty, Problem, StepReport
-from cpugrpo_edu.tasks.answers import exact_match
+from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import check_equations, write_solution
 
 SHAPES: dict[str, tuple[int, int, int]] = {
@@ -20,7 +20,7 @@ FACTOR_LIMIT = 9
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Arithmetic(ExactMatch):
     name: str = "arithmetic"
 
     def generate(self, difficulty: Difficulty, rng: random.Random) -> Problem:
@@ -40,9 +40,6 @@ class Arithmetic:
         solution, answer = write_solution(steps)
         text = str(numbers[0]) + "".join(f"{o}{n}" for o, n in zip(chain, numbers[1:], strict=True))
         return Problem("", self.name, difficulty, f"Compute {text}.", answer, solution)
-
-    def verify(self, problem: Problem, completion: str) -> bool:
-        return exact_match(problem, completion)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         return check_equations(problem, completion)

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-import cpugrpo_edu.tasks as tasks
 from cpugrpo_edu.data import DIFFICULTIES, Difficulty, Problem, StepReport
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks.answers import exact_match, normalize_answer
@@ -90,12 +89,12 @@ class Custom:
         except TookTooLong:
             raise UserError(
                 f"verifier {name} took longer than {TIME_LIMIT:g} s for problem {problem.id!r}; "
-                "mend the verifier"
+                "fix the verifier"
             ) from None
         except (Exception, SystemExit) as error:
             raise UserError(
                 f"verifier {name} failed on problem {problem.id!r} with "
-                f"{type(error).__name__}: {error}; mend the verifier"
+                f"{type(error).__name__}: {error}; fix the verifier"
             ) from error
         ok = isinstance(verdict, Real) and 0 <= verdict <= 1  # type: ignore[operator]
         if not ok:  # so for NaN too
@@ -114,7 +113,7 @@ class Custom:
 
 
 def load_custom(prompts_file: str | Path, verifier: str | Verifier | None = None) -> list[Problem]:
-    """Read prompts from a JSONL file and register the ``custom`` domain with its verifier.
+    """Read prompts from a JSONL file; each problem carries the verifier that judges it.
 
     A line is ``{"prompt": ..., "answer": ..., "difficulty": ..., "id": ...}``; "question"
     may stand for "prompt", and only that is required. Without a verifier every line needs
@@ -125,10 +124,11 @@ def load_custom(prompts_file: str | Path, verifier: str | Verifier | None = None
     judge = load_verifier(verifier) if isinstance(verifier, str) else verifier or exact_match
     if not callable(judge):
         raise UserError(f"verifier {judge!r} is not callable; give a function or file.py:function")
+    task = Custom(judge)
     path = Path(prompts_file)
     problems: dict[str, Problem] = {}
     for number, row in read_jsonl(path):
-        problem = _problem(row, number, f"line {number} of {path}")
+        problem = _problem(row, number, f"line {number} of {path}", task)
         if problem.id in problems:
             raise UserError(
                 f"line {number} of {path} repeats the id {problem.id!r}; make it unique"
@@ -143,7 +143,6 @@ def load_custom(prompts_file: str | Path, verifier: str | Verifier | None = None
         raise UserError(
             f'no prompts in {path}; write one object a line, such as {{"prompt": "..."}}'
         )
-    tasks.register(Custom(judge))
     return list(problems.values())
 
 
@@ -164,11 +163,11 @@ def load_verifier(spec: str) -> Verifier:
         limited(module_spec.loader.exec_module, module, seconds=6 * TIME_LIMIT)
     except TookTooLong:
         raise UserError(
-            f"importing {path} did not finish within {6 * TIME_LIMIT:g} s; mend the file"
+            f"importing {path} did not finish within {6 * TIME_LIMIT:g} s; fix the file"
         ) from None
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"{path} cannot be imported: {type(error).__name__}: {error}; mend the file"
+            f"{path} cannot be imported: {type(error).__name__}: {error}; fix the file"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -177,14 +176,14 @@ def load_verifier(spec: str) -> Verifier:
         inspect.signature(function).bind(None, None)
     except TypeError as error:
         raise UserError(
-            f"{name} in {path} takes two arguments, problem and completion ({error}); mend it"
+            f"{name} in {path} takes two arguments, problem and completion ({error}); fix it"
         ) from error
     except ValueError:  # a builtin that does not say what it takes
         pass
     return function
 
 
-def _problem(row: dict[str, Any], number: int, where: str) -> Problem:
+def _problem(row: dict[str, Any], number: int, where: str, task: Custom) -> Problem:
     values = {
         "question": row.get("prompt", row.get("question")),
         "answer": row.get("answer", ""),
@@ -208,4 +207,4 @@ def _problem(row: dict[str, Any], number: int, where: str) -> Problem:
             f"{where} has the difficulty {values['difficulty']!r}; "
             f"allowed are {', '.join(DIFFICULTIES)}"
         )
-    return Problem(domain="custom", **values)
+    return Problem(domain="custom", task=task, **values)

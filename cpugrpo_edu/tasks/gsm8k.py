@@ -17,7 +17,6 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import cpugrpo_edu.tasks as tasks
 from cpugrpo_edu.data import (
     ANSWER_MARK,
     Difficulty,
@@ -26,7 +25,7 @@ from cpugrpo_edu.data import (
     StepReport,
 )
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.tasks.answers import exact_match, extract_answer, parse_number
+from cpugrpo_edu.tasks.answers import ExactMatch, extract_answer, parse_number
 from cpugrpo_edu.tasks.equations import step_score
 
 MAX_WORKING_CHARS = 10_000
@@ -44,14 +43,13 @@ _RIGHT = re.compile(rf" *(-? *\$? *{_PLAIN}(?:/\d+)?)", re.ASCII)
 
 
 @dataclass
-class GSM8K:
+class GSM8K(ExactMatch):
+    """Problems of a file in GSM8K's format."""
+
     name: str = "gsm8k"
 
     def generate(self, difficulty: Difficulty, rng: Any) -> Problem:
         raise UserError(f"{self.name} problems are not generated; load them from a file instead")
-
-    def verify(self, problem: Problem, completion: str) -> bool:
-        return exact_match(problem, completion)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         return check_prose(problem, completion)
@@ -71,7 +69,6 @@ def load_gsm8k(source: str | Path, split: str = "test", limit: int | None = None
     problems = [_problem(row, f"row {i} of {source}", f"gsm8k/{split}/{i}") for i, row in rows]
     if not problems:
         raise UserError(f"no problems in {source}; give a file with one problem a line")
-    tasks.register(GSM8K())
     return problems
 
 
@@ -268,4 +265,5 @@ def _problem(row: dict[str, Any], where: str, identity: str) -> Problem:
         )
     lines = sum(bool(line.strip()) for line in solution.split(ANSWER_MARK)[0].splitlines())
     difficulty = "basic" if lines <= 2 else "intermediate" if lines <= 4 else "advanced"
-    return Problem(identity, "gsm8k", difficulty, row["question"].strip(), answer, solution)
+    question = row["question"].strip()
+    return Problem(identity, "gsm8k", difficulty, question, answer, solution, GSM8K())

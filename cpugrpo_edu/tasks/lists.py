@@ -13,7 +13,7 @@ from cpugrpo_edu.data import (
     Step,
     StepReport,
 )
-from cpugrpo_edu.tasks.answers import exact_match
+from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import step_score, working_lines
 
 OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
@@ -35,7 +35,7 @@ LETTERS = "abcdefghijkl"
 
 
 @dataclass(frozen=True)
-class Lists:
+class Lists(ExactMatch):
     name: str = "lists"
 
     def generate(self, difficulty: Difficulty, rng: random.Random) -> Problem:
@@ -50,9 +50,6 @@ class Lists:
         question = f"Take {' '.join(items)}. Then {', '.join(names)}."
         solution = "\n".join([*lines, f"{ANSWER_MARK} {answer}"])
         return Problem("", self.name, difficulty, question, answer, solution)
-
-    def verify(self, problem: Problem, completion: str) -> bool:
-        return exact_match(problem, completion)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         """A step is valid if it is the next line of the one right way to work."""

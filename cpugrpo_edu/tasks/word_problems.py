@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cpugrpo_edu.data import Difficulty, Problem, StepReport
-from cpugrpo_edu.tasks.answers import exact_match
+from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import check_equations, write_solution
 
 Steps = list[tuple[int, str, int]]
@@ -121,16 +121,13 @@ TEMPLATES: dict[str, tuple[Template, ...]] = {
 
 
 @dataclass(frozen=True)
-class WordProblems:
+class WordProblems(ExactMatch):
     name: str = "word_problems"
 
     def generate(self, difficulty: Difficulty, rng: random.Random) -> Problem:
         question, steps = rng.choice(TEMPLATES[difficulty])(rng)
         solution, answer = write_solution(steps)
         return Problem("", self.name, difficulty, question, answer, solution)
-
-    def verify(self, problem: Problem, completion: str) -> bool:
-        return exact_match(problem, completion)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         return check_equations(problem, completion)

@@ -209,7 +209,7 @@ def serve() -> None:
 
 def last_evaluation(record: RunRecord, folder: Path) -> dict[str, Any]:
     """The last evaluation of a run in ``folder``, packed."""
-    from cpugrpo_edu.evaluate import evaluation_path, load_evaluation
+    from cpugrpo_edu.record.evaluations import evaluation_path, load_evaluation
 
     label = record.results["evaluations"][-1]["label"]
     return packed_evaluation(load_evaluation(evaluation_path(folder, label)))

@@ -81,9 +81,11 @@ def config_of(condition: Condition, seed: int, reduced: bool) -> Any:
 def answers_of(source: str, per_cell: int, limit: int, label: str) -> dict[str, Any]:
     from cpugrpo_edu.evaluate import evaluate, held_out_problems
     from cpugrpo_edu.models.load import load_policy
+    from cpugrpo_edu.sample import Sampling
 
     problems = held_out_problems(per_cell)
-    return packed_evaluation(evaluate(load_policy(source), problems, label, max_new_tokens=limit))
+    greedy = Sampling(limit, temperature=0.0)
+    return packed_evaluation(evaluate(load_policy(source), problems, label, greedy))
 
 
 def run(setting: Setting) -> Outcome:

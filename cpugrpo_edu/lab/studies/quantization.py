@@ -450,6 +450,7 @@ def evaluate_formats(
     from cpugrpo_edu.evaluate import evaluate, held_out_problems
     from cpugrpo_edu.models.load import load_policy
     from cpugrpo_edu.run.pipeline import RunConfig
+    from cpugrpo_edu.sample import Sampling
     from cpugrpo_edu.tasks import DOMAINS, make_problems
 
     problems = held_out_problems(per_cell)
@@ -469,9 +470,10 @@ def evaluate_formats(
 
     def measure(chosen: Format) -> dict[str, Any]:
         changed = chosen.make(policy().model)
-        evaluate(policy(), problems[:8], "warm-up", model=changed, max_new_tokens=8)
+        served = replace(policy(), model=changed)
+        evaluate(served, problems[:8], "warm-up", Sampling(8, temperature=0.0))
         found = evaluate(
-            policy(), problems, f"{name}, {chosen.name}", model=changed, max_new_tokens=limit
+            served, problems, f"{name}, {chosen.name}", Sampling(limit, temperature=0.0)
         )
         return {
             "evaluation": packed_evaluation(found),

@@ -1,0 +1,249 @@
+"""A transformer's layers as plain functions, for models built like Qwen2 and Llama.
+
+The layers are those of the live Hugging Face model, so LoRA and INT8 linear layers work as
+they are. Both the decoder and the packed training pass are made of these blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cpugrpo_edu.engine import c_kernel
+from cpugrpo_edu.engine.bf16 import product_of
+from cpugrpo_edu.engine.int8_base import is_frozen
+from cpugrpo_edu.engine.memory import trim_heap
+
+TRIM_LAYERS = 12
+"""Where memory counts, holes that short-lived tensors left are given back this often."""
+
+
+def causal_lm(model: Any) -> Any:
+    """The bare causal language model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_supported(model: Any) -> bool:
+    """Whether the fast engine knows this architecture's layers."""
+    lm = causal_lm(model)
+    config = lm.config
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return config.model_type in {"qwen2", "llama"} and not sliding
+
+
+Layer = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer as plain tensors: base(x) + x A^T B^T, A and B of LoRA, or only the base."""
+
+    base: Layer
+    down: Tensor | None = None  # A, (rank, in)
+    up: Tensor | None = None  # (s B)^T, (rank, out): for few rows twice as fast as (out, rank)
+
+    @classmethod
+    def of(cls, layer: Any, bfloat16: bool = False) -> Projection:
+        """Without the module's bookkeeping at each call; whatever is no plain layer stays whole."""
+        if type(layer) is nn.Linear:
+            return cls(product_of(layer, bfloat16))
+        adapters = getattr(layer, "active_adapters", None)
+        plain = (
+            adapters is not None
+            and type(layer).__module__ == "peft.tuners.lora.layer"
+            and type(layer).__name__ == "Linear"
+            and not layer.merged
+            # PEFT keeps adapters in float32 and casts for a base in bfloat16
+            and all(a.weight.dtype == layer.base_layer.weight.dtype for a in layer.lora_A.values())
+            and not getattr(layer, "lora_variant", None)
+            and all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+        )
+        if not plain:
+            return cls(layer.forward)
+        base = cls.of(layer.base_layer, bfloat16).base
+        active = [name for name in adapters or () if name in layer.lora_A]
+        if layer.disable_adapters or not active:
+            return cls(base)
+        downs = [layer.lora_A[name].weight for name in active]
+        ups = [layer.lora_B[name].weight * layer.scaling[name] for name in active]
+        up = torch.cat(ups, 1).t().contiguous()
+        return cls(base, downs[0] if len(active) == 1 else torch.cat(downs), up)
+
+    def finish(self, x: Tensor, low: Tensor) -> Tensor:
+        """base(x) + low (s B)^T for ``low`` = x A^T."""
+        assert self.up is not None
+        y = self.base(x)
+        if torch.is_grad_enabled():
+            return y.baddbmm_(low, self.up.expand(len(y), -1, -1))
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.up).view(y.shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.down is None:
+            return self.base(x)
+        low = F.linear(x, self.down)
+        if not torch.is_grad_enabled():
+            return self.finish(x, low)
+        # The adapter first: when activations are computed again in the backward pass, that
+        # ends at the last tensor that it needs, and a frozen base needs none.
+        assert self.up is not None
+        return (low @ self.up).add_(self.base(x))
+
+
+class Projections:
+    """Linear layers of the same input: their A go through one product."""
+
+    def __init__(self, *layers: Any, bfloat16: bool = False):
+        self.each = [Projection.of(layer, bfloat16) for layer in layers]
+        downs = [projection.down for projection in self.each if projection.down is not None]
+        self.down = torch.cat(downs) if len(downs) == len(self.each) else None
+        self.ranks = [len(down) for down in downs]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        if self.down is None:
+            return [projection(x) for projection in self.each]
+        lows = F.linear(x, self.down).split(self.ranks, -1)
+        return [p.finish(x, low) for p, low in zip(self.each, lows, strict=True)]
+
+
+def norm_of(norm: Any) -> Layer:
+    """An RMS norm as one fused call in float32; other norms and dtypes as they stand."""
+    epsilon = getattr(norm, "variance_epsilon", None)
+    if epsilon is None or norm.weight.dtype != torch.float32:
+        return norm.forward  # type: ignore[no-any-return]
+    return lambda x: F.rms_norm(x, norm.weight.shape, norm.weight, epsilon)
+
+
+class _GatedUnit(torch.autograd.Function):
+    """silu(gate) * up, keeping only its two inputs for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        share = torch.sigmoid(gate)
+        active = gate * share  # silu
+        # silu' = share (1 + gate (1 - share)) = share + active (1 - share)
+        slope = share.addcmul_(active, 1 - share)
+        return slope.mul_(up).mul_(gradient), active.mul_(gradient)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer layer as plain functions, valid until the weights change."""
+
+    before_attention: Layer
+    query_key_value: Projections
+    output: Projection
+    before_mlp: Layer
+    gate_up: Projections
+    down: Projection
+    activation: Layer | None  # None: silu
+    head_dim: int
+
+    @classmethod
+    def of(cls, layer: Any, bfloat16: bool = False) -> Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        first = (attention.q_proj, attention.k_proj, attention.v_proj)
+        silu = type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        return cls(
+            before_attention=norm_of(layer.input_layernorm),
+            query_key_value=Projections(*first, bfloat16=bfloat16),
+            output=Projection.of(attention.o_proj, bfloat16),
+            before_mlp=norm_of(layer.post_attention_layernorm),
+            gate_up=Projections(mlp.gate_proj, mlp.up_proj, bfloat16=bfloat16),
+            down=Projection.of(mlp.down_proj, bfloat16),
+            activation=None if silu else mlp.act_fn,
+            head_dim=attention.head_dim,
+        )
+
+    def heads(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, (rows, heads, T, head dim) each."""
+        query, key, value = (
+            x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for x in self.query_key_value(hidden)
+        )
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x)
+        if self.activation is not None:
+            return self.down(self.activation(gate) * up)
+        if not torch.is_grad_enabled():
+            return self.down(F.silu(gate, inplace=True).mul_(up))
+        if self.down.down is None:
+            return self.last(gate, up)
+        # Only the adapter needs the unit's result; to compute it again takes no large product.
+        return compute_again(self.last, gate, up)
+
+    def last(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down(_GatedUnit.apply(gate, up))  # type: ignore[no-untyped-call]
+
+
+def compute_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Its result; what it would keep for the backward pass is computed again there."""
+    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
+def hidden_states(
+    lm: Any,
+    ids: Tensor,
+    positions: Tensor,
+    bias: Tensor,
+    recompute: bool = False,
+    bfloat16: bool = False,
+) -> Tensor:
+    """Last hidden states (rows, T, hidden) of whole sequences, differentiable, without a cache.
+
+    ``bias`` (rows or 1, 1, T, T) is added to the attention's scores. With ``recompute`` the
+    inside of each MLP, most of a layer's activations, is computed again in the backward pass.
+    With ``bfloat16`` float32 weights are multiplied in it (:mod:`cpugrpo_edu.engine.bf16`).
+    """
+    hidden = lm.model.embed_tokens(ids)
+    cos, sin = lm.model.rotary_emb(hidden, positions)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    spare = recompute or is_frozen(lm)
+    for index, layer in enumerate(lm.model.layers):
+        if spare and index % TRIM_LAYERS == 0:
+            trim_heap()
+        block = Block.of(layer, bfloat16)
+        query, key, value = block.heads(block.before_attention(hidden), cos, sin)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+        hidden = hidden + block.output(mixed.transpose(1, 2).flatten(2))
+        normed = block.before_mlp(hidden)
+        if recompute and torch.is_grad_enabled():
+            hidden = hidden + compute_again(block.mlp, normed)
+        else:
+            hidden = hidden + block.mlp(normed)
+    result: Tensor = norm_of(lm.model.norm)(hidden)
+    return result
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def products(layer: Any, block: Block) -> dict[str, tuple[Any, Projection]]:
+    """C's name for each of a layer's products: its module, and the same as plain tensors."""
+    projections = (*block.query_key_value.each, block.output, *block.gate_up.each, block.down)
+    return {
+        name: (layer.get_submodule(path), projection)
+        for (name, path), projection in zip(c_kernel.LINEARS.items(), projections, strict=True)
+    }
+
+
+def base_layer(module: Any) -> Any:
+    """The layer that LoRA wraps, or the layer itself."""
+    return getattr(module, "base_layer", module)
