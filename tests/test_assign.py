@@ -196,6 +196,7 @@ def test_whose_a_download_is(label, student):
     assert grading.who(label, roster) == student
 
 
+@pytest.mark.slow
 def test_scores(graded):
     root, outcomes = graded
     assert {s: o["score"] for s, o in outcomes.items()} == {"alice": 5, "bob": 2, "carol": 4}
@@ -204,6 +205,7 @@ def test_scores(graded):
     assert small.scores_of(Course(root), "small", "carol")["test-double"] == 1
 
 
+@pytest.mark.slow
 def test_autograde_goes_on_where_it_was(graded, monkeypatch, tmp_path):
     root = shutil.copytree(graded[0], tmp_path / "course")
     course = Course(root)
@@ -227,6 +229,7 @@ def test_autograde_goes_on_where_it_was(graded, monkeypatch, tmp_path):
     assert sorted(done) == ["alice", "bob", "carol"]
 
 
+@pytest.mark.slow
 def test_regrading_gives_the_same(graded, tmp_path):
     root = shutil.copytree(graded[0], tmp_path / "course")
     [again] = invoke(
@@ -235,6 +238,7 @@ def test_regrading_gives_the_same(graded, tmp_path):
     assert again["score"] == graded[1]["carol"]["score"]
 
 
+@pytest.mark.slow
 def test_status(graded):
     [row] = invoke("status", "--course", graded[0])
     assert (row["submitted"], row["graded"], row["changed"]) == (3, 3, 0)
@@ -243,6 +247,7 @@ def test_status(graded):
     assert "small" in done.stdout
 
 
+@pytest.mark.slow
 def test_feedback_gives_nothing_away(graded, tmp_path):
     root = shutil.copytree(graded[0], tmp_path / "course")
     pages = invoke("feedback", "small", "--course", root)["pages"]
@@ -268,6 +273,7 @@ def test_a_hub_has_one_exchange(tmp_path):
     assert hub.stat().st_mode & 0o7777 == 0o1777, "others could remove the course's folder"
 
 
+@pytest.mark.slow
 def test_feedback_goes_to_those_who_handed_in_through_the_exchange(graded, tmp_path):
     root = shutil.copytree(graded[0], tmp_path / "course")
     release = ("feedback", "small", "--release", "--course", root)
@@ -302,6 +308,7 @@ def test_peers_get_a_folder_without_names(released, tmp_path):
     assert "at least 3" in refused("peers", "small", "--force", *at)
 
 
+@pytest.mark.slow
 def test_export_for_canvas_and_moodle(graded, tmp_path):
     rows = {}
     for kind in ("canvas", "moodle", "plain"):

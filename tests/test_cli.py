@@ -286,6 +286,7 @@ def test_unknown_failures_keep_their_traceback():
         raise ZeroDivisionError
 
 
+@pytest.mark.slow
 def test_run_says_its_estimate_first(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "estimate_text", lambda config: f"about {config.steps} expected")
     loud = [word for word in tiny_run if word != "--quiet"]

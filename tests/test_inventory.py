@@ -85,6 +85,7 @@ def sheets_of(bank, gain, students=60, seed=0):
     return inventory.simulate(bank, chances, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", [0.0, 0.3, 0.7])
 def test_a_known_gain_is_recovered(bank, gain):
     """In a large class closely; in small ones the interval covers it about as often as it says."""

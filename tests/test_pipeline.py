@@ -85,6 +85,7 @@ def small(config, **changes):
 # What a run leaves behind
 
 
+@pytest.mark.slow
 def test_the_record_is_complete(first, config):
     folder, record = first
     on_disk = RunRecord.load(folder / "record.json")
@@ -108,6 +109,7 @@ def test_the_record_is_complete(first, config):
     assert len(results["samples"]) == 3 and results["forgetting"] and results["working"]
 
 
+@pytest.mark.slow
 def test_every_component_acts_in_the_default_run(first):
     parts = first[1].results["components"]
     assert {name: part["on"] for name, part in parts.items()} == {
@@ -128,6 +130,7 @@ def test_every_component_acts_in_the_default_run(first):
     assert parts["int8_evaluation"]["detail"]["max_logit_error"] > 0
 
 
+@pytest.mark.slow
 def test_ewc_acts_from_the_second_stage(first):
     folder, record = first
     rows = read_metrics(folder / "metrics.jsonl")
@@ -144,6 +147,7 @@ def test_ewc_acts_from_the_second_stage(first):
     assert mean == pytest.approx(3, rel=1e-3)  # three stages, each scaled to a mean of 1
 
 
+@pytest.mark.slow
 def test_one_row_of_metrics_a_step(first):
     rows = read_metrics(first[0] / "metrics.jsonl")
     assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -153,6 +157,7 @@ def test_one_row_of_metrics_a_step(first):
         assert 0 <= row["reward"] <= 1
 
 
+@pytest.mark.slow
 def test_reports_and_models_are_there(first):
     folder, _ = first
     assert "weights" in (folder / "report.md").read_text()
@@ -174,6 +179,7 @@ def files(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_neither_overwritten_nor_resumed(first, config):
     folder, _ = first
     before = files(folder)
@@ -260,6 +266,7 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_if_it_had_not_been(first, config, tmp_path, no_report):
     folder, record = first
     again = tmp_path / "again"
@@ -294,6 +301,7 @@ def stop_when_measured(label, monkeypatch, config, folder):
             run(config, folder, control=control)
 
 
+@pytest.mark.slow
 def test_a_stage_is_measured_on_its_own_model_after_a_resumption(
     first, config, tmp_path, no_report, monkeypatch
 ):
@@ -336,6 +344,7 @@ def test_lora_goes_on_after_a_complete_stage(config, tmp_path, no_report):
 # Switches and data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fast", "generate"])
 def test_lora_on_a_bfloat16_base(config, tmp_path, no_report, engine):
     config = small(config, dtype="bfloat16", lora_rank=2, engine=engine)
@@ -371,6 +380,7 @@ def test_everything_off(config, tmp_path):
     assert (tmp_path / "off" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_everything_on(config, tmp_path, no_report):
     config = small(config, int8_rollouts=True, checkpointing="on", lora_rank=2, beta=0.1)
     record = run(replace(config, importance_level="sequence"), tmp_path / "on")
@@ -384,6 +394,7 @@ def write_lines(path, rows):
     return str(path)
 
 
+@pytest.mark.slow
 def test_lora_on_a_frozen_int8_base(config, tmp_path, no_report):
     with pytest.raises(UserError, match="add --lora"):
         run(replace(config, dtype="int8"), tmp_path / "refused")
@@ -395,6 +406,7 @@ def test_lora_on_a_frozen_int8_base(config, tmp_path, no_report):
     assert (tmp_path / "run" / "model" / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_prompts_and_verifier_of_ones_own(config, tmp_path, no_report):
     data = write_lines(
         tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}.", "id": str(i)} for i in range(24)]
@@ -433,6 +445,7 @@ def test_data_is_split_without_overlap(config, tmp_path):
         pipeline.load_data(replace(config, data=one))
 
 
+@pytest.mark.slow
 def test_gsm8k_format_trains(config, tmp_path, no_report):
     config = small(config, data=write_lines(tmp_path / "gsm8k.jsonl", gsm8k_rows(24)))
     assert run(config, tmp_path / "out").results["weights_changed"]["changed"]
