@@ -26,16 +26,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.record.files import replacing
 
 
 @dataclass(frozen=True)
@@ -49,12 +43,12 @@ class Anchor:
 def take_anchor(model: Any, fisher: dict[str, Tensor]) -> Anchor:
     """Copy the parameters that ``fisher`` covers, as they are now.
 
-    Raises ``UserError`` if a name or shape does not fit the model, or if a Fisher value is
+    Raises ``ValueError`` if a name or shape does not fit the model, or if a Fisher value is
     negative or not finite: a negative spring would push the parameter away.
     """
     for name, f in fisher.items():
         if not (f.isfinite().all() and (f >= 0).all()):
-            raise UserError(
+            raise ValueError(
                 f"the Fisher of {name} has negative or non-finite entries; all must be at least 0: "
                 "compute it again with fisher_diagonal"
             )
@@ -71,13 +65,13 @@ def merge_anchors(previous: Anchor | None, latest: Anchor, decay: float = 1.0) -
     gracefully instead of stiffening for ever. ``previous`` is None after the first stage.
     """
     if not 0 <= decay <= 1:
-        raise UserError(
+        raise ValueError(
             f"decay is {decay}; it must lie in [0, 1]: 1 keeps every earlier stage at full weight"
         )
     if previous is None:
         return latest
     if previous.fisher.keys() != latest.fisher.keys():
-        raise UserError(
+        raise ValueError(
             f"the anchors cover {len(previous.fisher)} and {len(latest.fisher)} parameters with "
             "different names; they must be the same: train the same parameters in every stage"
         )
@@ -89,11 +83,11 @@ def normalize_fisher(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
     """Scale all parameters' Fisher by one factor so that its overall mean is 1.
 
     Ratios between parameters stay. Lambda then loses its meaning in nats, but one value can
-    be tried on differently scaled estimates. Raises ``UserError`` on an all-zero Fisher.
+    be tried on differently scaled estimates. Raises ``ValueError`` on an all-zero Fisher.
     """
     scale = sum(f.sum().item() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
     if scale <= 0:
-        raise UserError(
+        raise ValueError(
             "the Fisher is 0 everywhere and cannot be scaled; at least one entry must be positive: "
             "compute it on completions that the policy is not certain of"
         )
@@ -141,14 +135,14 @@ def _anchored(model: Any, fisher: dict[str, Tensor]) -> Iterator[tuple[str, Tens
     """(name, parameter, Fisher) for every parameter that the Fisher covers."""
     parameters = dict(model.named_parameters())
     if not fisher:
-        raise UserError(
+        raise ValueError(
             "the anchor covers 0 parameters; at least 1 is needed: "
             "compute the Fisher on a model with trainable parameters"
         )
     for name, f in fisher.items():
         if name not in parameters or parameters[name].shape != f.shape:
             found = tuple(parameters[name].shape) if name in parameters else "absent"
-            raise UserError(
+            raise ValueError(
                 f"the anchor's parameter {name} has shape {tuple(f.shape)} but the model's is "
                 f"{found}; they must be the same: use the model that the anchor was taken from"
             )
@@ -157,35 +151,6 @@ def _anchored(model: Any, fisher: dict[str, Tensor]) -> Iterator[tuple[str, Tens
 
 def _check_strength(strength: float) -> None:
     if not 0 <= strength < float("inf"):
-        raise UserError(
+        raise ValueError(
             f"strength is {strength}; it must be at least 0 and finite: 0 switches EWC off"
         )
-
-
-def save_anchor(anchor: Anchor, path: str | Path) -> Path:
-    """Write as safetensors, tensors named ``params/<name>`` and ``fisher/<name>``."""
-    tensors = {f"params/{n}": p.contiguous() for n, p in anchor.params.items()}
-    tensors |= {f"fisher/{n}": f.contiguous() for n, f in anchor.fisher.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary)
-    return Path(path)
-
-
-def load_anchor(path: str | Path) -> Anchor:
-    """Read what ``save_anchor`` wrote. Raises ``UserError`` if it is not such a file."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read an anchor from {path}: {error}; give a file that save_anchor wrote"
-        ) from error
-    parts: dict[str, dict[str, Tensor]] = {"params": {}, "fisher": {}}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition("/")
-        parts.setdefault(part, {})[name] = tensor
-    if len(parts) != 2 or parts["params"].keys() != parts["fisher"].keys():
-        raise UserError(
-            f"{path} holds tensors that are not an anchor's; allowed are params/<name> and "
-            "fisher/<name> in pairs: give a file that save_anchor wrote"
-        )
-    return Anchor(**parts)

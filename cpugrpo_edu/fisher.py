@@ -1,4 +1,4 @@
-"""Diagonal Fisher information of a policy: six ways to estimate it, one interface.
+"""Diagonal Fisher information of a policy: four ways to estimate it, one interface.
 
 The policy is pi(o | q), a distribution over whole completions, so its diagonal Fisher is
 
@@ -11,7 +11,7 @@ token's score has mean zero, so in expectation the cross terms vanish and
 
 All estimators below use this **one normalisation: summed over the tokens of a
 completion, averaged over completions** (natural logarithm). One strength lambda
-therefore means the same for each of them, except LIGHTNING, which is not a Fisher.
+therefore means the same for each of them.
 
 Terms as in van de Ven 2025, "On the computation of the Fisher information in continual
 learning" (arXiv 2502.11756); Kirkpatrick et al. 2017 (arXiv 1612.00796) use F in EWC.
@@ -20,7 +20,7 @@ learning" (arXiv 2502.11756); Kirkpatrick et al. 2017 (arXiv 1612.00796) use F i
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -30,19 +30,12 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cpugrpo_edu.data import Group
-from cpugrpo_edu.engine.int8_base import is_frozen, spares_memory
-from cpugrpo_edu.engine.memory import drop_input_grad_hooks, free_memory, trim_heap
-from cpugrpo_edu.engine.shared_prefix import packed_log_probs
-from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.policy import completion_logits, gather_log_probs
 
-Variant = Literal["exact", "sample", "empirical", "batched", "rollout_score", "lightning"]
+Variant = Literal["exact", "sample", "rollout_score", "empirical"]
 
 EXACT_LIMIT = 20_000
 """Most backward passes that EXACT may take (vocabulary x completion tokens)."""
-
-GRADIENT_MEMORY = 256 * 2**20
-"""Bytes that the per-sequence gradients of one batch may take."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +59,14 @@ def trainable_parameters(model: Any) -> dict[str, Tensor]:
     """Name to parameter, of those with ``requires_grad``; with LoRA, the adapter only."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not parameters:
-        raise UserError(
+        raise ValueError(
             "the model has 0 trainable parameters; at least 1 is needed: "
             "set requires_grad on what you train"
         )
     return parameters
+
+
+Scores = Callable[[Any, "Sequence[Row]", float], dict[str, Tensor]]
 
 
 def fisher_diagonal(
@@ -80,9 +76,10 @@ def fisher_diagonal(
     *,
     temperature: float = 1.0,
     n_examples: int | None = None,
-    batch_size: int | None = None,
+    batch_size: int = 8,
     seed: int = 0,
-    memory_limit: int | None = None,
+    scores: Scores | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Estimate the diagonal Fisher of a causal LM over its trainable parameters.
 
@@ -99,86 +96,61 @@ def fisher_diagonal(
     - "empirical": the same formula with **given** completions, such as reference solutions.
       It measures fit to that data and vanishes where the data is fitted perfectly, however
       sure the policy's other behaviour is.
-    - "batched": square of the batch-mean gradient of the given completions. A common bug,
-      here to be looked at: E[(mean g)^2] = (E g)^2 + Var(g) / B, about B times too small,
-      and with given labels biased towards the squared mean gradient. (With *sampled* labels
-      E g = 0, and B times it is unbiased: the Gauss-Newton-Bartlett estimator of Sophia,
-      arXiv 2305.14342.)
-    - "lightning": see ``lightning_fisher``; looks at no data, ``examples`` may be empty.
 
-    ``n_examples`` takes a random subset, chosen by ``seed``, which also drives the sampled
-    labels. ``batch_size`` sequences (default 8) are differentiated at a time. For "batched"
-    that changes the result; otherwise only speed and memory, and they are fewer where
-    memory is short or the process would hold more than ``memory_limit`` bytes. The model
-    runs in eval mode (no dropout) and gets its mode back; ``.grad`` is not touched. Raises
-    ``UserError`` on an unknown variant, empty examples or completions, or an "exact" that is
-    too large.
+    ``engine.fisher`` has two more, for comparison, and limits memory. ``n_examples`` takes a
+    random subset, chosen by ``seed``, which also drives the sampled labels. ``batch_size``
+    sequences are differentiated at a time; that changes speed and memory, not the result.
+    ``scores`` replaces ``per_sequence_scores``. The model runs in eval mode (no dropout) and gets
+    its mode back; ``.grad`` is not touched. Raises ``ValueError`` on an unknown variant, empty
+    examples or completions, or an "exact" that is too large.
     """
     if variant not in get_args(Variant):
-        raise UserError(f"variant is {variant!r}; allowed are {get_args(Variant)}: choose one")
-    if variant == "lightning":
-        return lightning_fisher(model)
-    if not examples or not all(e.prompt_ids and e.completion_ids for e in examples):
-        raise UserError(
-            f"one of the {len(examples)} examples has no tokens, or there are none; each prompt "
-            "and completion needs at least 1 token: drop the empty ones"
-        )
-    for name, value in {"n_examples": n_examples, "batch_size": batch_size}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1: leave it out or raise it")
-    if n_examples is not None and n_examples < len(examples):
-        examples = random.Random(seed).sample(list(examples), n_examples)
+        raise ValueError(f"variant is {variant!r}; allowed are {get_args(Variant)}: choose one")
+    examples = choose_examples(examples, n_examples, seed)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if variant == "exact":
         _check_exact_is_affordable(model, examples)
-
     parameters = trainable_parameters(model)
     generator = torch.Generator().manual_seed(seed)
     fisher = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
-
     was_training = model.training
     model.eval()
-    drop_input_grad_hooks(model)  # vmap rejects them
     try:
-        rows = [r for e in examples for r in _rows(model, e, variant, temperature, generator)]
-        size = batch_size or 8
-        if variant != "batched":
-            size = min(size, rows_at_a_time(model, rows, memory_limit))
-        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        for batch in batches:
-            scores = per_sequence_scores(model, batch, temperature)
+        rows = [r for e in examples for r in rows_of(model, e, variant, temperature, generator)]
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
             weights = torch.tensor([row.weight for row in batch])
-            for name, score in scores.items():
-                if variant == "batched":
-                    fisher[name] += score.float().mean(dim=0).square()
-                else:
-                    fisher[name] += torch.tensordot(weights, score.float().square(), dims=1)
-            if memory_limit is not None:
-                del scores
-                trim_heap()
+            found = (scores or per_sequence_scores)(model, batch, temperature)
+            for name, score in found.items():
+                fisher[name] += torch.tensordot(weights, score.float().square(), dims=1)
+            del found
+            after_batch()
     finally:
         model.train(was_training)
-
-    count = len(batches) if variant == "batched" else len(examples)
-    return {name: total.div_(count) for name, total in fisher.items()}
+    return {name: total.div_(len(examples)) for name, total in fisher.items()}
 
 
-def rows_at_a_time(model: Any, rows: Sequence[Row], memory_limit: int | None = None) -> int:
-    """Rows whose gradients are taken together: each has its own copy of the parameters."""
-    parameters = sum(4 * p.numel() for p in trainable_parameters(model).values())
-    length, config = max(len(row.input_ids) for row in rows), model.config
-    layer = length * (10 * config.hidden_size + 4 * config.intermediate_size)
-    scores = 3 * config.num_attention_heads * length**2  # the plain attention keeps them
-    activations = 4 * (config.num_hidden_layers * (layer + scores) + 3 * config.vocab_size * length)
-    # the sums take a copy of the parameters, and each row two, and its activations with their
-    # derivatives and the copies that vmap makes
-    free = int(0.8 * free_memory(memory_limit)) - parameters
-    return max(1, min(GRADIENT_MEMORY // parameters, free // (2 * parameters + 6 * activations)))
+def choose_examples(
+    examples: Sequence[Example], n_examples: int | None, seed: int
+) -> list[Example]:
+    """A random ``n_examples`` of the examples, or all; ``ValueError`` if one has no tokens."""
+    if not examples or not all(e.prompt_ids and e.completion_ids for e in examples):
+        raise ValueError(
+            f"one of the {len(examples)} examples has no tokens, or there are none; each prompt "
+            "and completion needs at least 1 token: drop the empty ones"
+        )
+    if n_examples is not None and n_examples < 1:
+        raise ValueError(f"n_examples is {n_examples}; it must be at least 1, or leave it out")
+    if n_examples is not None and n_examples < len(examples):
+        return random.Random(seed).sample(list(examples), n_examples)
+    return list(examples)
 
 
 def _check_exact_is_affordable(model: Any, examples: Sequence[Example]) -> None:
     passes = model.config.vocab_size * sum(len(e.completion_ids) for e in examples)
     if passes > EXACT_LIMIT:
-        raise UserError(
+        raise ValueError(
             f"'exact' needs {passes} backward passes (vocabulary x completion tokens); allowed are "
             f"{EXACT_LIMIT}: lower n_examples, or use 'sample', which has the same expectation"
         )
@@ -196,12 +168,12 @@ class Row:
     weight: float = 1.0
 
 
-def _rows(
+def rows_of(
     model: Any, example: Example, variant: Variant, temperature: float, generator: torch.Generator
 ) -> Iterator[Row]:
     prompt, completion = list(example.prompt_ids), list(example.completion_ids)
     input_ids = prompt + completion[:-1]  # the last token predicts nothing
-    if variant in ("empirical", "batched", "rollout_score"):
+    if variant in ("empirical", "rollout_score"):
         yield Row(input_ids, completion)
         return
     probabilities = _label_probabilities(model, prompt, completion, temperature)
@@ -234,12 +206,9 @@ def per_sequence_scores(
 
     ``backward()`` only gives the sum over the batch, and the square of a sum is not the sum
     of the squares. Here ``vmap`` carries the batch dimension through ``grad``. Memory is
-    B x trainable parameters. A frozen INT8 base, which ``vmap`` cannot enter, goes row by row.
-    A single row needs no ``vmap``, so it has the fused attention, in a fraction of the memory.
+    B x trainable parameters. A single row needs no ``vmap``, so it has the fused attention, in a
+    fraction of the memory.
     """
-    if is_frozen(model):
-        one_by_one = [frozen_scores(model, row, temperature) for row in rows]
-        return {name: torch.stack([s[name] for s in one_by_one]) for name in one_by_one[0]}
     parameters = {n: p.detach() for n, p in trainable_parameters(model).items()}
     length = max(len(row.input_ids) for row in rows)
     scored = max(length - len(row.input_ids) + len(row.labels) for row in rows)
@@ -266,112 +235,3 @@ def per_sequence_scores(
     # The fused CPU attention kernel has no batching rule; the plain one does.
     with sdpa_kernel(SDPBackend.MATH):
         return vmap(grad(log_prob), in_dims=(None, 0, 0, 0))(parameters, input_ids, labels, mask)
-
-
-def frozen_scores(model: Any, row: Row, temperature: float) -> dict[str, Tensor]:
-    """Gradient of the log-probability of one row's labels on a frozen INT8 base."""
-    parameters = trainable_parameters(model)
-    start = len(row.input_ids) - len(row.labels) + 1  # the inputs end before the last label
-    prompt, labels = torch.tensor([row.input_ids[:start]]), torch.tensor([row.labels])
-    log_probs, _ = packed_log_probs(
-        model,
-        prompt,
-        torch.ones_like(prompt),
-        labels,
-        torch.ones_like(labels),
-        temperature,
-        recompute=spares_memory(model),
-    )
-    gradients = torch.autograd.grad(log_probs.sum(), list(parameters.values()))
-    return dict(zip(parameters, gradients, strict=True))
-
-
-# --- A heuristic, for comparison ------------------------------------------------
-
-_LIGHTNING_MULTIPLIERS = (  # first match on the lower-case name wins
-    (("embed",), 10.0),
-    (("lm_head", "output"), 8.0),
-    (("attention", "attn"), 5.0),
-    (("layer.0", "layer.1"), 3.0),  # "model.layers.0..." does not match: kept as defined
-    (("mlp", "feedforward"), 2.0),
-    (("norm",), 1.0),
-)
-
-
-@torch.no_grad()
-def lightning_fisher(model: Any) -> dict[str, Tensor]:
-    """ "Lightning Fisher": ``max(0.1 m Var(theta), 1e-8) + 0.01 |theta_i|``. **Not a Fisher.**
-
-    A heuristic of the RL-GRPO project (``src/training/lightning_fisher.py``), kept to be
-    compared with the truth: m depends on the parameter's name and Var (ddof = 1) on its
-    tensor. No data, prompt or gradient enters, so two policies that do entirely
-    different things with equal-sized weights get the same answer, and so do all tasks.
-    It has no units of its own; lambda does not transfer to it. See ``compare_fishers``.
-    """
-    fisher = {}
-    for name, parameter in trainable_parameters(model).items():
-        theta = parameter.float()
-        matches = (m for keys, m in _LIGHTNING_MULTIPLIERS if any(k in name.lower() for k in keys))
-        variance = theta.var(correction=1).item() if theta.numel() > 1 else 0.0
-        fisher[name] = max(0.1 * next(matches, 1.5) * variance, 1e-8) + 0.01 * theta.abs()
-    return fisher
-
-
-# --- How alike are two Fishers? -------------------------------------------------
-
-
-def parameter_kind(name: str) -> str:
-    """ "embedding", "head", "norm", "attention", "mlp" or "other", from a parameter's name."""
-    kinds = {
-        "embedding": ("embed", "wte", "wpe"),
-        "head": ("lm_head",),
-        "norm": ("norm", "ln_"),
-        "attention": ("attn", "attention"),
-        "mlp": ("mlp",),
-    }
-    return next((kind for kind, keys in kinds.items() if any(k in name for k in keys)), "other")
-
-
-def compare_fishers(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Compare two Fishers of the same parameters, in all and by kind of parameter.
-
-    Each entry ("all", "attention", ...) holds: ``pearson_log`` and ``spearman``, the
-    correlations of log values over entries that are positive in both (NaN if one is
-    constant); ``cosine`` of the raw vectors; ``scale_ratio`` = mean(a) / mean(b);
-    ``share_positive`` of the entries; ``entries``, their number. EWC depends on all of
-    them: ranks decide *which* parameters are held, the scale decides *how hard*.
-    """
-    if a.keys() != b.keys() or any(a[n].shape != b[n].shape for n in a) or not a:
-        raise UserError(
-            f"the two Fishers cover {len(a)} and {len(b)} parameters with different names or "
-            "shapes, or none; they must be the same: compute both on the same model"
-        )
-    names: dict[str, list[str]] = {"all": list(a)}
-    for name in a:
-        names.setdefault(parameter_kind(name), []).append(name)
-    return {
-        kind: _compare(*(torch.cat([f[n].flatten().double() for n in ns]) for f in (a, b)))
-        for kind, ns in names.items()
-    }
-
-
-def _compare(x: Tensor, y: Tensor) -> dict[str, float]:
-    from scipy.stats import rankdata  # here, so that training does not import scipy
-
-    positive = (x > 0) & (y > 0)
-    log_x, log_y = x[positive].log(), y[positive].log()
-    ranks = [torch.from_numpy(rankdata(v.numpy())) for v in (log_x, log_y)]
-    return {
-        "pearson_log": _pearson(log_x, log_y),
-        "spearman": _pearson(*ranks),
-        "cosine": (x @ y / (x.norm() * y.norm())).item(),
-        "scale_ratio": (x.mean() / y.mean()).item(),
-        "share_positive": positive.double().mean().item(),
-        "entries": float(len(x)),
-    }
-
-
-def _pearson(x: Tensor, y: Tensor) -> float:
-    if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
-        return float("nan")
-    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from cpugrpo_edu.curriculum import Stage, make_stages, select_problems, stage_problems
 from cpugrpo_edu.data import Evaluation, Problem
 from cpugrpo_edu.engine import c_kernel, int8_base, ranks
+from cpugrpo_edu.engine.fisher import Variant, estimate_fisher
 from cpugrpo_edu.engine.hardware import (
     GIB,
     configure_threads,
@@ -55,13 +56,11 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
 from cpugrpo_edu.ewc import (
     Anchor,
-    load_anchor,
     merge_anchors,
     normalize_fisher,
-    save_anchor,
     take_anchor,
 )
-from cpugrpo_edu.fisher import Example, Variant, examples_from_groups, fisher_diagonal
+from cpugrpo_edu.fisher import Example, examples_from_groups
 from cpugrpo_edu.models.load import (
     FROZEN,
     check_policy,
@@ -81,13 +80,15 @@ from cpugrpo_edu.record.files import (
     write_failure,
     write_text,
 )
+from cpugrpo_edu.record.metrics import MetricsLog, read_metrics
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import accuracy_table, compare, forgetting_matrix
 from cpugrpo_edu.rewards import parse_rewards
+from cpugrpo_edu.run.anchors import load_anchor, save_anchor
 from cpugrpo_edu.run.checkpoints import MARK
 from cpugrpo_edu.run.pause import Control
 from cpugrpo_edu.sample import Sampling, rollout
-from cpugrpo_edu.show.progress import MetricsLog, ProgressDisplay, read_metrics
+from cpugrpo_edu.show.progress import ProgressDisplay
 from cpugrpo_edu.show.report import write_report
 from cpugrpo_edu.tasks import DOMAINS, split_of
 from cpugrpo_edu.tasks.custom import load_custom
@@ -614,7 +615,7 @@ class Run:
             examples = examples_from_groups(rollout(self.policy, chosen, 1, sampling))
 
         def estimate(batch_size: int) -> dict[str, torch.Tensor]:
-            return fisher_diagonal(
+            return estimate_fisher(
                 self.policy.model,
                 examples,
                 config.fisher,  # type: ignore[arg-type]

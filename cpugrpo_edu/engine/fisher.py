@@ -1,0 +1,162 @@
+"""Fisher estimates within the memory at hand, on INT8 bases too, and two that are no Fisher.
+
+``estimate_fisher`` adds to the root's ``fisher_diagonal`` what a run needs. The two variants
+"batched" and "lightning" are kept to be compared with the truth, not to be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from cpugrpo_edu import fisher
+from cpugrpo_edu.engine.int8_base import is_frozen, spares_memory
+from cpugrpo_edu.engine.memory import drop_input_grad_hooks, free_memory, trim_heap
+from cpugrpo_edu.engine.shared_prefix import packed_log_probs
+from cpugrpo_edu.fisher import Example, Row, per_sequence_scores, trainable_parameters
+
+Variant = Literal["exact", "sample", "empirical", "batched", "rollout_score", "lightning"]
+
+GRADIENT_MEMORY = 256 * 2**20
+"""Bytes that the per-sequence gradients of one batch may take."""
+
+
+def estimate_fisher(
+    model: Any,
+    examples: Sequence[Example],
+    variant: Variant = "rollout_score",
+    *,
+    temperature: float = 1.0,
+    n_examples: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    memory_limit: int | None = None,
+) -> dict[str, Tensor]:
+    """As ``cpugrpo_edu.fisher.fisher_diagonal``, with these differences.
+
+    - ``batch_size`` is a maximum: fewer sequences go together where memory is short or the
+      process would hold more than ``memory_limit`` bytes (except for "batched", whose result
+      depends on it).
+    - On a frozen INT8 base, which ``vmap`` cannot enter, rows go one by one.
+    - "batched" is the square of the batch-mean gradient of the given completions, a common bug:
+      E[(mean g)^2] = (E g)^2 + Var(g) / B, about B times too small, and with given labels biased
+      towards the squared mean gradient. (With *sampled* labels E g = 0, and B times it is
+      unbiased: the Gauss-Newton-Bartlett estimator of Sophia, arXiv 2305.14342.)
+    - "lightning" is ``lightning_fisher``; it looks at no data, ``examples`` may be empty.
+    """
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant is {variant!r}; allowed are {get_args(Variant)}: choose one")
+    if variant == "lightning":
+        return lightning_fisher(model)
+    drop_input_grad_hooks(model)  # vmap rejects them
+    scores = frozen_scores if is_frozen(model) else per_sequence_scores
+    if variant == "batched":
+        chosen = fisher.choose_examples(examples, n_examples, seed)
+        return squared_batch_means(model, chosen, temperature, batch_size)
+    if examples:
+        rows = max(len(e.prompt_ids) + len(e.completion_ids) - 1 for e in examples)
+        batch_size = min(batch_size, rows_at_a_time(model, rows, memory_limit))
+    return fisher.fisher_diagonal(
+        model,
+        examples,
+        cast(fisher.Variant, variant),
+        temperature=temperature,
+        n_examples=n_examples,
+        batch_size=batch_size,
+        seed=seed,
+        scores=scores,
+        after_batch=trim_heap if memory_limit is not None else lambda: None,
+    )
+
+
+def squared_batch_means(
+    model: Any, examples: Sequence[Example], temperature: float, batch_size: int
+) -> dict[str, Tensor]:
+    """Mean over batches of (mean score of the batch) squared: the variant "batched"."""
+    scores = frozen_scores if is_frozen(model) else per_sequence_scores
+    rows = [Row(e.prompt_ids + e.completion_ids[:-1], e.completion_ids) for e in examples]
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    total = {
+        n: torch.zeros_like(p, dtype=torch.float32) for n, p in trainable_parameters(model).items()
+    }
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            for name, score in scores(model, batch, temperature).items():
+                total[name] += score.float().mean(dim=0).square() / len(batches)
+    finally:
+        model.train(was_training)
+    return total
+
+
+def rows_at_a_time(model: Any, length: int, memory_limit: int | None = None) -> int:
+    """Rows of ``length`` tokens whose gradients are taken together: each has its own copy of the
+    parameters."""
+    parameters = sum(4 * p.numel() for p in trainable_parameters(model).values())
+    config = model.config
+    layer = length * (10 * config.hidden_size + 4 * config.intermediate_size)
+    scores = 3 * config.num_attention_heads * length**2  # the plain attention keeps them
+    activations = 4 * (config.num_hidden_layers * (layer + scores) + 3 * config.vocab_size * length)
+    # the sums take a copy of the parameters, and each row two, and its activations with their
+    # derivatives and the copies that vmap makes
+    free = int(0.8 * free_memory(memory_limit)) - parameters
+    return max(1, min(GRADIENT_MEMORY // parameters, free // (2 * parameters + 6 * activations)))
+
+
+def frozen_scores(model: Any, rows: Sequence[Row], temperature: float = 1.0) -> dict[str, Tensor]:
+    """As ``per_sequence_scores``, on a frozen INT8 base."""
+    one_by_one = [_frozen_score(model, row, temperature) for row in rows]
+    return {name: torch.stack([s[name] for s in one_by_one]) for name in one_by_one[0]}
+
+
+def _frozen_score(model: Any, row: Row, temperature: float) -> dict[str, Tensor]:
+    """Gradient of the log-probability of one row's labels on a frozen INT8 base."""
+    parameters = trainable_parameters(model)
+    start = len(row.input_ids) - len(row.labels) + 1  # the inputs end before the last label
+    prompt, labels = torch.tensor([row.input_ids[:start]]), torch.tensor([row.labels])
+    log_probs, _ = packed_log_probs(
+        model,
+        prompt,
+        torch.ones_like(prompt),
+        labels,
+        torch.ones_like(labels),
+        temperature,
+        recompute=spares_memory(model),
+    )
+    gradients = torch.autograd.grad(log_probs.sum(), list(parameters.values()))
+    return dict(zip(parameters, gradients, strict=True))
+
+
+# --- A heuristic, for comparison ------------------------------------------------
+
+_LIGHTNING_MULTIPLIERS = (  # first match on the lower-case name wins
+    (("embed",), 10.0),
+    (("lm_head", "output"), 8.0),
+    (("attention", "attn"), 5.0),
+    (("layer.0", "layer.1"), 3.0),  # "model.layers.0..." does not match: kept as defined
+    (("mlp", "feedforward"), 2.0),
+    (("norm",), 1.0),
+)
+
+
+@torch.no_grad()
+def lightning_fisher(model: Any) -> dict[str, Tensor]:
+    """ "Lightning Fisher": ``max(0.1 m Var(theta), 1e-8) + 0.01 |theta_i|``. **Not a Fisher.**
+
+    A heuristic of the RL-GRPO project (``src/training/lightning_fisher.py``), kept to be
+    compared with the truth: m depends on the parameter's name and Var (ddof = 1) on its
+    tensor. No data, prompt or gradient enters, so two policies that do entirely
+    different things with equal-sized weights get the same answer, and so do all tasks.
+    It has no units of its own; lambda does not transfer to it.
+    """
+    fisher = {}
+    for name, parameter in trainable_parameters(model).items():
+        theta = parameter.float()
+        matches = (m for keys, m in _LIGHTNING_MULTIPLIERS if any(k in name.lower() for k in keys))
+        variance = theta.var(correction=1).item() if theta.numel() > 1 else 0.0
+        fisher[name] = max(0.1 * next(matches, 1.5) * variance, 1e-8) + 0.01 * theta.abs()
+    return fisher
