@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
+import results
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.report import BEGIN, END, results_table
-
-ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("results", ROOT / "tools" / "results.py")
-results = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(results)
+from cpugrpo_edu.show.text import BEGIN, END, results_table
 
 RECORD = RunRecord(
     kind="run",
@@ -67,16 +61,22 @@ def test_every_run_record_says_where_it_comes_from():
 # --- the tool -----------------------------------------------------------------------------------
 
 
-def test_block_holds_the_table_and_its_origin(tmp_path):
+def test_block_holds_the_means_and_their_origin(tmp_path):
     for made in (record(1), record(2), record(1, ewc=False)):
         made.save(tmp_path / f"run-{made.seed}-{made.results['components']['ewc']['on']}.json")
     record(3, kind="bench").save(tmp_path / "bench-1.json")  # not a training run
     runs = results.read_runs(tmp_path)
     assert len(runs) == 3
     block = results.results_block(runs)
-    assert block.startswith(results_table(runs))
+    header, rule, *rows = results_table(runs).splitlines()
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 2", "| mean of 2 seeds", "| 1"]
+    assert block.startswith("\n".join([header, rule, rows[2], ""]) + "\n")
     for origin in ("A CPU, 2 usable cores, 8 GiB", "trl 1.16.0", "0123456789."):
         assert block.count(origin) == 1, origin
+
+
+def test_block_of_one_run_holds_that_run():
+    assert results.results_block([record(1)]).startswith(results_table([record(1)]) + "\n\n")
 
 
 def test_block_names_every_machine_and_commit():

@@ -1,7 +1,8 @@
-"""Write the results table of README.md from the records of training runs: `make results`.
+"""Write the results in README.md from the records of training runs: `make results`.
 
-Reads records/run-*.json, refuses any that does not say where it comes from, and
-replaces what stands between the markers. Nobody types a result by hand.
+Reads records/run-*.json, refuses any that does not say where it comes from, and replaces the
+text between the markers: the means over seeds, and what they rest on. The table of every seed is
+on the book's results page. Nobody types a result by hand.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from pathlib import Path
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.report import replace_between_markers, results_table
+from cpugrpo_edu.show.text import replace_between_markers, results_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RECORDS = ROOT / "records"
 PLACEHOLDER = "No results recorded yet."
 COMPARED = {"seed", "ewc_strength"}
-"""What may differ between the runs of one table; a mean over other differences says nothing."""
+"""Only these may differ between the runs of one table; a mean over anything else means nothing."""
 
 
 def missing_provenance(record: RunRecord) -> list[str]:
-    """What of a record's origin is absent: without it nobody can judge or repeat the number."""
+    """Which parts of a record's origin are missing; nobody can judge or repeat it without them."""
     there = {
         "machine": {"cpu", "usable_cores", "total_memory"} <= set(record.machine),
         "versions": {"python", "torch", "transformers", "trl"} <= set(record.versions),
@@ -35,7 +36,7 @@ def missing_provenance(record: RunRecord) -> list[str]:
 
 
 def read_runs(folder: Path) -> list[RunRecord]:
-    """The training runs recorded in a folder, each with its origin, comparable with each other."""
+    """The training runs recorded in a folder. UserError if one lacks its origin or differs."""
     records = []
     for path in sorted(folder.glob("run-*.json")):
         record = RunRecord.load(path)
@@ -66,7 +67,7 @@ def listed(values: Iterable[str]) -> str:
 
 
 def habit(records: Sequence[RunRecord]) -> str:
-    """How often completions show their working, so that no gain is taken for skill alone."""
+    """How often completions show their working, so that nobody takes the gain for skill alone."""
     found = [r.results["working"] for r in records if "working" in r.results]
     if not found:
         return ""
@@ -74,11 +75,18 @@ def habit(records: Sequence[RunRecord]) -> str:
     for side in ("before", "after"):
         values = [100 * working[side]["share_with_working"] for working in found]
         shares.append(f"{sum(values) / len(values):.1f} % {side}")
-    return f"Completions that show their working: {', '.join(shares)} (mean of all runs above).\n"
+    return f"Completions that show their working: {', '.join(shares)} (mean of all recorded runs).\n"
+
+
+def headline(table: str) -> str:
+    """The rows of means over seeds; a table without any stays whole."""
+    header, rule, *rows = table.splitlines()
+    means = [row for row in rows if row.startswith("| mean of")]
+    return "\n".join([header, rule, *(means or rows)])
 
 
 def results_block(records: Sequence[RunRecord]) -> str:
-    """What stands between the markers: the table, and where its numbers come from."""
+    """The text between the markers: the results, and where the numbers come from."""
     if not records:
         return PLACEHOLDER
     machines = listed(
@@ -94,13 +102,13 @@ def results_block(records: Sequence[RunRecord]) -> str:
     )
     commits = listed(r.commit[:10] + r.commit[40:] for r in records)
     return (
-        f"{results_table(records)}\n\n"
-        "Exact match on held-out problems, greedy; a seed's interval is about the problems drawn "
-        "(paired bootstrap), that of the mean about the seed (t). Forgetting: points that the "
-        "difficulty that lost most is below its best; negative is a gain.\n"
+        f"{headline(results_table(records))}\n\n"
+        "Exact match on held-out problems, greedy; intervals over seeds (t). Forgetting: how many "
+        "points the difficulty that lost most ends below its best; negative is a gain.\n"
         f"{habit(records)}"
         f"Machine: {machines}. Versions: {packages}. Commit: {commits}.\n"
-        "Written by `make results` from [`records/`](records/)."
+        "Written by `make results` from [`records/`](records/); every seed: "
+        "[results](book/results.md)."
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 import subprocess
@@ -224,9 +226,48 @@ def test_citation_and_changelog_name_this_version():
 
 
 def test_readme_has_the_place_for_results_once():
-    readme = (ROOT / "README.md").read_text()
-    assert readme.count("<!-- results:begin -->") == readme.count("<!-- results:end -->") == 1
-    assert readme.index("<!-- results:begin -->") < readme.index("<!-- results:end -->")
+    assert README.count("<!-- results:begin -->") == README.count("<!-- results:end -->") == 1
+    assert README.index("<!-- results:begin -->") < README.index("<!-- results:end -->")
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.S | re.M)
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 900
+
+
+def test_readme_leads_to_files_that_exist():
+    links = re.findall(r"\]\(([^):]+)\)", README)
+    assert "book/how_to_run.md" in links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_readme_and_guide_have_the_same_python():
+    [five_lines] = python_blocks("README.md")
+    assert len([line for line in five_lines.splitlines() if line]) == 5
+    assert five_lines in python_blocks("book/how_to_run.md")
+
+
+def test_python_in_readme_and_guide_imports_what_is_there():
+    for name in ("README.md", "book/how_to_run.md"):
+        for block in python_blocks(name):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names), block
+
+
+def test_readme_shows_every_room_and_every_module_of_the_root():
+    [tree] = re.findall(r"^cpugrpo_edu/\n(.*?)^notebooks/", README, re.S | re.M)
+    shown = set(re.findall(r"\b[a-z_]+(?:/|\.py)", tree))
+    root = ROOT / "cpugrpo_edu"
+    rooms = {f"{path.parent.name}/" for path in root.glob("*/__init__.py")}
+    assert shown == rooms | {path.name for path in root.glob("*.py")} - {"__init__.py"}
 
 
 def test_documented_make_targets_exist():
@@ -242,8 +283,8 @@ def test_documented_make_targets_exist():
 def test_documented_commands_exist():
     commands = {command.callback.__name__ for command in app.registered_commands}
     commands |= {str(group.name) for group in app.registered_groups}
-    readme = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"^\| `cpugrpo ([a-z]+)`", readme, re.MULTILINE)) == commands
+    table = (ROOT / "book" / "how_to_run.md").read_text()
+    assert set(re.findall(r"^\| `cpugrpo ([a-z]+)`", table, re.MULTILINE)) == commands
     for name, text in texts().items():
         if name.endswith((".md", ".yml", ".ipynb")) or name == "Makefile":
             named = set(re.findall(r"(?:^|[`/\s])cpugrpo ([a-z]+)", text, re.MULTILINE))
