@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from cpugrpo_edu import cli
 from cpugrpo_edu.engine import ranks
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.metrics import read_metrics
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.progress import read_metrics
 from tests.ranks import CASES
 
 RANKS = Path(__file__).with_name("ranks.py")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lab_fixtures import idle, lab_page, needs_browser, until
 
-from cpugrpo_edu.show.progress import read_metrics
+from cpugrpo_edu.record.metrics import read_metrics
 
 DASHBOARD = """\
 from cpugrpo_edu.notebook.dashboard import train

@@ -13,14 +13,10 @@ from rich.console import Console
 
 from cpugrpo_edu.engine.memory import release_memory
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.show.progress import (
-    MetricsLog,
-    ProgressDisplay,
-    clock_time,
-    gib,
-    plot_learning,
-    read_metrics,
-)
+from cpugrpo_edu.record.metrics import MetricsLog, read_metrics
+from cpugrpo_edu.show.plots import plot_learning
+from cpugrpo_edu.show.progress import ProgressDisplay
+from cpugrpo_edu.show.text import clock_time, gib
 
 # Metrics on disk
 
@@ -119,23 +115,6 @@ def test_a_resumed_stage_judges_speed_by_its_own_steps():
     assert out.getvalue().splitlines()[-1] == "advanced: 92/100  16.0 s left  memory 1 MiB"
 
 
-def test_track_yields_everything():
-    display, out, clock = display_to_pipe(interval=1)
-    seen = []
-    for item in display.track(range(3), "evaluating"):
-        seen.append(item)
-        clock.now += 2
-    assert seen == [0, 1, 2]
-    assert out.getvalue().splitlines()[1:] == [
-        "evaluating: 1/3  4.0 s left",
-        "evaluating: 2/3  2.0 s left",
-        "evaluating: 3/3",
-    ]
-    assert list(display.track(iter("ab"), "unknown length")) == ["a", "b"]
-    assert list(display.track(iter("ab"), "Fisher", total=2)) == ["a", "b"]
-    assert out.getvalue().splitlines()[-1] == "Fisher: 2/2"
-
-
 def test_a_counter_counts_what_is_reported_done():
     display, out, clock = display_to_pipe(interval=1)
     done = display.counter("evaluate before", 10)
@@ -176,7 +155,7 @@ def test_quiet_prints_nothing(capsys):
         display.start_stage("basic", steps=1)
         display.update(1)
         display.message("x")
-        assert list(display.track([1], "evaluating")) == [1]
+        display.counter("evaluating", 1)(1)
     assert capsys.readouterr() == ("", "")
 
 
@@ -187,7 +166,7 @@ def test_a_terminal_gets_a_live_bar_and_messages_above_it():
         display.start_stage("[basic]", steps=2)
         display.update(1, reward=0.25)
         display.message("a message")
-        assert list(display.track([1, 2], "evaluating")) == [1, 2]
+        display.counter("evaluating", 2)(2)
         display.update(2, reward=0.75)
     text = out.getvalue()
     assert "[basic]" in text and "reward: 0.75" in text and "2/2" in text and "evaluating" in text
@@ -204,7 +183,7 @@ def test_the_display_ends_when_the_run_fails():
 
 
 def test_update_needs_a_stage():
-    with pytest.raises(UserError, match="start_stage"):
+    with pytest.raises(RuntimeError, match="start_stage"):
         ProgressDisplay(quiet=True).update(1)
 
 

@@ -14,7 +14,7 @@ from cpugrpo_edu import notebook
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.notebook import Question, begin, explore, head, measured, model_for, quiz, show
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.progress import Plot, new_figure
+from cpugrpo_edu.show.palette import Plot, new_figure
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_begin_says_when_the_full_model_is_missing(records, shown, monkeypatch):
     monkeypatch.delenv("CPUGRPO_FULL_MODEL", raising=False)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a: None)
     begin("07_trl", "FULL")
-    assert "is not at hand" in shown[1][0][0].data
+    assert "was not found" in shown[1][0][0].data
     monkeypatch.setenv("CPUGRPO_FULL_MODEL", "/mine")
     shown.clear()
     begin("07_trl", "FULL")

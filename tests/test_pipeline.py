@@ -19,11 +19,11 @@ from cpugrpo_edu.data import DIFFICULTIES
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.evaluate import load_evaluation
 from cpugrpo_edu.ewc import load_anchor
+from cpugrpo_edu.record.metrics import read_metrics
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.rewards import REWARDS, guarded
 from cpugrpo_edu.run.pause import Control
 from cpugrpo_edu.run.pipeline import Checkpoints, Interrupted, RunConfig, run
-from cpugrpo_edu.show.progress import read_metrics
 
 ask_after = 0  # calls of the reward until it sends Ctrl-C; 0 never does
 

@@ -15,19 +15,10 @@ from cpugrpo_edu.data import DIFFICULTIES, Evaluation
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import accuracy_table, compare, forgetting_matrix
-from cpugrpo_edu.show.report import (
-    COMPONENTS,
-    Plot,
-    headline,
-    number,
-    plot_accuracy,
-    plot_forgetting,
-    plot_time_and_memory,
-    replace_between_markers,
-    results_table,
-    value,
-    write_report,
-)
+from cpugrpo_edu.show.palette import Plot
+from cpugrpo_edu.show.plots import plot_accuracy, plot_forgetting, plot_time_and_memory
+from cpugrpo_edu.show.report import COMPONENTS, headline, write_report
+from cpugrpo_edu.show.text import number, replace_between_markers, results_table, value
 
 HOSTILE = (
     "</pre><script>alert(1)</script> ``\n```\n| $x$ \x00 \u202e <img src=x onerror=alert(2)> \ud800"

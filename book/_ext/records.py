@@ -1,7 +1,7 @@
 """Sphinx: numbers, tables and plots of the book's pages, from the records at build time.
 
 - the role ``{record}`RECORD:KEY|FORMAT|SCALE|OVER` ``: one number, by
-  :func:`cpugrpo_edu.show.report.number`; all but the first part may be left out;
+  :func:`cpugrpo_edu.show.text.number`; all but the first part may be left out;
 - the directive ``{records} NAME``: a table or list, one of ``TABLES``;
 - the directive ``{record-plot} NAME``: a figure with its alternative text, one of ``PLOTS``.
 
@@ -25,27 +25,17 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab import bench, bench_plots, sweep
-from cpugrpo_edu.notebook import small_png
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import over_seeds
-from cpugrpo_edu.show.progress import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    VERMILLION,
-    Plot,
+from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
+from cpugrpo_edu.show.plots import plot_accuracy
+from cpugrpo_edu.show.text import (
+    MAIN,
     clock_time,
     gib,
-    new_figure,
-    tidy,
-)
-from cpugrpo_edu.show.report import (
-    MAIN,
     markdown_table,
     number,
     percent,
-    plot_accuracy,
     points,
     results_table,
     value,
@@ -448,7 +438,7 @@ class RecordPlot(FromRecords):
             return []
         path = Path(self.env.srcdir) / "_build" / "records" / f"{self.arguments[0]}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(small_png(plot.figure, dpi=150))
+        path.write_bytes(plot.png(dpi=150, colours=64))
         image = nodes.image(uri=f"/_build/records/{path.name}", alt=plot.alt, width="100%")
         figure = nodes.figure("", image)
         if self.content:

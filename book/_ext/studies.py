@@ -21,9 +21,8 @@ from sphinx.util.docutils import SphinxDirective
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.studies import cpu_or_gpu
 from cpugrpo_edu.lab.studies.registry import STUDIES, study_named
-from cpugrpo_edu.notebook import small_png
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.report import markdown_table
+from cpugrpo_edu.show.text import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "records"
@@ -155,7 +154,7 @@ class StudyResults(SphinxDirective):
             return [box]
         path = Path(self.env.srcdir) / "_build" / "records" / f"study-{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(small_png(plot.figure, dpi=150))
+        path.write_bytes(plot.png(dpi=150, colours=64))
         return [box, nodes.image(uri=f"/_build/records/{path.name}", alt=plot.alt, width="100%")]
 
 

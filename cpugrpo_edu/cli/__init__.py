@@ -716,7 +716,7 @@ def give(
     record: Any, path: Path | None, header: list[str], rows: list[list[str]], as_json: bool
 ) -> None:
     """Write a benchmark's record; print it, or its table."""
-    from cpugrpo_edu.show.report import markdown_table
+    from cpugrpo_edu.show.text import markdown_table
 
     if path is not None:
         record.save(path)
@@ -850,7 +850,7 @@ def bench_sweep_command(
     """
     from cpugrpo_edu.lab import sweep
     from cpugrpo_edu.record.files import cache_folder
-    from cpugrpo_edu.show.report import markdown_table
+    from cpugrpo_edu.show.text import markdown_table
 
     partial = (cache or cache_folder()) / "sweep.partial.json"
     say = silent if quiet else show_progress
@@ -910,7 +910,7 @@ def study_list(as_json: Json = False) -> None:
     Example: `cpugrpo study list`
     """
     from cpugrpo_edu.lab.studies.registry import STUDIES
-    from cpugrpo_edu.show.report import markdown_table, records_folder
+    from cpugrpo_edu.show.text import markdown_table, records_folder
 
     rows = []
     for item in STUDIES.values():
@@ -966,7 +966,7 @@ def study_run(
     configure_threads()
     from transformers.utils import logging
 
-    from cpugrpo_edu.show.report import markdown_table
+    from cpugrpo_edu.show.text import markdown_table
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -1006,7 +1006,7 @@ def calculator(
     Example: `cpugrpo calculator --set students=120 --set gpu_price=0.6`
     """
     from cpugrpo_edu.lab.studies import cpu_or_gpu as study_module
-    from cpugrpo_edu.show.report import markdown_table
+    from cpugrpo_edu.show.text import markdown_table
 
     given = {}
     for text in change or ():

@@ -11,7 +11,7 @@ from typing import Any
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.bench import steady_seconds
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.progress import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
+from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
 
 
 def bars(axes: Any, names: list[str], values: list[float], form: str, ours: str = "ours") -> None:

@@ -30,7 +30,7 @@ from cpugrpo_edu.lab.cost import (
 )
 from cpugrpo_edu.record.files import cache_folder, remembered
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.report import records_folder
+from cpugrpo_edu.show.text import records_folder
 
 SWEEP = "bench-sweep"
 """Stem of the record with the fitted model."""

@@ -272,7 +272,7 @@ def write_model_card(
     from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
     from cpugrpo_edu.record.stats import accuracy_table
     from cpugrpo_edu.sample import Sampling
-    from cpugrpo_edu.show.report import markdown_table
+    from cpugrpo_edu.show.text import markdown_table
 
     config = summary["config"]
     problems = held_out_problems(per_cell)

@@ -1,15 +1,15 @@
-"""What every notebook of the book uses: its head, figures, sliders and quizzes.
+"""What every chapter of the book imports: head, palette, figures, sliders, quizzes and numbers.
 
-A notebook is read in two ways: live in JupyterLab, and as a page of the book where no
-kernel answers. So a slider carries its pictures along, every figure says in words what it
-shows, and what the machine measured comes from the notebook's stored record.
+A notebook is read in two ways: live in JupyterLab, and as a page of the book where no kernel
+answers. So a slider carries its pictures along, every figure says in words what it shows, and
+what the machine measured comes from the notebook's stored record.
 """
 
 from __future__ import annotations
 
 import hashlib
 import html
-import io
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,18 +17,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment, PackageLoader
+
 from cpugrpo_edu.engine.hardware import configure_threads, versions
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.progress import Plot
-from cpugrpo_edu.show.report import records_folder, value
+from cpugrpo_edu.show.palette import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    Plot,
+    new_figure,
+    tidy,
+)
+from cpugrpo_edu.show.text import gib, markdown_table, number, records_folder, value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# What a chapter imports from here.
+__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "VERMILLION", "Plot", "new_figure", "tidy"]
+__all__ += ["Question", "begin", "explore", "model_for", "quiet_libraries", "quiz", "show"]
+__all__ += ["gib", "markdown_table", "number", "records_folder", "value"]
+
 TIERS = ("SMOKE", "FULL")
 
 FULL_MODEL = "Qwen/Qwen2-0.5B-Instruct"
+
+COLOURS = 64
+"""Colours of a stored picture: enough for a chart, and a notebook carries many of them."""
 
 SHOWN_VERSIONS = ("cpugrpo_edu", "python", "torch", "transformers", "trl")
 
@@ -37,7 +57,7 @@ SHOWN_VERSIONS = ("cpugrpo_edu", "python", "torch", "transformers", "trl")
 
 
 def begin(name: str, tier: str = "SMOKE") -> None:
-    """The first cell of each notebook: settle the threads, then show what it was run with.
+    """The first cell of each notebook: set the number of threads, then show the head.
 
     ``name`` is the notebook's file name without its ending. ``tier`` is "SMOKE" (the bundled
     model) or "FULL" (``FULL_MODEL``, see ``model_for``).
@@ -45,11 +65,10 @@ def begin(name: str, tier: str = "SMOKE") -> None:
     from IPython.display import Markdown, display
 
     check_tier(tier)
-    warnings.filterwarnings("ignore")  # notices of libraries to their authors
+    warnings.filterwarnings("ignore")  # deprecations inside libraries: not the reader's business
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Read when torch is imported: threads that wait shall sleep, not spin on a core that
-    # another program could use. On a busy machine spinning makes small models several times
-    # slower.
+    # torch reads this when it is imported. Waiting threads should sleep: spinning on a core that
+    # another program could use makes small models several times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     configure_threads()
     quiet_libraries()
@@ -57,14 +76,14 @@ def begin(name: str, tier: str = "SMOKE") -> None:
     if tier == "FULL" and model_for(tier) is None:
         display(  # type: ignore[no-untyped-call]
             Markdown(
-                f"**FULL:** {FULL_MODEL} is not at hand, so the bundled model and stored records "
+                f"**FULL:** {FULL_MODEL} was not found, so the bundled model and stored records "
                 "stand in. Set the environment variable CPUGRPO_FULL_MODEL to the model's folder."
             )
         )
 
 
 def quiet_libraries() -> None:
-    """No progress bars and notices of transformers and datasets among a notebook's output."""
+    """Keep progress bars and notices of transformers and datasets out of a notebook's output."""
     import datasets
     from transformers.utils import logging
 
@@ -74,7 +93,7 @@ def quiet_libraries() -> None:
 
 
 def head(name: str) -> str:
-    """Measured time and memory of a notebook, and the versions at hand, as Markdown."""
+    """Measured time and memory of a notebook, and the installed versions, as Markdown."""
     found = versions()
     parts = [f"{key} {found[key]}" for key in SHOWN_VERSIONS if key in found]
     return f"{measured(name)}\n\n**Versions here:** {', '.join(parts)}."
@@ -102,7 +121,7 @@ def check_tier(tier: str) -> None:
 
 
 def model_for(tier: str) -> str | None:
-    """What ``load_policy`` takes in this tier, or None where the full model is not at hand.
+    """What ``load_policy`` takes in this tier, or None where the full model is missing.
 
     "FULL" looks for a folder named by the environment variable CPUGRPO_FULL_MODEL, then in
     Hugging Face's local cache. It never downloads. Without the model, a notebook shows the
@@ -122,36 +141,21 @@ def model_for(tier: str) -> str | None:
 # Figures
 
 
-def small_png(figure: Figure, dpi: int = 100) -> bytes:
-    """A figure as PNG with at most 64 colours: a notebook carries many of them."""
-    from PIL import Image
-
-    buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    Image.open(buffer).convert("RGB").quantize(64).save(small, format="png", optimize=True)
-    return small.getvalue()
+def described(drawn: Figure | Plot, alt: str = "") -> Plot:
+    """The figure with its alternative text; a ``Plot`` brings its own. UserError without any."""
+    plot = drawn if isinstance(drawn, Plot) else Plot(drawn, "")
+    if not (alt or plot.alt).strip():
+        raise UserError("a figure needs alternative text; say what it shows: show(fig, alt='...')")
+    return Plot(plot.figure, alt or plot.alt)
 
 
-def show(figure: Figure | Plot, alt: str | None = None) -> None:
-    """Display a figure with the text for who cannot see it. A ``Plot`` brings its own."""
+def show(figure: Figure | Plot, alt: str = "") -> None:
+    """Display a figure with its alternative text; a ``Plot`` brings its own."""
     from IPython.display import display
 
-    plot = figure if isinstance(figure, Plot) else Plot(figure, alt or "")
-    alt = check_alt(alt or plot.alt)
-    data = {"image/png": encode(small_png(plot.figure)), "text/plain": alt}
-    display(data, metadata={"image/png": {"alt": alt}}, raw=True)  # type: ignore[no-untyped-call]
-
-
-def check_alt(alt: str) -> str:
-    if not alt.strip():
-        raise UserError("a figure needs alternative text; say what it shows: show(fig, alt='...')")
-    return alt
-
-
-def encode(png: bytes) -> str:
-    import base64
-
-    return base64.b64encode(png).decode("ascii")
+    plot = described(figure, alt)
+    data = {"image/png": plot.base64(dpi=100, colours=COLOURS), "text/plain": plot.alt}
+    display(data, metadata={"image/png": {"alt": plot.alt}}, raw=True)  # type: ignore[no-untyped-call]
 
 
 # Sliders
@@ -167,29 +171,23 @@ def explore(
     """A slider over ``values`` that moves the figure ``draw(value)``.
 
     In a live notebook it is a widget. In the book it is plain HTML with all pictures inside,
-    so it moves without a kernel. ``alt`` is the text of every picture,
-    or a function of the value; a ``Plot`` brings its own. ``start`` is the position shown
-    first, the middle by default.
+    so it moves without a kernel. ``alt`` is the text of every picture, or a function of the
+    value; a ``Plot`` brings its own. ``start`` is the position shown first, by default the middle.
     """
     from IPython.display import display
 
     if not values:
         raise UserError("explore got no values; give the slider at least one position")
     start = len(values) // 2 if start is None else start
-    frames = [frame(draw(value), value, alt) for value in values]
-    texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    frames = []
+    for at in values:
+        plot = described(draw(at), alt(at) if callable(alt) else alt)
+        frames.append((plot.base64(dpi=80, colours=COLOURS), plot.alt))
+    texts = [f"{at:g}" if isinstance(at, float) else str(at) for at in values]
     data = slider_widget(frames, texts, label, start)._repr_mimebundle_()
     data["text/plain"] = f"slider: {label}"
     data["text/html"] = slider_html(frames, texts, label, start)
     display(data, raw=True)  # type: ignore[no-untyped-call]
-
-
-def frame(drawn: Figure | Plot, value: Any, alt: str | Callable[[Any], str]) -> tuple[str, str]:
-    """One picture of a slider: base64 PNG and alternative text."""
-    text = alt(value) if callable(alt) else alt
-    if isinstance(drawn, Plot):
-        return encode(small_png(drawn.figure, dpi=80)), check_alt(text or drawn.alt)
-    return encode(small_png(drawn, dpi=80)), check_alt(text)
 
 
 def slider_html(
@@ -197,37 +195,20 @@ def slider_html(
 ) -> str:
     """A range input that swaps pictures; no library, no request, no kernel.
 
-    Where no script may run, as in a notebook that JupyterLab does not trust yet, there is
-    one picture and a line that says so instead of a slider that does not move.
+    Where no script may run, as in a notebook that JupyterLab does not trust yet, it shows one
+    picture and a line of text instead of a slider that does not move.
     """
     key = "x" + hashlib.sha256("".join([label, *(f for f, _ in frames)]).encode()).hexdigest()[:12]
-    images = "".join(
-        f'<img src="data:image/png;base64,{png}" alt="{html.escape(alt)}"'
-        f' style="max-width:100%{"" if i == start else ";display:none"}">'
-        for i, (png, alt) in enumerate(frames)
-    )
-    ticks = html.escape(str(list(texts)).replace("'", '"'), quote=True)
-    return (
-        f'<div id="{key}" class="explore" data-values="{ticks}">'
-        f'<span style="display:none"><label>{html.escape(label)}: '
-        f'<input type="range" min="0" max="{len(frames) - 1}" step="1" value="{start}" '
-        f'style="width:16em;vertical-align:middle"></label> '
-        f'<output aria-live="polite">{html.escape(texts[start])}</output></span>'
-        f"<em>{html.escape(label)}: {html.escape(texts[start])} (run the cell for a slider)</em>"
-        f"<br>{images}</div>"
-        f'<script>(()=>{{const box=document.getElementById("{key}");'
-        'const images=box.querySelectorAll("img"),texts=JSON.parse(box.dataset.values);'
-        'box.querySelector("span").style.display="";box.querySelector("em").style.display="none";'
-        'box.querySelector("input").addEventListener("input",event=>{const at=+event.target.value;'
-        'images.forEach((image,i)=>{image.style.display=i===at?"":"none"});'
-        'box.querySelector("output").textContent=texts[at]})})()</script>'
+    template = Environment(loader=PackageLoader("cpugrpo_edu.notebook"), autoescape=True)
+    return template.get_template("slider.html.j2").render(
+        key=key, frames=frames, texts=texts, values=json.dumps(texts), label=label, start=start
     )
 
 
 def slider_widget(
     frames: Sequence[tuple[str, str]], texts: Sequence[str], label: str, start: int
 ) -> Any:
-    """The same slider as a live ipywidget. It has all its pictures, so it moves at once."""
+    """The same slider as a live ipywidget; it holds all its pictures, so it moves at once."""
     import ipywidgets
 
     picture = ipywidgets.HTML()

@@ -17,18 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.metrics import Metrics, read_metrics
 from cpugrpo_edu.run.pause import Control
-from cpugrpo_edu.show.progress import (
-    Metrics,
-    ProgressDisplay,
-    plot_learning,
-    read_metrics,
-    readings,
-)
+from cpugrpo_edu.show.plots import plot_learning
+from cpugrpo_edu.show.progress import Phase, ProgressDisplay, readings
 
 if TYPE_CHECKING:
-    from cpugrpo_edu.run.pipeline import RunConfig
-    from cpugrpo_edu.show.progress import _Phase
+    from cpugrpo_edu.run.config import RunConfig
 
 SAMPLES = 3
 """Completions shown, the latest first."""
@@ -42,7 +37,7 @@ def train(
     ``settings`` are fields of ``RunConfig``, if no ``config`` is given. With
     ``resume`` the run in ``output`` goes on.
     """
-    from cpugrpo_edu.run.pipeline import RunConfig
+    from cpugrpo_edu.run.config import RunConfig
 
     if config is not None and settings:
         raise UserError(f"give a config, or settings ({', '.join(settings)}), not both")
@@ -263,7 +258,7 @@ class StatusDisplay(ProgressDisplay):
         super().__init__(quiet=True)
         self._say, self._said = say, 0.0
 
-    def _show(self, phase: _Phase, text: str = "") -> None:
+    def _show(self, phase: Phase, details: Sequence[str] = ()) -> None:
         now = time.monotonic()
         if now - self._said >= 0.5 or phase.done == phase.total:
             self._said = now

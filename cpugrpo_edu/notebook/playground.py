@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from cpugrpo_edu.data import DIFFICULTIES, Problem, StepReport
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.show.progress import BLUE, VERMILLION
+from cpugrpo_edu.show.palette import BLUE, VERMILLION
 from cpugrpo_edu.tasks import DOMAINS, make_problems
 
 if TYPE_CHECKING:

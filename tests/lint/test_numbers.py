@@ -12,7 +12,7 @@ import pytest
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.report import BEGIN, END, number
+from cpugrpo_edu.show.text import BEGIN, END, number
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "book").rglob("*.md"))

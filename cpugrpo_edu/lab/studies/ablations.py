@@ -274,7 +274,7 @@ def findings(record: RunRecord) -> list[str]:
 
 def plot(record: RunRecord) -> Any:
     """The difference in accuracy of every arm, with its interval over seeds."""
-    from cpugrpo_edu.show.progress import BLUE, GREY, Plot, new_figure, tidy
+    from cpugrpo_edu.show.palette import BLUE, GREY, Plot, new_figure, tidy
 
     arms = [each for each in record.results["arms"] if each["arm"] != BASE]
     figure = new_figure(7, 1 + 0.28 * len(arms))

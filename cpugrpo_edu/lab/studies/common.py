@@ -119,7 +119,7 @@ def decided_by(setting: Setting, **more: Any) -> dict[str, Any]:
 
 def recorded_runs() -> list[RunRecord]:
     """The default runs in the records' folder."""
-    from cpugrpo_edu.show.report import records_folder
+    from cpugrpo_edu.show.text import records_folder
 
     return [RunRecord.load(path) for path in sorted(records_folder().glob("run-seed*.json"))]
 

@@ -357,7 +357,7 @@ def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
 
 def plot(record: RunRecord) -> Any:
     """Money and energy against the GPU's speed, with the CPU's for comparison."""
-    from cpugrpo_edu.show.progress import BLUE, ORANGE, VERMILLION, Plot, new_figure, tidy
+    from cpugrpo_edu.show.palette import BLUE, ORANGE, VERMILLION, Plot, new_figure, tidy
 
     values: Values = {a["key"]: a["value"] for a in record.results["assumptions"]}
     speeds = [10 ** (i / 20 - 0.5) for i in range(51)]

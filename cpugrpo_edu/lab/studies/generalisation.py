@@ -241,7 +241,7 @@ def findings(record: RunRecord) -> list[str]:
 
 def plot(record: RunRecord) -> Any:
     """The gains as two maps, trained by tested."""
-    from cpugrpo_edu.show.progress import Plot, new_figure
+    from cpugrpo_edu.show.palette import Plot, new_figure
 
     figure = new_figure(7.4, 3.6)
     facts = []

@@ -618,7 +618,7 @@ def findings(record: RunRecord) -> list[str]:
 
 def plot(record: RunRecord) -> Any:
     """The difference to fp32 of every model and format, with intervals."""
-    from cpugrpo_edu.show.progress import (
+    from cpugrpo_edu.show.palette import (
         BLUE,
         GREEN,
         GREY,
