@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from cpugrpo_edu import cli
 from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.run.pipeline import RunConfig, plain
+from cpugrpo_edu.run.config import RunConfig, plain
 from cpugrpo_edu.tasks import custom
 
 Case = tuple[str, list[str], dict[str, str | bytes]]  # words of the sentence, arguments, files

@@ -25,7 +25,7 @@ from cpugrpo_edu.lab.cost import (
 )
 from cpugrpo_edu.lab.estimate import calibration, catalogue_steps, estimate_run, estimate_text
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.run.pipeline import RunConfig
+from cpugrpo_edu.run.config import RunConfig
 
 FLOORS = {
     "float32_gflops": 100.0,

@@ -13,8 +13,9 @@ from lab_fixtures import until
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.notebook.dashboard import Dashboard, numbers_html, samples_html, train, watch
 from cpugrpo_edu.record.metrics import read_metrics
+from cpugrpo_edu.run.config import RunConfig
 from cpugrpo_edu.run.pause import Control
-from cpugrpo_edu.run.pipeline import Interrupted, RunConfig, run
+from cpugrpo_edu.run.pipeline import Interrupted, run
 
 SMALL = {
     "steps": (2, 2, 2),

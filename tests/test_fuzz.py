@@ -20,7 +20,7 @@ from cpugrpo_edu.evaluate import load_evaluation
 from cpugrpo_edu.record.metrics import read_metrics
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.rewards import Reward, combine, guarded
-from cpugrpo_edu.run.pipeline import RunConfig, check_settings
+from cpugrpo_edu.run.config import RunConfig, check_settings
 from cpugrpo_edu.tasks import DOMAINS, get_task, make_problems
 from cpugrpo_edu.tasks.answers import answers_match, extract_answer, normalize_answer, parse_number
 from cpugrpo_edu.tasks.custom import load_custom, load_verifier

@@ -18,12 +18,14 @@ from cpugrpo_edu.curriculum import make_stages
 from cpugrpo_edu.data import DIFFICULTIES
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.evaluate import load_evaluation
-from cpugrpo_edu.ewc import load_anchor
 from cpugrpo_edu.record.metrics import read_metrics
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.rewards import REWARDS, guarded
+from cpugrpo_edu.run.anchors import load_anchor
+from cpugrpo_edu.run.config import RunConfig, plain
+from cpugrpo_edu.run.data import load_data
 from cpugrpo_edu.run.pause import Control
-from cpugrpo_edu.run.pipeline import Checkpoints, Interrupted, RunConfig, run
+from cpugrpo_edu.run.pipeline import Checkpoints, Interrupted, run
 
 ask_after = 0  # calls of the reward until it sends Ctrl-C; 0 never does
 
@@ -91,7 +93,7 @@ def test_the_record_is_complete(first, config):
     on_disk = RunRecord.load(folder / "record.json")
     assert on_disk.results == json.loads(json.dumps(record.results))
     assert record.kind == "run" and record.seed == 0 and record.commit
-    assert record.config == pipeline.plain(config)
+    assert record.config == plain(config)
     assert record.machine["usable_cores"] >= 1 and "torch" in record.versions
     results = record.results
     assert results["weights_changed"]["changed"]
@@ -436,13 +438,13 @@ def test_data_is_split_without_overlap(config, tmp_path):
     own = [{"prompt": row["question"], "answer": "1"} for row in rows]
     for name, lines in (("gsm8k", rows), ("custom", own)):
         data = write_lines(tmp_path / f"{name}.jsonl", lines)
-        training, held_out = pipeline.load_data(replace(config, data=data))
+        training, held_out = load_data(replace(config, data=data))
         assert training and 0 < len(held_out) <= 6
         assert not {p.question for p in training} & {p.question for p in held_out}
         assert {p.domain for p in training + held_out} == {name}
     one = write_lines(tmp_path / "one.jsonl", rows[:1])
     with pytest.raises(UserError, match="1 problems are too few"):
-        pipeline.load_data(replace(config, data=one))
+        load_data(replace(config, data=one))
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from cpugrpo_edu.lab.studies.registry import STUDIES
 from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.run import pipeline
+from cpugrpo_edu.run.config import check_settings
 from cpugrpo_edu.tasks import make_problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -338,7 +339,7 @@ def test_every_arm_is_allowed_and_samples_as_much_as_the_others():
         sizes = set()
         for arm in ablations.ARMS:
             config = ablations.config_of(arm, 0, reduced)
-            pipeline.check_settings(config)
+            check_settings(config)
             sizes.add(completions_of(config))
         assert len(sizes) == 1, reduced
     assert completions_of(default) == 18 * ablations.COMPLETIONS
@@ -375,7 +376,7 @@ def test_every_condition_trains_as_long_as_the_others():
         total = set()
         for condition in generalisation.conditions(reduced):
             config = generalisation.config_of(condition, 0, reduced)
-            pipeline.check_settings(config)
+            check_settings(config)
             total.add(completions_of(config))
             trained = [stage for stage in config.stages if stage.steps]
             if condition.kind == "difficulty":

@@ -286,7 +286,8 @@ def run(
     from cpugrpo_edu.engine import ranks
     from cpugrpo_edu.engine.memory import parse_bytes
     from cpugrpo_edu.lab.estimate import estimate_text
-    from cpugrpo_edu.run.pipeline import Interrupted, RunConfig, check_settings
+    from cpugrpo_edu.run.config import RunConfig, check_settings
+    from cpugrpo_edu.run.pipeline import Interrupted
     from cpugrpo_edu.run.pipeline import run as run_pipeline
     from cpugrpo_edu.show.progress import ProgressDisplay
 
@@ -424,7 +425,8 @@ def evaluate(
     from cpugrpo_edu.models.load import check_policy, load_policy
     from cpugrpo_edu.record.evaluations import save_evaluation
     from cpugrpo_edu.record.stats import accuracy_table
-    from cpugrpo_edu.run.pipeline import RunConfig, load_data
+    from cpugrpo_edu.run.config import RunConfig
+    from cpugrpo_edu.run.data import load_data
     from cpugrpo_edu.sample import Sampling
     from cpugrpo_edu.show.progress import ProgressDisplay
 

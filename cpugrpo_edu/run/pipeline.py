@@ -8,7 +8,6 @@ state after every stage is on disk, so an interrupted run goes on with ``resume`
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -17,9 +16,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import psutil
 import torch
@@ -27,10 +26,10 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from cpugrpo_edu.curriculum import Stage, make_stages, select_problems, stage_problems
+from cpugrpo_edu.curriculum import Stage, select_problems, stage_problems
 from cpugrpo_edu.data import Evaluation, Problem
 from cpugrpo_edu.engine import c_kernel, int8_base, ranks
-from cpugrpo_edu.engine.fisher import Variant, estimate_fisher
+from cpugrpo_edu.engine.fisher import estimate_fisher
 from cpugrpo_edu.engine.hardware import (
     GIB,
     configure_threads,
@@ -49,11 +48,11 @@ from cpugrpo_edu.engine.memory import (
     release_memory,
     retry_smaller,
 )
-from cpugrpo_edu.engine.options import ENGINES, EngineOptions
+from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.trl_data import message_text, to_dataset, trl_rewards
-from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, Guard, RolloutTally, cpu_config
+from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, Guard, RolloutTally
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
+from cpugrpo_edu.evaluate import evaluate, working_share
 from cpugrpo_edu.ewc import (
     Anchor,
     merge_anchors,
@@ -86,13 +85,12 @@ from cpugrpo_edu.record.stats import accuracy_table, compare, forgetting_matrix
 from cpugrpo_edu.rewards import parse_rewards
 from cpugrpo_edu.run.anchors import load_anchor, save_anchor
 from cpugrpo_edu.run.checkpoints import MARK
+from cpugrpo_edu.run.config import RunConfig, check_settings, check_tracker, grpo_arguments, plain
+from cpugrpo_edu.run.data import load_data
 from cpugrpo_edu.run.pause import Control
 from cpugrpo_edu.sample import Sampling, rollout
 from cpugrpo_edu.show.progress import ProgressDisplay
 from cpugrpo_edu.show.report import write_report
-from cpugrpo_edu.tasks import DOMAINS, split_of
-from cpugrpo_edu.tasks.custom import load_custom
-from cpugrpo_edu.tasks.gsm8k import load_gsm8k
 
 STEP_METRICS = {
     # our name: TRL's
@@ -119,65 +117,6 @@ CURVE = ("stage", "step", "reward", "reward_std", "accuracy", "completion_length
 
 class Interrupted(Exception):
     """The run was stopped on request; its state is saved."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything one can ask of a run. The defaults suit the bundled model on two cores."""
-
-    model: str = "bundled"
-    seed: int = 0
-    # Data: "generated", or a GSM8K-format file, folder or hub id, or a prompts file.
-    data: str = "generated"
-    verifier: str | None = None
-    domains: tuple[str, ...] = DOMAINS
-    system: str | None = None
-    # Curriculum
-    order: str = "curriculum"
-    steps: tuple[int, int, int] = (6, 6, 6)
-    learning_rates: tuple[float, float, float] = (3e-4, 3e-4, 3e-4)
-    replay: float = 0.3
-    # GRPO
-    prompts_per_step: int = 16
-    num_generations: int = 8
-    max_completion: int = 104
-    temperature: float = 1.0
-    beta: float = 0.0
-    loss_type: str = "dapo"
-    importance_level: str = "token"
-    epsilon: float = 0.2
-    rewards: str = "correct_answer=1,valid_steps=0.5,good_format=0.2"
-    patience: int = 8
-    # Model and memory
-    lora_rank: int = 0
-    dtype: str = "float32"
-    kernel: str = "packed"
-    checkpointing: str = "on"
-    micro_batch: int | None = None
-    memory_budget_gib: float | None = None
-    cleanup: bool = True
-    threads: int | None = None
-    # Rollouts and serving
-    engine: str = "fast"
-    int8_rollouts: bool = True
-    importance_correction: bool = True
-    int8_evaluation: bool = True
-    share_prefix: bool | None = None
-    # Consolidation
-    fisher: str = "rollout_score"
-    fisher_examples: int = 64
-    ewc_strength: float = 0.1
-    ewc_decay: float = 1.0
-    # Evaluation
-    per_cell: int = 300
-    # Safety: minutes between two checkpoints within a stage; after each stage there is one anyway
-    save_minutes: float = 1.0
-
-    @property
-    def stages(self) -> list[Stage]:
-        return make_stages(
-            self.order, steps=self.steps, learning_rates=self.learning_rates, replay=self.replay
-        )
 
 
 def run(
@@ -795,21 +734,6 @@ class Run:
         }
 
 
-TRACKERS = ("none", "tensorboard", "wandb")
-"""Where ``report_to`` sends TRL's metrics besides ``metrics.jsonl``."""
-
-
-def check_tracker(name: str) -> None:
-    """UserError for an unknown tracker, or one whose package is missing."""
-    if name not in TRACKERS:
-        raise UserError(f"unknown tracker {name!r} in report_to; allowed are {', '.join(TRACKERS)}")
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise UserError(
-            f"report_to {name} needs the package {name}, which is not installed; "
-            f"pip install {name}, or leave report_to out"
-        )
-
-
 @contextmanager
 def tracking_in(folder: Path) -> Iterator[None]:
     """TensorBoard's files in ``folder``: beside the checkpoints they would go with them."""
@@ -839,127 +763,6 @@ def sample_of(trainer: CPUGRPOTrainer) -> dict[str, Any] | None:
     }
 
 
-def check_settings(config: RunConfig) -> None:
-    """What would otherwise come out only when its turn comes, perhaps after an hour."""
-    for name, allowed in (
-        ("engine", ENGINES),
-        ("checkpointing", ("auto", "on", "off")),
-        ("fisher", get_args(Variant)),
-    ):
-        value = getattr(config, name)
-        if value not in allowed:
-            raise UserError(f"unknown {name} {value!r}; allowed are {', '.join(allowed)}")
-    for name, least in (
-        ("micro_batch", 1),
-        ("max_completion", 1),
-        ("per_cell", 0),
-        ("fisher_examples", 0),
-        ("patience", 0),
-        ("lora_rank", 0),
-        ("beta", 0),
-        ("ewc_strength", 0),
-        ("save_minutes", 0),
-        ("epsilon", 0),
-    ):
-        value = getattr(config, name)
-        if value is not None and not least <= value < float("inf"):
-            raise UserError(f"{name} is {value}; give at least {least}")
-    if config.memory_budget_gib is not None and not 0 < config.memory_budget_gib < float("inf"):
-        raise UserError(
-            f"the memory budget is {config.memory_budget_gib} GiB; give a finite one above 0"
-        )
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"seed is {config.seed}; give a whole number from 0 to {2**31 - 1}")
-    if max(config.steps) > 1_000_000:
-        raise UserError(f"steps are {config.steps}; a stage can have at most 1000000")
-    if config.per_cell > 10_000:
-        raise UserError(f"per_cell is {config.per_cell}; give at most 10000")
-    if len(set(config.domains)) < len(config.domains):
-        raise UserError(f"a domain in {', '.join(config.domains)} is named twice; name each once")
-    if config.dtype == FROZEN and not config.lora_rank:
-        raise UserError("an int8 base is frozen, so only LoRA can train on it; add --lora 16")
-    if config.kernel not in ("packed", "compiled"):
-        raise UserError(f"unknown kernel {config.kernel!r}; allowed are packed and compiled")
-    if config.kernel == "compiled" and not (config.int8_rollouts or config.dtype == FROZEN):
-        raise UserError("the compiled kernel is for INT8 rollouts; leave out --no-int8-rollouts")
-    if not 0 <= config.ewc_decay <= 1:
-        raise UserError(f"ewc_decay is {config.ewc_decay}; give a number from 0 to 1")
-    if not 0 < config.temperature < float("inf"):
-        raise UserError(f"temperature is {config.temperature}; rollouts need one above 0")
-    if not all(0 <= rate < float("inf") for rate in config.learning_rates):
-        raise UserError(f"learning rates {config.learning_rates} are not all finite, 0 or more")
-    grpo_arguments(config, "unused", config.stages[0])  # checks the rest
-
-
-def grpo_arguments(config: RunConfig, folder: str | Path, stage: Stage, **more: Any) -> Any:
-    """TRL's configuration for one stage, on this process's share of the prompts."""
-    processes = ranks.size()
-    if processes > 1:
-        # Buffers are constant and ranks run the model different numbers of times.
-        more |= {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": False}
-    return cpu_config(
-        folder,
-        prompts_per_step=ranks.prompts_per_process(config.prompts_per_step, processes),
-        num_generations=config.num_generations,
-        max_completion_length=config.max_completion,
-        max_steps=stage.steps,
-        learning_rate=stage.learning_rate,
-        temperature=config.temperature,
-        beta=config.beta,
-        loss_type=config.loss_type,
-        importance_sampling_level=config.importance_level,
-        epsilon=config.epsilon,
-        **more,
-    )
-
-
-def load_data(config: RunConfig) -> tuple[list[Problem] | None, list[Problem]]:
-    """Problems to train on (None: generate them) and held-out ones to evaluate on.
-
-    Data of the user's own is split by the hash of the question, so that no problem
-    is on both sides; GSM8K-format folders and hub ids have their own test split.
-    """
-    per_cell = max(1, config.per_cell)
-    if config.data == "generated":
-        unknown = sorted(set(config.domains) - set(DOMAINS))
-        if unknown or not config.domains:
-            raise UserError(
-                f"unknown domains {', '.join(unknown) or '(none given)'}; "
-                f"allowed are {', '.join(DOMAINS)}"
-            )
-        if config.verifier is not None:
-            raise UserError(
-                f"the verifier {config.verifier!r} needs prompts to judge; "
-                "give them with --data prompts.jsonl"
-            )
-        return None, held_out_problems(per_cell, config.domains)
-    if config.verifier is not None:
-        return divide(load_custom(config.data, config.verifier), per_cell)
-    if Path(config.data).is_file():
-        return divide(load_local_file(Path(config.data)), per_cell)
-    return load_gsm8k(config.data, "train"), load_gsm8k(config.data, "test", 3 * per_cell)
-
-
-def load_local_file(path: Path) -> list[Problem]:
-    """A GSM8K-format file, or prompts with answers: whichever the first line looks like."""
-    if path.suffix == ".parquet":
-        return load_gsm8k(path)
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    return load_gsm8k(path) if '"question"' in first and "####" in first else load_custom(path)
-
-
-def divide(problems: list[Problem], per_cell: int) -> tuple[list[Problem], list[Problem]]:
-    held_out = [p for p in problems if split_of(p.question) == "eval"]
-    training = [p for p in problems if split_of(p.question) != "eval"]
-    if not held_out or not training:
-        raise UserError(
-            f"{len(problems)} problems are too few to hold some out for evaluation; "
-            "give at least a dozen"
-        )
-    return training, held_out[: 3 * per_cell]
-
-
 def curve(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The learning curve for the record: a few numbers a step, to five digits."""
     return [
@@ -970,12 +773,6 @@ def curve(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for row in steps
     ]
-
-
-def plain(config: RunConfig) -> dict[str, Any]:
-    """The configuration as JSON would give it back."""
-    found: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return found
 
 
 def load_trainable(model: Any, adapter: Path) -> None:

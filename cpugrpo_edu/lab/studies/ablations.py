@@ -84,7 +84,7 @@ FACTORS = tuple(dict.fromkeys(arm.factor for arm in ARMS[1:]))
 
 def config_of(arm: Arm, seed: int, reduced: bool) -> Any:
     """The run of an arm. Reduced it keeps the arm's change at a fraction of the compute."""
-    from cpugrpo_edu.run.pipeline import RunConfig
+    from cpugrpo_edu.run.config import RunConfig
 
     config = replace(RunConfig(per_cell=100, int8_evaluation=False), seed=seed, **arm.change)
     if reduced:

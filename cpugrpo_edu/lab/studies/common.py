@@ -193,7 +193,7 @@ def run_in_process(config: dict[str, Any], folder: Path) -> None:
 
 def serve() -> None:
     """What the new process does: one run, told on stdin."""
-    from cpugrpo_edu.run.pipeline import RunConfig
+    from cpugrpo_edu.run.config import RunConfig
 
     task = json.loads(sys.stdin.read())
     given: dict[str, Any] = {

@@ -63,7 +63,7 @@ def conditions(reduced: bool) -> tuple[Condition, ...]:
 
 def config_of(condition: Condition, seed: int, reduced: bool) -> Any:
     """Without EWC and without evaluations of its own: those are the study's."""
-    from cpugrpo_edu.run.pipeline import RunConfig
+    from cpugrpo_edu.run.config import RunConfig
 
     config = RunConfig(
         seed=seed,

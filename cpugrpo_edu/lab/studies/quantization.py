@@ -304,7 +304,7 @@ TRAINED = "INT8, corrected"
 
 def run_config(reduced: bool, **more: Any) -> Any:
     """The default run; reduced, one stage of two steps. One evaluation before, one after all."""
-    from cpugrpo_edu.run.pipeline import RunConfig
+    from cpugrpo_edu.run.config import RunConfig
 
     config = RunConfig(per_cell=200, int8_evaluation=False)
     if reduced:
@@ -449,7 +449,7 @@ def evaluate_formats(
     """``{format: {"evaluation", "bytes", "output_error", "weight_error"}}`` of one model."""
     from cpugrpo_edu.evaluate import evaluate, held_out_problems
     from cpugrpo_edu.models.load import load_policy
-    from cpugrpo_edu.run.pipeline import RunConfig
+    from cpugrpo_edu.run.config import RunConfig
     from cpugrpo_edu.sample import Sampling
     from cpugrpo_edu.tasks import DOMAINS, make_problems
 
