@@ -49,7 +49,7 @@ class SeedSummary:
 
 def _check_confidence(confidence: float) -> float:
     if not 0 < confidence < 1:
-        raise UserError(
+        raise ValueError(
             f"confidence is {confidence}, but must lie between 0 and 1; use 0.95 for 95 %"
         )
     return confidence
@@ -58,31 +58,26 @@ def _check_confidence(confidence: float) -> float:
 def wilson_interval(k: int, n: int, confidence: float = 0.95) -> Interval:
     """Wilson (1927) score interval for ``k`` successes in ``n`` independent trials.
 
-    It solves (p_hat - p)^2 = z^2 p (1 - p) / n for p, so unlike p_hat +- z*se it
-    stays in [0, 1] and does not collapse to a point at k = 0 or k = n. Without
-    continuity correction: coverage is the stated one on average over p.
+    It solves (p_hat - p)^2 = z^2 p (1 - p) / n for p, so unlike p_hat +- z*se it stays in
+    [0, 1] and does not collapse to a point at k = 0 or k = n. Without continuity correction:
+    coverage is the stated one on average over p. Raises ValueError if k of n is not a count.
     """
     if n < 1 or not 0 <= k <= n:
-        raise UserError(
-            f"{k} right of {n} is no count; k must lie in 0..n and n must be at least 1"
-        )
-    z = float(stats.norm.ppf(0.5 + _check_confidence(confidence) / 2))
-    p, shrink = k / n, 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / shrink
-    half = z / shrink * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
-    # At k = 0 and k = n the ends are exactly 0 and 1; rounding may miss them.
-    return Interval(p, 0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half)
+        raise ValueError(f"{k} right of {n} is not a count: k must lie in 0..n, and n above 0")
+    _check_confidence(confidence)
+    ends = stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
+    return Interval(k / n, float(ends.low), float(ends.high))
 
 
 def _outcomes(before: ArrayLike, after: ArrayLike) -> tuple[Bools, Bools]:
     was, now = np.asarray(before), np.asarray(after)
     if was.ndim != 1 or was.shape != now.shape or was.size == 0:
-        raise UserError(
+        raise ValueError(
             f"paired outcomes have shapes {was.shape} and {now.shape}; "
             "give two equally long, non-empty lists about the same items in the same order"
         )
     if not (np.isin(was, (0, 1)).all() and np.isin(now, (0, 1)).all()):
-        raise UserError("paired outcomes must be right or wrong (True/False or 1/0) for each item")
+        raise ValueError("paired outcomes must be right or wrong (True/False or 1/0) for each item")
     return was.astype(bool), now.astype(bool)
 
 
@@ -95,24 +90,25 @@ def paired_bootstrap(
     confidence: float = 0.95,
     strata: ArrayLike | None = None,
 ) -> Interval:
-    """Percentile bootstrap interval of accuracy(after) - accuracy(before), same items.
+    """Percentile bootstrap interval of accuracy(after) - accuracy(before) on the same items.
 
-    Drawing n items with replacement only matters through how many of them were
-    gained (wrong, then right), lost (right, then wrong) or unchanged: those three
-    counts are multinomial, so each resample is one multinomial draw whatever n is
-    (Efron & Tibshirani 1993, ch. 13). With ``strata`` (one label an item) items are
-    redrawn within their stratum, as fits a test set whose cell sizes were fixed.
+    A resample of n items with replacement only matters through how many of them were gained
+    (wrong, then right), lost (right, then wrong) or unchanged. These three counts are
+    multinomial, so a resample is one multinomial draw, however large n is (Efron & Tibshirani
+    1993, ch. 13). With ``strata`` (one label an item) items are redrawn within their stratum,
+    which fits a test set whose cells have fixed sizes.
 
-    If no item changed sides, every resample is 0 and so are both ends: the
-    bootstrap cannot see beyond its sample (:func:`compare` handles this case).
+    If no item changed sides, every resample is 0 and so are both ends: the bootstrap cannot see
+    beyond its sample (:func:`compare` handles this case). Raises ValueError if the outcomes are
+    not two equally long lists of right or wrong.
     """
     was, now = _outcomes(before, after)
     if samples < 1:
-        raise UserError(f"samples is {samples}, but at least 1 resample is needed; use 10000")
+        raise ValueError(f"samples is {samples}, but at least 1 resample is needed; use 10000")
     tail = (1 - _check_confidence(confidence)) / 2
     labels = np.zeros(was.shape, dtype=int) if strata is None else np.asarray(strata)
     if labels.shape != was.shape:
-        raise UserError(f"strata has shape {labels.shape}, but needs one label for each item")
+        raise ValueError(f"strata has shape {labels.shape}, but needs one label for each item")
     rng = np.random.default_rng(seed)
     net = np.zeros(samples)
     for label in np.unique(labels):
@@ -139,9 +135,7 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
 def over_seeds(values: Sequence[float], confidence: float = 0.95) -> SeedSummary:
     """Mean over runs with different seeds, sd (ddof = 1), and Student's t interval."""
     if len(values) < 2:
-        raise UserError(
-            f"a spread over seeds needs at least 2 runs, not {len(values)}; run more seeds"
-        )
+        raise ValueError(f"a spread over seeds needs at least 2 runs, not {len(values)}")
     n, mean, sd = len(values), float(np.mean(values)), float(np.std(values, ddof=1))
     half = float(stats.t.ppf(0.5 + _check_confidence(confidence) / 2, df=n - 1)) * sd / n**0.5
     return SeedSummary(n, mean, sd, mean - half, mean + half)
@@ -234,7 +228,7 @@ def _check_same_items(evaluations: Sequence[Evaluation]) -> None:
 def _difference(
     was: Bools, now: Bools, strata: NDArray[Any], samples: int, seed: int, confidence: float
 ) -> dict[str, Any]:
-    """One row of :func:`compare`."""
+    """One row of :func:`compare`, of outcomes and strata of shape (items,)."""
     gained, lost, n = int((now & ~was).sum()), int((was & ~now).sum()), was.size
     if gained + lost:
         interval = paired_bootstrap(
@@ -298,6 +292,37 @@ def compare(
     }
 
 
+def _stages_from_labels(labels: Sequence[str], columns: Sequence[str]) -> list[set[str]]:
+    named = [{x for x in columns if x in label.split()} for label in labels]
+    return named if any(named) else [set(), *(set(columns) for _ in labels[1:])]
+
+
+def _forgotten(
+    right: Bools,
+    taught: int,
+    labels: Sequence[str],
+    strata: NDArray[Any],
+    samples: int,
+    seed: int,
+    confidence: float,
+) -> dict[str, Any] | None:
+    """One difficulty of :func:`forgetting_matrix`: ``right`` is (evaluations, items), ``taught``
+    the first evaluation after its training."""
+    if taught >= len(labels) - 1:
+        return None
+    best = taught + int(right[taught:-1].mean(axis=1).argmax())
+    # Backwards in time, the last as "before" and the best as "after": a loss counts as positive.
+    row = _difference(right[-1], right[best], strata, samples, seed, confidence)
+    return {
+        "points": 100 * row["difference"],
+        "points_low": 100 * row["low"],
+        "points_high": 100 * row["high"],
+        "p_value": row["p_value"],
+        "significant": row["significant"],
+        "best": labels[best],
+    }
+
+
 def forgetting_matrix(
     evaluations: Sequence[Evaluation],
     trained: Sequence[Iterable[str]] | None = None,
@@ -306,19 +331,19 @@ def forgetting_matrix(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """Accuracy after each stage by difficulty, and how much of it the end has lost.
+    """Accuracy after each stage by difficulty, and how much of it was lost by the end.
 
-    ``evaluations`` are in the order of training, the first one before it, all of the
-    same items. ``trained[i]`` holds the difficulties trained since evaluation i - 1;
-    left out, it is read from labels such as "after basic", and labels that name no
-    difficulty at all mean that every stage trained all of them. Runs give it, since with
-    replay every stage trains every difficulty.
+    ``evaluations`` are in the order of training, the first one before it, all of the same
+    items. ``trained[i]`` holds the difficulties trained between evaluations i - 1 and i; without
+    it they are read from labels such as "after basic", and labels that name no difficulty at all
+    mean that every stage trained all of them. (Runs pass it, since with replay every stage
+    trains every difficulty.)
 
     Forgetting of difficulty j follows Chaudhry et al. 2018 (Riemannian Walk, eq. 3),
-    f_j = max_l a[l, j] - a[last, j], with l from the stage that trained j up to the
-    last but one: what was not yet taught cannot be forgotten. It is negative if
-    later stages helped, and None for what only the last stage trained. The paired
-    interval takes the best l as given, which flatters forgetting a little.
+    f_j = max_l a[l, j] - a[last, j], with l from the stage that trained j up to the last but
+    one: what was not yet taught cannot be forgotten. It is negative if later stages helped, and
+    None for what only the last stage trained. The paired interval takes the best l as given,
+    which makes forgetting look slightly too certain.
 
     Returns ``{"rows": labels, "columns": difficulties, "accuracy": [row][column],
     "n": {difficulty: items}, "forgetting": {difficulty: None or {"points", "points_low",
@@ -326,51 +351,32 @@ def forgetting_matrix(
     or None, "confidence"}``. Points are percentage points.
     """
     if not evaluations:
-        raise UserError("a forgetting matrix needs at least one evaluation; none was given")
+        raise ValueError("a forgetting matrix needs at least one evaluation; none was given")
     _check_same_items(evaluations)
     _check_confidence(confidence)
     labels = [evaluation.label for evaluation in evaluations]
     columns = difficulty_order(evaluations[0].difficulties)
-    if trained is None:
-        named = [[x for x in columns if x in label.split()] for label in labels]
-        trained = named if any(named) else [[], *([columns] * (len(labels) - 1))]
-    if len(trained) != len(labels):
-        raise UserError(
-            f"trained has {len(trained)} entries for {len(labels)} evaluations; give one for each"
+    stages = _stages_from_labels(labels, columns) if trained is None else list(map(set, trained))
+    if len(stages) != len(labels):
+        raise ValueError(
+            f"trained has {len(stages)} entries for {len(labels)} evaluations; give one for each"
         )
-    trained = [set(names) for names in trained]
     correct = np.array([evaluation.correct for evaluation in evaluations], dtype=bool)
     level, domain = np.array(evaluations[0].difficulties), np.array(evaluations[0].domains)
-    masks = {x: level == x for x in columns}
-    accuracy = np.stack([correct[:, masks[x]].mean(axis=1) for x in columns], axis=1)
-
-    def forgotten(column: int, difficulty: str) -> dict[str, Any] | None:
-        taught = next((i for i, names in enumerate(trained) if difficulty in names), len(labels))
-        if taught >= len(labels) - 1:
-            return None
-        best = taught + int(accuracy[taught:-1, column].argmax())
-        mask = masks[difficulty]
-        # Backwards in time (last, then best), so that what was lost counts as positive.
-        row = _difference(
-            correct[-1, mask], correct[best, mask], domain[mask], samples, seed, confidence
-        )
-        return {
-            "points": 100 * row["difference"],
-            "points_low": 100 * row["low"],
-            "points_high": 100 * row["high"],
-            "p_value": row["p_value"],
-            "significant": row["significant"],
-            "best": labels[best],
-        }
-
-    forgetting = {x: forgotten(column, x) for column, x in enumerate(columns)}
-    points = [cell["points"] for cell in forgetting.values() if cell is not None]
+    accuracy, forgetting = [], {}
+    for x in columns:
+        right = correct[:, level == x]
+        accuracy.append(right.mean(axis=1))
+        taught = next((i for i, names in enumerate(stages) if x in names), len(labels))
+        settings = (samples, seed, confidence)
+        forgetting[x] = _forgotten(right, taught, labels, domain[level == x], *settings)
+    known = [cell["points"] for cell in forgetting.values() if cell]
     return {
         "rows": labels,
         "columns": columns,
-        "accuracy": accuracy.tolist(),
-        "n": {x: int(masks[x].sum()) for x in columns},
+        "accuracy": np.stack(accuracy, axis=1).tolist(),
+        "n": {x: int((level == x).sum()) for x in columns},
         "forgetting": forgetting,
-        "mean_points": float(np.mean(points)) if points else None,
+        "mean_points": float(np.mean(known)) if known else None,
         "confidence": confidence,
     }
