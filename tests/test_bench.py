@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from cpugrpo_edu.cli import app, main
 from cpugrpo_edu.engine import c_kernel, int8
-from cpugrpo_edu.engine.hardware import new_record
+from cpugrpo_edu.record.run_record import new_record
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab import bench, bench_plots, peers, sweep
 from cpugrpo_edu.lab.bench import (

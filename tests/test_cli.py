@@ -102,7 +102,7 @@ def test_doctor_as_json():
 
 
 def test_doctor_fails_with_code_1(monkeypatch):
-    from cpugrpo_edu.engine.hardware import Check
+    from cpugrpo_edu.engine.doctor import Check
 
     monkeypatch.setattr(
         "cpugrpo_edu.engine.doctor.examine",

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cpugrpo_edu.engine import doctor as D
-from cpugrpo_edu.engine import hardware as H
 from cpugrpo_edu.engine import threads as T
+from cpugrpo_edu.record import machine as M
 
 
 def test_every_check_names_what_to_do():
@@ -34,10 +34,10 @@ def test_every_check_names_what_to_do():
 )
 def test_quotas(monkeypatch, quota, ok, words):
     monkeypatch.setattr(D, "cpu_quota", lambda: quota)
-    monkeypatch.setattr(H, "cpu_quota", lambda **_: quota)
+    monkeypatch.setattr(M, "cpu_quota", lambda **_: quota)
     found = D.check_limits()
     assert found.ok == ok and words in found.detail
-    assert H.usable_cpus() >= 1 and H.usable_cores() >= 1
+    assert M.usable_cpus() >= 1 and M.usable_cores() >= 1
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_quotas(monkeypatch, quota, ok, words):
     ],
 )
 def test_short_numbers(monkeypatch, flags, ok, words):
-    monkeypatch.setattr(H, "_cpuinfo", lambda: ("CPU", flags))
+    monkeypatch.setattr(M, "_cpuinfo", lambda: ("CPU", flags))
     found = D.check_numbers()
     assert found.ok == ok and words in found.detail
 
@@ -66,7 +66,7 @@ def test_blas(monkeypatch):
 
 def test_swap(monkeypatch):
     monkeypatch.setattr(D, "swap_pressure", lambda: "close other programs")
-    assert D.check_swap() == H.Check("swap", "warn", D.check_swap().detail, "close other programs")
+    assert D.check_swap() == D.Check("swap", "warn", D.check_swap().detail, "close other programs")
     monkeypatch.setattr(D, "swap_pressure", lambda: None)
     monkeypatch.setattr(D.psutil, "swap_memory", lambda: SimpleNamespace(used=0, total=0))
     assert D.check_swap().detail == "no swap"
@@ -87,15 +87,15 @@ def test_systems_without_proc_affinity_and_topology(monkeypatch, system):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.delattr(os, "statvfs", raising=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)  # this system's own needs it
-    monkeypatch.setattr(H.platform, "system", lambda: system)
-    monkeypatch.setattr(H.platform, "processor", lambda: "")
-    monkeypatch.setattr(H.psutil, "cpu_count", lambda logical=True: 8 if logical else None)
+    monkeypatch.setattr(M.platform, "system", lambda: system)
+    monkeypatch.setattr(M.platform, "processor", lambda: "")
+    monkeypatch.setattr(M.psutil, "cpu_count", lambda logical=True: 8 if logical else None)
     from cpugrpo_edu.engine import memory
     from cpugrpo_edu.record.files import check_output_folder
 
-    machine = H.describe_machine()
+    machine = M.describe_machine()
     assert machine.usable_cores >= 1 and machine.total_memory > 0
-    assert H.cpu_quota() is None and H.cgroup_memory() is None
+    assert M.cpu_quota() is None and M.cgroup_memory() is None
     assert memory.free_memory(2**40) > 0 and memory._own_high_water() == 0
     assert {c.ok for c in D.examine()} <= {"ok", "warn"}
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(TypeError(name)))
@@ -104,8 +104,8 @@ def test_systems_without_proc_affinity_and_topology(monkeypatch, system):
 
 
 def test_one_core(monkeypatch):
-    monkeypatch.setattr(H, "_affinity", lambda: [0])
-    assert H.usable_cpus() == H.usable_cores() == 1
+    monkeypatch.setattr(M, "_affinity", lambda: [0])
+    assert M.usable_cpus() == M.usable_cores() == 1
     assert {c.name: c.ok for c in D.examine()}["cores"] == "warn"
 
 

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from cpugrpo_edu.engine import doctor as D
 from cpugrpo_edu.engine import hardware as H
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record import machine as M
 from cpugrpo_edu.record.run_record import RunRecord
 
 GIB = 2**30
@@ -33,7 +35,7 @@ def group(tmp_path, line):
 def run_python(code, **env):
     command = [sys.executable, "-c", code]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **env}, cwd=H.PACKAGE.parent
+        command, capture_output=True, text=True, env={**os.environ, **env}, cwd=M.PACKAGE.parent
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -47,12 +49,12 @@ def test_cgroup_v2_takes_the_tightest_level(tmp_path):
     write(tmp_path / "fs" / "a", cpu__max="150000 100000", memory__max=4 * GIB)
     write(tmp_path / "fs" / "a", memory__current=3 * GIB, memory__stat=f"inactive_file {GIB}")
     write(tmp_path / "fs" / "a" / "b", cpu__max="max 100000", memory__max="max", memory__current=9)
-    assert H.cpu_quota(**where) == 1.5
-    assert H.cgroup_memory(**where) == (4 * GIB, 2 * GIB)  # cache counts as free
+    assert M.cpu_quota(**where) == 1.5
+    assert M.cgroup_memory(**where) == (4 * GIB, 2 * GIB)  # cache counts as free
     write(tmp_path / "fs" / "a" / "b", memory__max=GIB, memory__current=GIB + 5)
-    assert H.cgroup_memory(**where) == (GIB, 0)  # never negative
+    assert M.cgroup_memory(**where) == (GIB, 0)  # never negative
     write(tmp_path / "fs", cpu__max="50000 100000")
-    assert H.cpu_quota(**where) == 0.5
+    assert M.cpu_quota(**where) == 0.5
 
 
 def test_cgroup_v1(tmp_path):
@@ -64,32 +66,32 @@ def test_cgroup_v1(tmp_path):
     (memory / "memory.limit_in_bytes").write_text(str(2 * GIB))
     (memory / "memory.usage_in_bytes").write_text(str(GIB))
     (memory / "memory.stat").write_text("total_inactive_file 1024\ninactive_file 7\n")
-    assert H.cgroup_memory(**where) == (2 * GIB, GIB + 1024)
+    assert M.cgroup_memory(**where) == (2 * GIB, GIB + 1024)
     (memory / "memory.limit_in_bytes").write_text("9223372036854771712")
-    assert H.cgroup_memory(**where) is None
+    assert M.cgroup_memory(**where) is None
     for name, value in (("cpu.cfs_quota_us", -1), ("cpu.cfs_period_us", 100000)):
         (cpu / name).write_text(str(value))
-    assert H.cpu_quota(**where) is None
+    assert M.cpu_quota(**where) is None
     (cpu / "cpu.cfs_quota_us").write_text("300000")
-    assert H.cpu_quota(**where) == 3
+    assert M.cpu_quota(**where) == 3
 
 
 def test_no_cgroups_no_limits(tmp_path):
     where = {"root": tmp_path, "proc": tmp_path / "absent"}
-    assert H.cpu_quota(**where) is None and H.cgroup_memory(**where) is None
+    assert M.cpu_quota(**where) is None and M.cgroup_memory(**where) is None
     where = group(tmp_path, "0::/")
     write(tmp_path / "fs", memory__max="", cpu__max="garbage")
-    assert H.cpu_quota(**where) is None and H.cgroup_memory(**where) is None
+    assert M.cpu_quota(**where) is None and M.cgroup_memory(**where) is None
 
 
 def test_available_memory_is_the_smaller(monkeypatch):
     memory = SimpleNamespace(available=8 * GIB, total=16 * GIB)
-    monkeypatch.setattr(H.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(M.psutil, "virtual_memory", lambda: memory)
     for group_memory, free in ((None, 8), ((4 * GIB, 3 * GIB), 3), ((32 * GIB, 20 * GIB), 8)):
-        monkeypatch.setattr(H, "cgroup_memory", lambda g=group_memory: g)
-        assert H.available_memory() == free * GIB
-    monkeypatch.setattr(H, "cgroup_memory", lambda: (4 * GIB, 3 * GIB))
-    assert H.describe_machine().total_memory == 4 * GIB
+        monkeypatch.setattr(M, "cgroup_memory", lambda g=group_memory: g)
+        assert M.available_memory() == free * GIB
+    monkeypatch.setattr(M, "cgroup_memory", lambda: (4 * GIB, 3 * GIB))
+    assert M.describe_machine().total_memory == 4 * GIB
 
 
 # --- cores
@@ -103,37 +105,37 @@ def topology(tmp_path, siblings):
 
 def test_hyperthreads_share_a_core(tmp_path, monkeypatch):
     folder = topology(tmp_path, ["0,2", "1,3", "0,2", "1,3"])
-    monkeypatch.setattr(H, "cpu_quota", lambda: None)
+    monkeypatch.setattr(M, "cpu_quota", lambda: None)
     for affinity, cores in (([0, 1, 2, 3], 2), ([0, 2], 1), ([3], 1), ([1, 2], 2)):
-        monkeypatch.setattr(H, "_affinity", lambda a=affinity: a)
-        assert H.usable_cores(folder) == cores
-        assert H.usable_cpus() == len(affinity)
+        monkeypatch.setattr(M, "_affinity", lambda a=affinity: a)
+        assert M.usable_cores(folder) == cores
+        assert M.usable_cpus() == len(affinity)
 
 
 @pytest.mark.parametrize(
     ("quota", "cores"), [(0.1, 1), (1.0, 1), (1.9, 1), (2.0, 2), (64, 4), (None, 4)]
 )
 def test_quota_limits_cores_but_never_to_zero(tmp_path, monkeypatch, quota, cores):
-    monkeypatch.setattr(H, "_affinity", lambda: [0, 1, 2, 3])
-    monkeypatch.setattr(H, "cpu_quota", lambda: quota)
-    assert H.usable_cores(topology(tmp_path, "0123")) == H.usable_cpus() == cores
+    monkeypatch.setattr(M, "_affinity", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(M, "cpu_quota", lambda: quota)
+    assert M.usable_cores(topology(tmp_path, "0123")) == M.usable_cpus() == cores
 
 
 def test_cores_without_topology_or_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(H, "cpu_quota", lambda: None)
-    monkeypatch.setattr(H, "_affinity", lambda: [0, 1, 2, 3])
-    monkeypatch.setattr(H.psutil, "cpu_count", lambda logical=True: None)  # some containers
-    assert H.usable_cores(tmp_path / "absent") == 4
-    monkeypatch.setattr(H.psutil, "cpu_count", lambda logical=True: 2)
-    assert H.usable_cores(tmp_path / "absent") == 2
+    monkeypatch.setattr(M, "cpu_quota", lambda: None)
+    monkeypatch.setattr(M, "_affinity", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(M.psutil, "cpu_count", lambda logical=True: None)  # some containers
+    assert M.usable_cores(tmp_path / "absent") == 4
+    monkeypatch.setattr(M.psutil, "cpu_count", lambda logical=True: 2)
+    assert M.usable_cores(tmp_path / "absent") == 2
 
 
 def test_affinity_where_the_system_has_none(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert H._affinity() == [0, 1, 2]
+    assert M._affinity() == [0, 1, 2]
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert H._affinity() == [0]
+    assert M._affinity() == [0]
 
 
 # --- instruction sets
@@ -154,10 +156,10 @@ X86 = "processor: 0\nmodel name: Some CPU @ 3 GHz\nflags: fpu avx2 {}\n\nprocess
 )
 def test_native_bfloat16_needs_its_own_flag(tmp_path, monkeypatch, text, native):
     write(tmp_path, cpuinfo=text)
-    info = H._cpuinfo(tmp_path / "cpuinfo")
-    monkeypatch.setattr(H, "_cpuinfo", lambda: info)
-    assert H.native_bfloat16() is native
-    machine = H.describe_machine()
+    info = M._cpuinfo(tmp_path / "cpuinfo")
+    monkeypatch.setattr(M, "_cpuinfo", lambda: info)
+    assert M.native_bfloat16() is native
+    machine = M.describe_machine()
     assert machine.native_bfloat16 is native
     assert "AVX2" in machine.isa or "NEON" in machine.isa
     assert ("AVX-512" in machine.isa) == ("avx512f" in text)
@@ -167,15 +169,15 @@ def test_native_bfloat16_needs_its_own_flag(tmp_path, monkeypatch, text, native)
 def test_without_proc_torch_is_asked(tmp_path, monkeypatch):
     backend = SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: "AVX2"))
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(backends=backend))
-    name, flags = H._cpuinfo(tmp_path / "absent")
+    name, flags = M._cpuinfo(tmp_path / "absent")
     assert name and flags == {"avx2"}
 
 
 def test_machine_goes_into_a_record(tmp_path):
-    machine = H.describe_machine()
+    machine = M.describe_machine()
     assert 1 <= machine.usable_cores <= machine.logical_cores
     assert 0 < machine.available_memory <= machine.total_memory
-    record = RunRecord("t", "now", 0, "c", machine.to_json(), H.versions(), {})
+    record = RunRecord("t", "now", 0, "c", machine.to_json(), M.versions(), {})
     path = record.save(tmp_path / "record.json")
     assert RunRecord.load(path) == record
 
@@ -252,15 +254,15 @@ def test_refuses_thread_counts(bad):
 
 
 def test_versions_of_what_is_and_is_not_there(monkeypatch):
-    monkeypatch.setattr(H, "CORE_PACKAGES", ("psutil", "surely-not-a-package"))
-    found = H.versions()
+    monkeypatch.setattr(M, "CORE_PACKAGES", ("psutil", "surely-not-a-package"))
+    found = M.versions()
     assert found["psutil"] == importlib.metadata.version("psutil")
     assert found["surely-not-a-package"] == "missing" and found["python"].startswith("3.")
 
 
 def test_git_commit(tmp_path, monkeypatch):
-    assert H.git_commit(tmp_path) == "unknown"  # no repository
-    assert H.git_commit(tmp_path / "absent") == "unknown"
+    assert M.git_commit(tmp_path) == "unknown"  # no repository
+    assert M.git_commit(tmp_path / "absent") == "unknown"
 
     def git(*words):
         who = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
@@ -269,30 +271,30 @@ def test_git_commit(tmp_path, monkeypatch):
 
     git("init")
     write(tmp_path, code="1")
-    assert H.git_commit(tmp_path) == "unknown"  # nothing committed
+    assert M.git_commit(tmp_path) == "unknown"  # nothing committed
     git("add", "code")
     git("commit", "-m", "one")
     head = git("rev-parse", "HEAD")
-    assert H.git_commit(tmp_path) == head
+    assert M.git_commit(tmp_path) == head
     environment = write(tmp_path / "venv", module="x")
-    assert H.git_commit(tmp_path) == head  # untracked files do not make it dirty
-    assert H.git_commit(environment) == "unknown"  # installed inside somebody's repository
+    assert M.git_commit(tmp_path) == head  # untracked files do not make it dirty
+    assert M.git_commit(environment) == "unknown"  # installed inside somebody's repository
     write(tmp_path, code="2")
-    assert H.git_commit(tmp_path) == head + "+dirty"
+    assert M.git_commit(tmp_path) == head + "+dirty"
     monkeypatch.setenv("PATH", "")
-    assert H.git_commit(tmp_path) == "unknown"  # git is not installed
+    assert M.git_commit(tmp_path) == "unknown"  # git is not installed
 
 
 # --- doctor
 
 
 def check(name):
-    (found,) = [c for c in H.doctor() if c.name == name]
+    (found,) = [c for c in D.installation() if c.name == name]
     return found
 
 
 def test_doctor_always_says_how_to_mend():
-    checks = H.doctor()
+    checks = D.installation()
     assert len({c.name for c in checks}) == len(checks) == 10
     for c in checks:
         assert c.ok in ("ok", "warn", "fail") and c.detail
@@ -300,25 +302,26 @@ def test_doctor_always_says_how_to_mend():
 
 
 def test_doctor_on_the_bundled_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(H, "BUNDLED_MODEL", tmp_path / "model.safetensors")
+    monkeypatch.setattr(D, "BUNDLED_MODEL", tmp_path / "model.safetensors")
     assert check("bundled model").ok == "fail"
-    H.BUNDLED_MODEL.write_bytes(b"x")
+    D.BUNDLED_MODEL.write_bytes(b"x")
     assert check("bundled model").ok == "ok"
 
 
 @pytest.mark.parametrize(("gib", "ok"), [(8, "ok"), (1.5, "warn"), (0.5, "fail")])
 def test_doctor_on_memory_and_disk(monkeypatch, gib, ok):
-    monkeypatch.setattr(H, "available_memory", lambda: int(gib * GIB))
+    monkeypatch.setattr(M, "available_memory", lambda: int(gib * GIB))
     assert check("memory").ok == ok
     free = SimpleNamespace(free=int(gib / 4 * GIB) if ok == "fail" else gib * GIB)
-    monkeypatch.setattr(H.shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(D.shutil, "disk_usage", lambda _: free)
     assert check("disk").ok == ok
 
 
 def test_doctor_on_one_core_and_threads(monkeypatch):
     import torch
 
-    monkeypatch.setattr(H, "usable_cores", lambda: 1)
+    for module in (M, D):
+        monkeypatch.setattr(module, "usable_cores", lambda: 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert check("cores").ok == "warn" and check("threads").ok == "ok"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
@@ -331,20 +334,20 @@ def test_doctor_on_instruction_sets(monkeypatch):
         ({"avx512f", "avx512_bf16"}, "ok", "; native bfloat16"),
         ({"sse2"}, "warn", "unknown"),
     ):
-        monkeypatch.setattr(H, "_cpuinfo", lambda f=flags: ("CPU", f))
+        monkeypatch.setattr(M, "_cpuinfo", lambda f=flags: ("CPU", f))
         found = check("instruction set")
         assert found.ok == ok and said in found.detail
 
 
 def test_doctor_on_an_unwritable_temporary_folder(monkeypatch):
-    monkeypatch.setattr(H.tempfile, "gettempdir", lambda: "/surely/not/there")
+    monkeypatch.setattr(D.tempfile, "gettempdir", lambda: "/surely/not/there")
     assert check("temporary folder").ok == "fail"
 
 
 def test_doctor_on_old_python_and_torch(monkeypatch):
     import torch
 
-    monkeypatch.setattr(H, "MINIMUM_PYTHON", (3, 99))
+    monkeypatch.setattr(D, "MINIMUM_PYTHON", (3, 99))
     assert check("python").ok == "fail"
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert check("torch").ok == "warn"
@@ -352,7 +355,7 @@ def test_doctor_on_old_python_and_torch(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
     assert check("torch").ok == "ok"
     monkeypatch.setitem(sys.modules, "torch", None)  # import raises ImportError
-    assert H._check_torch().ok == "fail"
+    assert D._check_torch().ok == "fail"
 
 
 def test_doctor_on_packages_and_pins(monkeypatch):
@@ -370,6 +373,6 @@ def test_doctor_on_packages_and_pins(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "requires", uninstalled)
     assert check("packages").ok == "warn"
-    monkeypatch.setattr(H, "CORE_PACKAGES", ("psutil", "surely-not-a-package"))
+    monkeypatch.setattr(M, "CORE_PACKAGES", ("psutil", "surely-not-a-package"))
     found = check("packages")
     assert found.ok == "fail" and found.mend == "pip install surely-not-a-package"

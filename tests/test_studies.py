@@ -14,7 +14,7 @@ from command_line import invoke
 from lab_fixtures import ARGUMENTS, CHROMIUM, needs_browser
 
 from cpugrpo_edu.engine import hardware
-from cpugrpo_edu.engine.hardware import new_record
+from cpugrpo_edu.record.run_record import new_record
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.studies import ablations, common, cpu_or_gpu, generalisation, quantization
 from cpugrpo_edu.lab.studies.common import Pieces, Setting

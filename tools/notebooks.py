@@ -26,8 +26,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cpugrpo_edu.engine.hardware import new_record
 from cpugrpo_edu.notebook import head
+from cpugrpo_edu.record.run_record import new_record
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "records" / "notebooks"

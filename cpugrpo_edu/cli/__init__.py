@@ -124,7 +124,7 @@ def check_seed(value: int) -> int:
 
 def fewer_threads(model: str) -> int | None:
     """Threads to use where fewer than all cores are faster, measured once; else None."""
-    from cpugrpo_edu.engine.hardware import usable_cores
+    from cpugrpo_edu.record.machine import usable_cores
     from cpugrpo_edu.engine.threads import fastest_threads
 
     try:
@@ -274,7 +274,8 @@ def run(
 
     `cpugrpo run --model Qwen/Qwen2-0.5B-Instruct --lora 16 --dtype int8 --data openai/gsm8k`
     """
-    from cpugrpo_edu.engine.hardware import GIB, configure_threads
+    from cpugrpo_edu.engine.hardware import configure_threads
+    from cpugrpo_edu.record.machine import GIB
 
     if profile not in PROFILES:
         raise UserError(f"unknown profile {profile!r}; allowed are {', '.join(PROFILES)}")
@@ -729,7 +730,7 @@ def give(
 @bench.command("machine")
 def bench_machine(output: Record = None, as_json: Json = False) -> None:
     """What this machine could at best do: arithmetic and memory."""
-    from cpugrpo_edu.engine.hardware import new_record
+    from cpugrpo_edu.record.run_record import new_record
     from cpugrpo_edu.lab.bench import run_worker
 
     record = new_record("bench-machine", {}, {"floors": run_worker("floors")})
@@ -866,7 +867,7 @@ def bench_sweep_command(
 @bench.command("train")
 def bench_train(output: Record = None, as_json: Json = False) -> None:
     """Steps of the bundled model's default run with each rollout engine."""
-    from cpugrpo_edu.engine.hardware import new_record
+    from cpugrpo_edu.record.run_record import new_record
     from cpugrpo_edu.lab.bench import TRAIN_HEADER, run_worker, train_rows
 
     record = new_record("bench-train", {}, {"engines": run_worker("bundled", show_progress)})

@@ -2,24 +2,156 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
 import psutil
 
-from cpugrpo_edu.engine.hardware import (
+from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
+from cpugrpo_edu.engine.memory import swap_pressure
+from cpugrpo_edu.engine.threads import choose, measured
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.machine import (
+    DISTRIBUTION,
     GIB,
-    Check,
     cgroup_memory,
     cpu_quota,
     describe_machine,
+    native_bfloat16,
     usable_cores,
     usable_cpus,
     versions,
 )
-from cpugrpo_edu.engine.hardware import doctor as installation
-from cpugrpo_edu.engine.memory import swap_pressure
-from cpugrpo_edu.engine.threads import choose, measured
-from cpugrpo_edu.errors import UserError
 
+MINIMUM_PYTHON = (3, 11)
 SHOWN = ("torch", "transformers", "trl", "peft", "datasets")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding of the doctor; ``mend`` says what to do and is empty when all is well."""
+
+    name: str
+    ok: Literal["ok", "warn", "fail"]
+    detail: str
+    mend: str = ""
+
+
+def _judge(name: str, value: float, warn: float, fail: float, detail: str, mend: str) -> Check:
+    """Less than ``fail`` fails, less than ``warn`` warns."""
+    if value >= warn:
+        return Check(name, "ok", detail)
+    return Check(name, "fail" if value < fail else "warn", detail, mend)
+
+
+def _check_python() -> Check:
+    detail = platform.python_version()
+    if tuple(sys.version_info) >= MINIMUM_PYTHON:
+        return Check("python", "ok", detail)
+    return Check("python", "fail", detail, "install Python 3.11 or newer")
+
+
+def _check_torch() -> Check:
+    try:
+        import torch
+    except ImportError as error:
+        return Check("torch", "fail", str(error), "pip install torch")
+    detail = f"{torch.__version__}, {torch.get_num_threads()} threads"
+    if torch.version.cuda or getattr(torch.version, "hip", None):
+        mend = "works, but the CPU build of torch is several times smaller"
+        return Check("torch", "warn", detail + ", GPU build", mend)
+    return Check("torch", "ok", detail + ", CPU build")
+
+
+def _check_packages() -> Check:
+    missing = [name for name, version in versions().items() if version == "missing"]
+    missing = [name for name in missing if name != DISTRIBUTION]
+    if missing:
+        detail = "missing: " + ", ".join(missing)
+        return Check("packages", "fail", detail, "pip install " + " ".join(missing))
+    try:
+        required = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        detail = "all present; the package itself runs uninstalled, so its pins are unknown"
+        return Check("packages", "warn", detail, "pip install -e . in the repository")
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for need in map(Requirement, required):
+        if need.marker and not need.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            have = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            have = "missing"
+        if have == "missing" or not need.specifier.contains(have, prereleases=True):
+            wrong.append(f"{need.name} is {have}, needed {need.specifier or 'any'}")
+    if wrong:
+        mend = f"pip install --upgrade {DISTRIBUTION}, in a fresh environment if that conflicts"
+        return Check("packages", "fail", "; ".join(wrong), mend)
+    return Check("packages", "ok", f"{len(required)} requirements met")
+
+
+def _check_threads() -> Check:
+    cores = usable_cores()
+    threads = int(sys.modules["torch"].get_num_threads()) if "torch" in sys.modules else cores
+    detail = f"torch uses {threads} threads on {cores} usable cores"
+    if threads == cores:
+        return Check("threads", "ok", detail)
+    return Check("threads", "warn", detail, "call configure_threads() before other work")
+
+
+def _check_isa() -> Check:
+    isa = describe_machine().isa
+    detail = ", ".join(isa) or "unknown instruction set"
+    if native_bfloat16():
+        return Check("instruction set", "ok", detail + "; native bfloat16")
+    detail += "; no native bfloat16"
+    if {"AVX2", "AVX-512", "NEON"} & set(isa):
+        return Check("instruction set", "ok", detail + ": keep float32 for training")
+    return Check("instruction set", "warn", detail, "expect slow matrix products on this CPU")
+
+
+def _check_disk_and_temp() -> list[Check]:
+    folder = tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+        temp = Check("temporary folder", "ok", f"{folder} is writable")
+    except OSError as error:
+        temp = Check("temporary folder", "fail", str(error), "set TMPDIR to a writable folder")
+    free = shutil.disk_usage(Path.cwd()).free
+    detail = f"{free / GIB:.1f} GiB free in the working folder"
+    return [_judge("disk", free, 2 * GIB, 0.2 * GIB, detail, "free some disk space"), temp]
+
+
+def installation() -> list[Check]:
+    """Checks of the installation and the machine's basics."""
+    machine = describe_machine()
+    have = f"{machine.available_memory / GIB:.1f} of {machine.total_memory / GIB:.1f} GiB available"
+    mend = "close other programs, or keep to the bundled model"
+    bundled = Check("bundled model", "ok", f"{BUNDLED_MODEL.name} present")
+    if not BUNDLED_MODEL.exists():
+        how = "reinstall the package, or rebuild the model as its model card says"
+        bundled = Check("bundled model", "fail", f"{BUNDLED_MODEL} is missing", how)
+    cores = f"{machine.usable_cores} usable of {machine.physical_cores} physical, {machine.cpu}"
+    return [
+        _check_python(),
+        _check_torch(),
+        _check_packages(),
+        _judge("cores", machine.usable_cores, 2, 1, cores, "allow the process a second core"),
+        _judge("memory", machine.available_memory, 2 * GIB, GIB, have, mend),
+        _check_isa(),
+        _check_threads(),
+        *_check_disk_and_temp(),
+        bundled,
+    ]
 
 
 def examine() -> list[Check]:

@@ -36,10 +36,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.bf16 import product_of
-from cpugrpo_edu.engine.hardware import native_bfloat16
 from cpugrpo_edu.engine.int8 import _linear_dynamic, _pack, quantize_tensor, usable_kernel
 from cpugrpo_edu.engine.memory import trim_heap
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.machine import native_bfloat16
 
 KERNELS = ("packed", "compiled", "exact")
 

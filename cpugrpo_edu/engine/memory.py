@@ -21,8 +21,9 @@ from typing import Any, Literal, TypeVar
 
 import psutil
 
-from cpugrpo_edu.engine.hardware import BUNDLED_MODEL, GIB, available_memory, usable_cpus
+from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.machine import GIB, available_memory, usable_cpus
 
 __all__ = [
     "Architecture",

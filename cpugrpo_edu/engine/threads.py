@@ -17,10 +17,11 @@ from typing import Any
 
 import psutil
 
-from cpugrpo_edu.engine.hardware import BUNDLED_MODEL, describe_machine, usable_cores
+from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
 from cpugrpo_edu.engine.memory import Architecture, trim_heap
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.files import cache_folder, remembered
+from cpugrpo_edu.record.machine import describe_machine, usable_cores
 
 CLEARLY = 0.9
 """Use fewer threads only if they take less than this share of the time with all cores: timings

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cpugrpo_edu.engine.decode import sample
-from cpugrpo_edu.engine.hardware import BUNDLED_MODEL, native_bfloat16
+from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
 from cpugrpo_edu.engine.int8_base import is_frozen, load_frozen
 from cpugrpo_edu.engine.memory import ensure_fits, estimate_model_bytes
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.policy import Policy
+from cpugrpo_edu.record.machine import native_bfloat16
 
 BUNDLED = BUNDLED_MODEL.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

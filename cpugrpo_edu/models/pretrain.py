@@ -251,8 +251,8 @@ def make_model(
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> dict[str, Any]:
     """Pretrain, score the result on held-out problems, and write its model card."""
-    from cpugrpo_edu.engine.hardware import describe_machine, versions
     from cpugrpo_edu.models.load import load_policy
+    from cpugrpo_edu.record.machine import describe_machine, versions
 
     check_settings(config)
     if per_cell < 1:

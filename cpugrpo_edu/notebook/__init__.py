@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
 
-from cpugrpo_edu.engine.hardware import configure_threads, versions
+from cpugrpo_edu.engine.hardware import configure_threads
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.machine import versions
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.show.palette import (
     BLUE,

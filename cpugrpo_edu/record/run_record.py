@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.files import write_text
+from cpugrpo_edu.record.machine import describe_machine, git_commit, versions
 
 
 @dataclass
@@ -48,3 +50,22 @@ class RunRecord:
                 f"cannot read a run record from {path}: {error}; "
                 "give the record.json that a cpugrpo command wrote"
             ) from error
+
+
+def new_record(
+    kind: str, config: dict[str, Any], results: dict[str, Any], seed: int = 0
+) -> RunRecord:
+    """A record of what was just measured: date, commit, versions and machine filled in.
+
+    ``config`` and ``results`` are kept as JSON gives them back.
+    """
+    return RunRecord(
+        kind=kind,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seed=seed,
+        commit=git_commit(),
+        machine=describe_machine().to_json(),
+        versions=versions(),
+        config=json.loads(json.dumps(config)),
+        results=json.loads(json.dumps(results)),
+    )

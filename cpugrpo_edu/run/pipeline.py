@@ -30,11 +30,9 @@ from cpugrpo_edu.curriculum import Stage, select_problems, stage_problems
 from cpugrpo_edu.data import Evaluation, Problem
 from cpugrpo_edu.engine import c_kernel, int8_base, ranks
 from cpugrpo_edu.engine.fisher import estimate_fisher
-from cpugrpo_edu.engine.hardware import (
-    GIB,
-    configure_threads,
-    new_record,
-)
+from cpugrpo_edu.engine.hardware import configure_threads
+from cpugrpo_edu.record.machine import GIB
+from cpugrpo_edu.record.run_record import new_record
 from cpugrpo_edu.engine.int8 import quantization_report, quantize_for_rollout, usable_kernel
 from cpugrpo_edu.engine.memory import (
     PeakMemory,
