@@ -74,7 +74,7 @@ def test_pause_go_on_stop_and_resume_act_on_the_run(tmp_path):
     assert dashboard.resume.disabled and not dashboard.stop.disabled
     until(lambda: steps(folder) >= 1)
     dashboard.pause.value = True
-    assert dashboard.pause.description == "Go on"
+    assert dashboard.pause.description == "Continue"
     until(lambda: dashboard.control.waiting)
     done = steps(folder)
     time.sleep(1.5)  # several steps' time
@@ -85,7 +85,7 @@ def test_pause_go_on_stop_and_resume_act_on_the_run(tmp_path):
     dashboard.stop.click()
     dashboard.wait(120)
     assert not dashboard.running and isinstance(dashboard.error, Interrupted)
-    assert "Resume goes on" in dashboard.status.value
+    assert "Press Resume to continue" in dashboard.status.value
     assert not (folder / "record.json").exists()
     assert not dashboard.resume.disabled and dashboard.stop.disabled and dashboard.pause.disabled
     dashboard.resume.click()

@@ -12,7 +12,7 @@ from cpugrpo_edu.data import Problem
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.load import BUNDLED
 from cpugrpo_edu.notebook.playground import Answer, Playground, find_models, judge, playground
-from cpugrpo_edu.tasks import split_of
+from cpugrpo_edu.tasks import get_task, split_of
 
 
 @pytest.fixture
@@ -119,7 +119,9 @@ def test_saved_models_are_offered_and_a_run_folder_means_its_model(tmp_path, mon
 
 
 def test_step_marks_and_verdict():
-    problem = Problem("x", "arithmetic", "basic", "Compute 21+5+13.", "39", "21+5=26\n26+13=39")
+    solution = "21+5=26\n26+13=39"
+    fields = ("x", "arithmetic", "basic", "Compute 21+5+13.", "39", solution)
+    problem = Problem(*fields, task=get_task("arithmetic"))
     text = "21+5=26\n26+13=38\n#### 38 <b>"
     correct, report = judge(problem, text)
     shown = module.answer_html(Answer(text, 9, True, correct, report), problem)

@@ -1,10 +1,10 @@
-"""A run watched and steered from a notebook.
+"""Start, watch and steer a run from a notebook.
 
     from cpugrpo_edu.notebook.dashboard import train
     train("runs/live", per_cell=30)
 
-The run goes on in a thread, so the notebook stays usable; the buttons pause it, stop it
-and go on with it. ``watch("runs/live")`` only looks at a run that something else does.
+The run works in a thread, so the notebook stays usable; buttons pause, stop and resume it.
+``watch("runs/live")`` only shows a run that another process does.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ SAMPLES = 3
 def train(
     output: str | Path, config: RunConfig | None = None, *, resume: bool = False, **settings: Any
 ) -> Dashboard:
-    """Begin a run in a thread and return its dashboard, which a notebook shows.
+    """Begin a run in a thread and return its dashboard, which a notebook displays.
 
-    ``settings`` are fields of ``RunConfig``, if no ``config`` is given. With
-    ``resume`` the run in ``output`` goes on.
+    ``settings`` are fields of ``RunConfig``, if no ``config`` is given. With ``resume`` it
+    continues the run in ``output``. Raises UserError for settings that do not exist.
     """
     from cpugrpo_edu.run.config import RunConfig
 
@@ -57,9 +57,9 @@ def watch(output: str | Path, interval: float = 3.0) -> Dashboard:
 
 
 class Dashboard:
-    """Widgets over a run's folder; with a ``config`` its buttons do the run and steer it.
+    """Widgets that show a run's folder; with a ``config``, buttons that do and steer the run.
 
-    ``error`` is what ended the run, if anything did, and ``record`` its result.
+    ``error`` is what ended the run early, if anything did, and ``record`` its result.
     """
 
     def __init__(self, output: str | Path, config: RunConfig | None = None, interval: float = 3.0):
@@ -77,7 +77,7 @@ class Dashboard:
         self.numbers, self.plots, self.samples = w.HTML(), w.HTML(), w.HTML()
         self.pause = w.ToggleButton(description="Pause", tooltip="Wait after this step")
         self.stop = w.Button(description="Stop", tooltip="Save after this step and end")
-        self.resume = w.Button(description="Resume", tooltip="Go on with the stopped run")
+        self.resume = w.Button(description="Resume", tooltip="Continue the stopped run")
         self.pause.observe(self._on_pause, names="value")
         self.stop.on_click(lambda _: self._on_stop())
         self.resume.on_click(lambda _: self.begin(resume=True))
@@ -90,7 +90,7 @@ class Dashboard:
         self._drawing = threading.Lock()
         self._enable(running=False)
 
-    # Doing the run
+    # The run
 
     @property
     def running(self) -> bool:
@@ -123,11 +123,11 @@ class Dashboard:
             ending = f"Complete. Report: {self.output / 'report.html'}"
         except Interrupted as error:
             self.error = error
-            ending = f"{str(error).capitalize()}; saved. Resume goes on."
+            ending = f"{str(error).capitalize()}; saved. Press Resume to continue."
         except UserError as error:
             self.error = error
             ending = f"Ended: {error}"
-        except BaseException as error:  # a thread's traceback would be seen by nobody
+        except BaseException as error:  # nobody would see the traceback of a thread
             self.error = error
             ending = f"Ended by {type(error).__name__}: {error}"
         self._end.set()
@@ -136,12 +136,12 @@ class Dashboard:
         self._enable(running=False)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until the run has ended, or ``timeout`` seconds are over."""
+        """Wait until the run has ended, at most ``timeout`` seconds."""
         if self._run is not None:
             self._run.join(timeout)
 
     def close(self) -> None:
-        """Look no more; a run that is going on is not touched."""
+        """Stop watching; the run itself continues."""
         self._end.set()
 
     # The buttons
@@ -153,14 +153,14 @@ class Dashboard:
         self.resume.disabled = running or complete or not resumable
 
     def _on_pause(self, change: Any) -> None:
-        self.pause.description = "Go on" if change["new"] else "Pause"
+        self.pause.description = "Continue" if change["new"] else "Pause"
         if change["new"]:
             self.control.pause()
             self.say("Pausing after this step …")
         else:
             self.control.go_on()
             if self.running:
-                self.say("Going on …")
+                self.say("Continuing …")
 
     def _on_stop(self) -> None:
         self.control.stop()
@@ -168,13 +168,13 @@ class Dashboard:
         self.pause.disabled = self.stop.disabled = True
         self.say("Stopping after this step …")
 
-    # Showing it
+    # What it shows
 
     def say(self, text: str) -> None:
         self.status.value = f'<p role="status"><b>{html.escape(text)}</b></p>'
 
     def follow(self) -> None:
-        """Draw from a thread whenever the file of metrics has grown."""
+        """Redraw from a thread whenever the metrics file has grown."""
         if self._watch is not None and self._watch.is_alive():
             self._end.set()
             self._watch.join()
@@ -186,11 +186,11 @@ class Dashboard:
         self.refresh()
         while not end.wait(self.interval):
             if self.control.waiting and self.running:
-                self.say("Paused; memory is kept. Go on continues, Stop saves and ends.")
+                self.say("Paused; memory is kept. Press Continue, or Stop to save and end.")
             self.refresh()
 
     def refresh(self) -> None:
-        """Draw again if the file has changed."""
+        """Redraw if the metrics file has changed."""
         path = self.output / "metrics.jsonl"
         with self._drawing:
             size = path.stat().st_size if path.exists() else 0
@@ -198,7 +198,7 @@ class Dashboard:
                 return
             try:
                 metrics = read_metrics(path)
-            except UserError as error:  # caught between two writes, or no metrics at all
+            except UserError as error:  # the file is being replaced, or holds something else
                 self.say(str(error))
                 return
             if not metrics:
@@ -252,7 +252,7 @@ def samples_html(metrics: Sequence[Metrics]) -> str:
 
 
 class StatusDisplay(ProgressDisplay):
-    """Progress as one line of text, handed over at most twice a second."""
+    """Progress as one line of text, passed to ``say`` at most twice a second."""
 
     def __init__(self, say: Callable[[str], None]):
         super().__init__(quiet=True)

@@ -1,7 +1,6 @@
-"""Two models, one prompt, side by side, judged by the verifier.
+"""One prompt to two models, their answers side by side and judged by the verifier.
 
-from cpugrpo_edu.notebook.playground import playground
-playground()
+In a notebook: ``from cpugrpo_edu.notebook.playground import playground``, then ``playground()``.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ TYPED = "typed"
 
 
 def playground(runs: str | Path = "runs") -> Playground:
-    """The widget; it offers the bundled model and every model saved below ``runs``."""
+    """The widget, which offers the bundled model and every model saved below ``runs``."""
     return Playground(runs)
 
 
@@ -41,7 +40,7 @@ class Answer:
 
 
 def find_models(runs: str | Path) -> list[str]:
-    """``bundled`` and the folders below ``runs`` that hold a model, newest run first."""
+    """``bundled``, then the folders below ``runs`` that hold a model, newest first."""
     found = [path.parent for path in Path(runs).glob("**/config.json")]
     found = [path for path in found if (path / "model.safetensors").exists()]
     newest = sorted(found, key=lambda path: (path / "config.json").stat().st_mtime, reverse=True)
@@ -49,7 +48,7 @@ def find_models(runs: str | Path) -> list[str]:
 
 
 def model_folder(name: str) -> str:
-    """What was chosen: a run's output folder stands for the model that the run trained."""
+    """The chosen model; a run's output folder stands for the model that the run trained."""
     name = name.strip()
     inside = Path(name) / "model"
     if name and not (Path(name) / "config.json").exists() and inside.is_dir():
@@ -59,7 +58,8 @@ def model_folder(name: str) -> str:
 
 @lru_cache(maxsize=2)
 def cached_policy(name: str, changed: float) -> Policy:
-    """The two models used last; ``changed`` (time of the weights) tells an overwritten one."""
+    """Keep the two models used last; ``changed``, the time of the weights, tells when a folder
+    holds another model than before."""
     from cpugrpo_edu.models.load import check_policy, load_policy
 
     policy = load_policy(name)
@@ -82,9 +82,8 @@ def answer_of(
     policy = policy_of(name)
     [group] = rollout(policy, [problem], 1, Sampling(max_tokens, temperature, seed=seed))
     [episode] = group.episodes
-    text = episode.text
-    correct, report = judge(problem, text)
-    return Answer(text, len(episode.completion_ids), episode.finished, correct, report)
+    correct, report = judge(problem, episode.text)
+    return Answer(episode.text, len(episode.completion_ids), episode.finished, correct, report)
 
 
 def judge(problem: Problem, text: str) -> tuple[bool | None, StepReport | None]:
@@ -97,7 +96,7 @@ def judge(problem: Problem, text: str) -> tuple[bool | None, StepReport | None]:
 
 
 def answer_html(answer: Answer, problem: Problem) -> str:
-    """Verdict, then the completion line by line; marks are signs and words, not colours alone."""
+    """Verdict and completion, line by line; marks are words and signs, never colour alone."""
     if answer.correct is None:
         verdict = "not judged: give the right answer to compare with"
     elif answer.correct:
@@ -132,7 +131,7 @@ def answer_html(answer: Answer, problem: Problem) -> str:
 
 
 class Playground:
-    """The widgets. Every control is an attribute, so that code can move it as a hand does."""
+    """The widgets. Every control is an attribute, so that code can operate it like a hand."""
 
     def __init__(self, runs: str | Path = "runs"):
         try:
@@ -160,7 +159,7 @@ class Playground:
         self.difficulty = w.Dropdown(options=DIFFICULTIES, description="Difficulty")
         self.draw = w.Button(description="Draw a problem", tooltip="A held-out one")
         self.prompt = w.Textarea(description="Prompt", rows=2, layout=wide)
-        self.answer = w.Text(description="Answer", placeholder="to judge with; may stay empty")
+        self.answer = w.Text(description="Answer", placeholder="the right answer, if there is one")
         self.temperature = w.FloatSlider(
             0.0,
             min=0.0,
@@ -196,7 +195,7 @@ class Playground:
         self.generate.on_click(lambda _: self._on_generate())
 
     def _on_draw(self) -> None:
-        """Another held-out problem of the chosen domain and difficulty, with its answer."""
+        """Draw another held-out problem of the chosen domain and difficulty."""
         self._draws += 1
         [self.problem] = make_problems(
             self.domain.value, self.difficulty.value, "eval", 1, seed=self._draws
@@ -207,20 +206,17 @@ class Playground:
         self.status.value = ""
 
     def asked(self) -> Problem:
-        """What is in the fields: the drawn problem, or, once its text is changed, a typed one."""
+        """The drawn problem, or a typed one once its text or answer has been changed."""
         question, answer = self.prompt.value.strip(), self.answer.value.strip()
         if not question:
             raise UserError("the prompt is empty; type one, or draw a problem")
-        if self.problem is not None and question == self.problem.question:
-            return self.problem if answer == self.problem.answer else self._typed(question, answer)
-        return self._typed(question, answer)
-
-    @staticmethod
-    def _typed(question: str, answer: str) -> Problem:
+        drawn = self.problem
+        if drawn is not None and (question, answer) == (drawn.question, drawn.answer):
+            return drawn
         return Problem(TYPED, TYPED, "", question, answer)
 
     def _on_generate(self) -> None:
-        """Ask both models; what one cannot do is said in its place and leaves the other alone."""
+        """Ask both models; an error of one appears in its place and leaves the other alone."""
         try:
             problem = self.asked()
         except UserError as error:
@@ -245,12 +241,8 @@ class Playground:
         finally:
             self.generate.disabled = False
             self.status.value = ""
-        self._offer()
-
-    def _offer(self) -> None:
-        """Runs that were saved meanwhile can be chosen too."""
         for chosen in (self.left, self.right):
-            chosen.options = find_models(self.runs)
+            chosen.options = find_models(self.runs)  # with those saved in the meantime
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
