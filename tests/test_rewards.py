@@ -1,7 +1,8 @@
 """Rewards: their values, their guards, and every trick that must not pay."""
 
+from __future__ import annotations
+
 import math
-import random
 
 import numpy as np
 import pytest
@@ -9,35 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpugrpo_edu import rewards
-from cpugrpo_edu.data import Problem, StepReport
+from cpugrpo_edu.data import Episode, Group, Problem, StepReport
+from cpugrpo_edu.engine.trl_data import trl_rewards
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.rewards import (
     REWARDS,
     Reward,
-    combine,
     correct_answer,
+    give_rewards,
     good_format,
-    guarded,
     length_penalty,
     make_length_penalty,
     parse_rewards,
-    problem_columns,
+    total_reward,
     valid_steps,
 )
-from cpugrpo_edu.tasks import DOMAINS, TASKS
+from cpugrpo_edu.tasks import DOMAINS, get_task, make_problems
 from cpugrpo_edu.tasks.answers import MAX_ANSWER_CHARS, answers_match, extract_answer
 from cpugrpo_edu.tasks.gsm8k import GSM8K
-
-PROBLEM = Problem(
-    "fake/1",
-    "fake",
-    "basic",
-    "A box holds 12 pens. Ann buys 3 boxes and loses 1 pen. How many remain?",
-    "35",
-    "12 * 3 = 36\n36 - 1 = 35\n#### 35",
-)
-RIGHT = PROBLEM.solution
-KEYWORDS = "first then next so therefore step calculate multiply divide add subtract "
 
 
 class FakeTask(GSM8K):
@@ -47,16 +37,31 @@ class FakeTask(GSM8K):
         return answers_match(extract_answer(completion), problem.answer)
 
 
-@pytest.fixture(autouse=True)
-def fake_task(monkeypatch):
-    monkeypatch.setitem(TASKS, "fake", FakeTask("fake"))
+TASK = FakeTask("fake")
+PROBLEM = Problem(
+    "fake/1",
+    "fake",
+    "basic",
+    "A box holds 12 pens. Ann buys 3 boxes and loses 1 pen. How many remain?",
+    "35",
+    "12 * 3 = 36\n36 - 1 = 35\n#### 35",
+    TASK,
+)
+RIGHT = PROBLEM.solution
+KEYWORDS = "first then next so therefore step calculate multiply divide add subtract "
 
 
-def score(reward, *completions, problem=PROBLEM, **extra):
-    columns = problem_columns([problem] * len(completions))
-    return reward(
-        prompts=["prompt"] * len(completions), completions=list(completions), **columns, **extra
-    )
+def score(function, *completions, problem=PROBLEM):
+    """What each completion earns, through the guard that every reward passes."""
+    reward = Reward(getattr(function, "__name__", "mine"), function)
+    return [reward(problem, Episode(text=completion)) for completion in completions]
+
+
+def through_trl(function, *completions, problems=(PROBLEM,), **columns):
+    """The same in the signature of TRL; the completions are those of the one problem."""
+    [reward] = trl_rewards([Reward("mine", function)], problems)
+    ids = [problems[0].id] * len(completions)
+    return reward(prompts=ids, completions=list(completions), problem_id=ids, **columns)
 
 
 # --- values ---------------------------------------------------------------------------
@@ -74,25 +79,30 @@ def test_one_number_per_completion_in_order():
 
 def test_what_trl_hands_over_besides_is_ignored():
     extra = {"trainer_state": object(), "log_metric": print, "completion_ids": [[1, 2]], "x": [0]}
-    assert [score(f, RIGHT, **extra) for f in REWARDS.values()] == [[1.0], [1.0], [1.0], [0.0]]
+    earned = [through_trl(f, RIGHT, **extra) for f in REWARDS.values()]
+    assert earned == [[1.0], [1.0], [1.0], [0.0]]
 
 
 def test_conversational_completions():
     said = [{"role": "assistant", "content": RIGHT}]
     called = [{"role": "assistant", "content": None}, {"role": "tool", "content": "#### 35"}]
-    assert score(correct_answer, said, called, []) == [1.0, 0.0, 0.0]
-    assert score(good_format, said, called, []) == [1.0, 0.0, 0.0]
+    assert through_trl(correct_answer, said, called, []) == [1.0, 0.0, 0.0]
+    assert through_trl(good_format, said, called, []) == [1.0, 0.0, 0.0]
 
 
 def test_each_completion_meets_its_own_problem():
-    other = Problem("fake/2", "fake", "basic", "1 + 1?", "2", "1 + 1 = 2\n#### 2")
-    columns = problem_columns([PROBLEM, other])
-    assert correct_answer(["", ""], ["#### 2", "#### 2"], **columns) == [0.0, 1.0]
+    other = Problem("fake/2", "fake", "basic", "1 + 1?", "2", "1 + 1 = 2\n#### 2", TASK)
+    groups = [Group([1], [Episode(text="#### 2")], problem) for problem in (PROBLEM, other)]
+    give_rewards(groups, parse_rewards("correct_answer=1"))
+    assert [group.episodes[0].reward for group in groups] == [0.0, 1.0]
+    [reward] = trl_rewards(parse_rewards("correct_answer=1"), [PROBLEM, other])
+    asked = ["fake/1", "fake/2"]
+    assert reward(prompts=asked, completions=["#### 2"] * 2, problem_id=asked) == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_real_domains_reward_their_own_solutions(domain):
-    problem = TASKS[domain].generate("intermediate", random.Random(0))
+    [problem] = make_problems(domain, "intermediate", "train", 1)
     for reward in (correct_answer, valid_steps, good_format):
         assert score(reward, problem.solution, problem=problem) == [1.0]
 
@@ -104,7 +114,9 @@ def test_length_penalty_is_dapo_equation_13(length, expected):
     penalty = make_length_penalty(soft_limit=10, hard_limit=20)
     assert score(penalty, "x" * length) == pytest.approx([expected])  # characters
     ids = [[7] * length]
-    assert score(penalty, "short", completion_ids=ids) == pytest.approx([expected])  # tokens
+    expected = pytest.approx([expected])
+    assert through_trl(penalty, "short", completion_ids=ids) == expected
+    assert [penalty(PROBLEM, Episode(ids[0], text="short"))] == expected
 
 
 @given(st.integers(0, 100), st.integers(0, 100))
@@ -164,7 +176,7 @@ def test_honest_spellings_earn_correct_answer(stated):
 
 
 def test_thousands_separators_either_way():
-    big = Problem("fake/3", "fake", "basic", "?", "1,000")
+    big = Problem("fake/3", "fake", "basic", "?", "1,000", task=TASK)
     spellings = ["#### 1000", "#### 1,000", "#### $1,000.00.", "#### 1,00", "#### 10,00"]
     assert score(correct_answer, *spellings, problem=big) == [1, 1, 1, 0, 0]
 
@@ -279,48 +291,73 @@ def test_a_step_score_out_of_range_is_refused(value, monkeypatch):
         score(valid_steps, RIGHT)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "1", [1.0]])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "1", [1.0], 10**400])
 def test_a_reward_that_is_no_finite_number_is_refused(value):
-    def mine(prompts, completions, **columns):
-        return [0.0, value]
+    def mine(problem, episode):
+        return 0.0 if episode.text == "a" else value
 
-    with pytest.raises(UserError, match=r"reward mine gave .* for completion 1"):
-        score(guarded(mine), "a", "b")
+    with pytest.raises(UserError, match=r"reward mine gave .* for problem 'fake/1'; return a fin"):
+        score(mine, "a", "b")
+    with pytest.raises(UserError, match=r"reward mine gave .* for problem 'fake/1'"):
+        through_trl(mine, "a", "b")
+    assert score(mine, "a") == through_trl(mine, "a") == [0.0]
 
 
-@pytest.mark.parametrize("value", [None, 1.0, [], [1.0], [1.0, 1.0, 1.0]])
-def test_a_wrong_number_of_rewards_is_refused(value):
-    with pytest.raises(UserError, match="list of 2"):
-        score(guarded(lambda **_: value), "a", "b")
+@pytest.mark.parametrize("value", [None, [], [1.0], [1.0, 1.0, 1.0]])
+def test_several_rewards_for_one_completion_are_refused(value):
+    with pytest.raises(UserError, match="return a finite number for each completion"):
+        score(lambda problem, episode: value, "a", "b")
+
+
+@pytest.mark.parametrize("columns", [{"problem_id": ["fake/1"]}, {"completion_ids": [[1]]}])
+def test_columns_of_another_length_are_refused(columns):
+    [reward] = trl_rewards([Reward("mine", correct_answer)], [PROBLEM])
+    columns = {"problem_id": ["fake/1"] * 2} | columns
+    with pytest.raises(ValueError, match="shorter|longer"):
+        reward(prompts=["p"] * 2, completions=["a", "b"], **columns)
 
 
 def test_a_reward_that_raises_is_named():
     class Mine:
-        def __call__(self, prompts, completions, **columns):
+        def __call__(self, problem, episode):
             raise KeyError("secret column")
 
-    with pytest.raises(UserError, match=r"reward Mine failed with KeyError.*secret column"):
-        score(guarded(Mine()), "a")
+    with pytest.raises(UserError, match=r"reward mine failed on .* with KeyError.*secret column"):
+        score(Mine(), "a")
 
 
 def test_numbers_of_numpy_are_numbers():
-    result = score(guarded(lambda **_: [np.float32(0.5), True]), "a", "b")
-    assert result == [0.5, 1.0]
-    assert all(type(reward) is float for reward in result)
+    for number, expected in ((np.float32(0.5), 0.5), (True, 1.0)):
+        result = score(lambda problem, episode, number=number: number, "a")
+        assert result == [expected]
+        assert all(type(reward) is float for reward in result)
 
 
 def test_a_missing_column_is_named():
-    columns = problem_columns([PROBLEM])
-    del columns["answer"]
-    with pytest.raises(UserError, match=r"'answer'.*problem_columns"):
-        correct_answer(["p"], [RIGHT], **columns)
-    with pytest.raises(UserError, match="'problem_id'"):
-        correct_answer(["p"] * 2, [RIGHT] * 2, **problem_columns([PROBLEM]))
+    [reward] = trl_rewards([Reward("mine", correct_answer)], [PROBLEM])
+    with pytest.raises(TypeError, match="problem_id"):
+        reward(prompts=["p"], completions=[RIGHT])
+    with pytest.raises(KeyError, match="fake/9"):
+        reward(prompts=["p"], completions=[RIGHT], problem_id=["fake/9"])
+
+
+def test_two_problems_of_one_id_are_refused():
+    other = Problem("fake/1", "fake", "basic", "1 + 1?", "2", task=TASK)
+    with pytest.raises(ValueError, match="two problems have the id 'fake/1'"):
+        trl_rewards([], [PROBLEM, other])
+    assert through_trl(correct_answer, RIGHT, problems=(PROBLEM, PROBLEM)) == [1.0]
 
 
 def test_an_unknown_domain_is_named():
     with pytest.raises(UserError, match="nowhere"):
+        get_task("nowhere")
+    with pytest.raises(UserError, match=r"correct_answer failed on problem '1'.*no task.*nowhere"):
         score(correct_answer, RIGHT, problem=Problem("1", "nowhere", "basic", "?", "1"))
+
+
+def test_a_group_without_a_problem_earns_nothing():
+    with pytest.raises(ValueError, match="no problem to judge"):
+        give_rewards([Group([1], [Episode(text=RIGHT)])], parse_rewards("correct_answer=1"))
 
 
 # --- composition ----------------------------------------------------------------------
@@ -350,27 +387,41 @@ def test_parse_errors(text, message):
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
 def test_weights_that_are_not_allowed(weight):
     with pytest.raises(UserError, match="not allowed"):
-        combine({"correct_answer": weight})
+        Reward("correct_answer", correct_answer, weight)
+    with pytest.raises(UserError, match="not allowed"):
+        parse_rewards(f"correct_answer={weight}")
 
 
-def test_combine_takes_text_mapping_or_rewards():
-    def mine(prompts, completions, **columns):
-        return [math.nan]
+def test_the_total_is_the_weighted_sum():
+    rewards = parse_rewards("correct_answer=1,valid_steps=0.5,good_format=0.2")
+    half = "12 * 3 = 36\n#### 36"
+    group = Group([1], [Episode(text=RIGHT), Episode(text=half), Episode(text="")], PROBLEM)
+    give_rewards([group], rewards)
+    expected = [1 + 0.5 + 0.2, 0.5 * 0.5 + 0.2, 0.0]
+    assert [episode.reward for episode in group.episodes] == pytest.approx(expected)
+    totals = [total_reward(rewards, PROBLEM, episode) for episode in group.episodes]
+    assert totals == pytest.approx(expected)
 
-    for given_ in ("valid_steps=0.5", {"valid_steps": 0.5}, [Reward("s", valid_steps, 0.5)]):
-        functions, weights = combine(given_)
-        assert weights == [0.5]
-        assert [f.__name__ for f in functions] == ["valid_steps"]
-        assert score(functions[0], RIGHT) == [1.0]
-    functions, _ = combine([Reward("mine", mine)])
+
+def test_rewards_go_to_trl_under_their_names_without_their_weights():
+    def mine(problem, episode):
+        return math.nan
+
+    rewards = [*parse_rewards("valid_steps=0.5"), Reward("s", valid_steps, 0.5)]
+    assert [reward.weight for reward in rewards] == [0.5, 0.5]
+    functions = trl_rewards(rewards, [PROBLEM])
+    assert [f.__name__ for f in functions] == ["valid_steps", "s"]
+    for function in functions:
+        given_ = function(prompts=["p"], completions=[RIGHT], problem_id=["fake/1"])
+        assert given_ == [1.0]
     with pytest.raises(UserError, match="mine"):
-        score(functions[0], "a")
+        through_trl(mine, "a")
 
 
-@pytest.mark.parametrize("nothing", [{}, [], {"correct_answer": 0.0}])
-def test_combine_refuses_to_reward_nothing(nothing):
+@pytest.mark.parametrize("nothing", ["correct_answer=0", "correct_answer=0,valid_steps=0"])
+def test_rewarding_nothing_is_refused(nothing):
     with pytest.raises(UserError, match="zero"):
-        combine(nothing)
+        parse_rewards(nothing)
 
 
 def test_names_agree_with_functions():
@@ -385,7 +436,8 @@ def test_a_million_characters_are_handled(text):
 
 
 def test_the_length_penalty_fits_the_run():
-    [penalty], _ = combine("length_penalty=1", max_completion=100)
-    ids = [[0] * n for n in (75, 80, 100)]
-    given = penalty(prompts=[""] * 3, completions=[""] * 3, completion_ids=ids)
+    [penalty] = parse_rewards("length_penalty=1", max_completion=100)
+    given = [penalty(PROBLEM, Episode([0] * n)) for n in (75, 80, 100)]
     assert given == pytest.approx([0.0, -0.2, -1.0])
+    [penalty] = parse_rewards("length_penalty=1")
+    assert penalty.function is length_penalty
