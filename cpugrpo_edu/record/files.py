@@ -1,4 +1,4 @@
-"""Writing so that a crash leaves the old file or the new one, never half of one."""
+"""Write files so that a crash leaves the old one or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ WRITE_ERRORS = {
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` for a file or folder, which takes its place at the end.
+    """Yield a temporary path beside ``path``; the file or folder made there replaces ``path``.
 
-    If the block raises, ``path`` is as it was. What was written reaches the disk
-    first, so that a power cut leaves no empty file under the final name. A file is
-    exchanged in one step; of a folder, the old one is deleted before.
+    If the block raises, ``path`` stays as it was. The data reach the disk before the name, so
+    that a power cut leaves no empty file under the final name. A file is replaced in one step;
+    an old folder is deleted first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,23 +50,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Replace a whole text file, UTF-8."""
+    """Replace a text file, in UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
 
 def cache_folder() -> Path:
-    """Where this user's measurements and models wait for the next time."""
+    """The folder that keeps this user's measurements and models for the next time."""
     return Path.home() / ".cache" / "cpugrpo_edu"
 
 
 def remembered(
     path: Path, key: str, usable: Callable[[Any], bool], measure: Callable[[], Any]
 ) -> Any:
-    """``measure()``, or what it gave before under ``key`` in the JSON file ``path``.
+    """The result of ``measure()``, cached under ``key`` in the JSON file ``path``.
 
-    What cannot be read or is not ``usable`` is measured again; an empty result is not kept.
+    It measures again if the cache cannot be read or holds nothing ``usable``. An empty result
+    is not kept.
     """
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -75,13 +76,13 @@ def remembered(
             return known[key]
     found = measure()
     if found:
-        with contextlib.suppress(OSError):  # no room for a cache: measured again next time
+        with contextlib.suppress(OSError):  # without a cache it is measured again next time
             write_text(path, json.dumps({**known, key: found}, indent=1))
     return found
 
 
 def flush(path: Path) -> None:
-    """Have the operating system write a file, or every file of a folder, to the disk."""
+    """Make the operating system write a file, or every file of a folder, to the disk."""
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             with file.open("rb+") as opened:
@@ -101,7 +102,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def check_output_folder(folder: str | Path) -> Path:
-    """Refuse a folder that cannot be made or written, before any work is done for it."""
+    """The folder as a path. UserError, before any work is done, if it cannot be written."""
     folder = Path(folder)
     if "\0" in str(folder):
         raise UserError(f"the output folder {str(folder)!r} holds a NUL; give a plain path")
@@ -113,7 +114,7 @@ def check_output_folder(folder: str | Path) -> Path:
             "give another --output"
         ) from error
     if not existing.is_dir():
-        raise UserError(f"{existing} already exists and is no folder; give another --output")
+        raise UserError(f"{existing} already exists and is not a folder; give another --output")
     read_only = hasattr(os, "statvfs") and os.statvfs(existing).f_flag & os.ST_RDONLY
     if read_only or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
@@ -124,7 +125,7 @@ def check_output_folder(folder: str | Path) -> Path:
 
 
 def write_failure(error: BaseException) -> str | None:
-    """Why a write failed, if that is what ``error`` (or its cause) is about, else None.
+    """Why a write failed, or None if ``error`` and its causes are about something else.
 
     safetensors and torch hide the system's error in texts of their own.
     """
