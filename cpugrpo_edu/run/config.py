@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cpugrpo_edu.curriculum import Stage, make_stages
-from cpugrpo_edu.engine import ranks
-from cpugrpo_edu.engine.fisher import Variant
 from cpugrpo_edu.engine.options import ENGINES
-from cpugrpo_edu.engine.trl_trainer import cpu_config
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.models.load import FROZEN
 from cpugrpo_edu.tasks import DOMAINS
+
+# The checks import torch and TRL themselves: the command line reads RunConfig for its --help,
+# and before it sets the number of threads.
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,9 @@ def check_tracker(name: str) -> None:
 
 def check_settings(config: RunConfig) -> None:
     """What would otherwise come out only when its turn comes, perhaps after an hour."""
+    from cpugrpo_edu.engine.fisher import Variant
+    from cpugrpo_edu.models.load import FROZEN
+
     for name, allowed in (
         ("engine", ENGINES),
         ("checkpointing", ("auto", "on", "off")),
@@ -146,6 +148,9 @@ def check_settings(config: RunConfig) -> None:
 
 def grpo_arguments(config: RunConfig, folder: str | Path, stage: Stage, **more: Any) -> Any:
     """TRL's configuration for one stage, on this process's share of the prompts."""
+    from cpugrpo_edu.engine import ranks
+    from cpugrpo_edu.engine.trl_trainer import cpu_config
+
     processes = ranks.size()
     if processes > 1:
         # Buffers are constant and ranks run the model different numbers of times.
