@@ -14,10 +14,11 @@ from cpugrpo_edu.curriculum import (
     make_stages,
     select_problems,
     stage_problems,
-    to_dataset,
 )
 from cpugrpo_edu.data import DIFFICULTIES, Problem
+from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.rewards import parse_rewards
 from cpugrpo_edu.tasks import DOMAINS, make_problems, split_of
 
 
@@ -194,17 +195,17 @@ def test_mean_complexity_rises_with_difficulty(domain):
     assert len(set(means)) == 3
 
 
-def test_to_dataset_has_a_conversation_and_every_column_the_rewards_read():
+def test_to_dataset_has_a_conversation_and_the_id_by_which_rewards_find_the_problem():
     problems = make_problems("lists", "basic", "train", 3)
     data = to_dataset(iter(problems), system="Be brief.")
-    assert set(data.column_names) == {
-        *("prompt", "problem_id", "domain", "difficulty", "question", "answer", "solution")
-    }
+    assert set(data.column_names) == {"prompt", "problem_id"}
     for row, problem in zip(data, problems, strict=True):
         assert row["prompt"] == [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": problem.question},
         ]
-        assert (row["problem_id"], row["answer"]) == (problem.id, problem.answer)
-        assert row["solution"] == problem.solution
+        assert row["problem_id"] == problem.id
+        [reward] = trl_rewards(parse_rewards("correct_answer=1"), problems)
+        columns = {"completions": [problem.solution, "#### no"], "problem_id": [problem.id] * 2}
+        assert reward(prompts=[row["prompt"]] * 2, **columns) == [1.0, 0.0]
     assert [m["role"] for m in to_dataset(problems)[0]["prompt"]] == ["user"]

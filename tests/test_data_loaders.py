@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import pyarrow
@@ -10,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpugrpo_edu import tasks
-from cpugrpo_edu.data import Problem
+from cpugrpo_edu.data import Episode, Group, Problem
+from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
+from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.rewards import correct_answer, problem_columns, valid_steps
+from cpugrpo_edu.rewards import Reward, correct_answer, give_rewards, parse_rewards, valid_steps
+from cpugrpo_edu.tasks import get_task
 from cpugrpo_edu.tasks.custom import Custom, exact_match, load_custom, load_verifier
 from cpugrpo_edu.tasks.gsm8k import GSM8K, _evaluate, check_prose, load_gsm8k, read_jsonl
 
@@ -36,9 +39,10 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def registry(monkeypatch):
-    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+def score(function, problem, *completions):
+    """What each completion of the problem earns."""
+    reward = Reward(function.__name__, function)
+    return [reward(problem, Episode(text=completion)) for completion in completions]
 
 
 def write_jsonl(path, rows):
@@ -160,14 +164,15 @@ def test_a_failed_download_is_one_sentence(monkeypatch, error):
     assert "\n" not in str(caught.value)
 
 
-def test_loading_registers_the_domain(tmp_path):
+def test_loaded_problems_know_their_task(tmp_path):
     problem, *_ = load_gsm8k(write_jsonl(tmp_path / "a.jsonl", ROWS))
-    columns = problem_columns([problem] * 2)
     completions = [problem.solution, "#### 18"]
-    assert correct_answer(["", ""], completions, **columns) == [1.0, 0.0]
-    assert valid_steps(["", ""], completions, **columns) == [1.0, 0.0]
+    assert score(correct_answer, problem, *completions) == [1.0, 0.0]
+    assert score(valid_steps, problem, *completions) == [1.0, 0.0]
     with pytest.raises(UserError, match="not generated"):
-        tasks.get_task("gsm8k").generate("basic", None)
+        problem.task.generate("basic", None)
+    with pytest.raises(UserError, match="unknown domain 'gsm8k'"):
+        get_task("gsm8k")
 
 
 # --- equations in prose -----------------------------------------------------------------
@@ -331,18 +336,16 @@ def test_custom_prompts(tmp_path, verifier_file):
         Problem("custom/1", "custom", "basic", "Say hi.", ""),
         Problem("7", "custom", "advanced", "1 / 10?", "0.1"),
     ]
-    columns = problem_columns([problems[0]] * 2)
-    assert correct_answer(["", ""], ["hi", "hello there"], **columns) == [1.0, 0.0]
-    assert valid_steps(["", ""], ["hi", "1 + 1 = 2"], **columns) == [0.0, 0.0]
+    assert score(correct_answer, problems[0], "hi", "hello there") == [1.0, 0.0]
+    assert score(valid_steps, problems[0], "hi", "1 + 1 = 2") == [0.0, 0.0]
     with pytest.raises(UserError, match="not generated"):
-        tasks.get_task("custom").generate("basic", None)
+        problems[0].task.generate("basic", None)
 
 
 def test_a_graded_verifier(verifier_file):
     task = Custom(load_verifier(f"{verifier_file}:grade"))
-    problem = Problem("1", "custom", "basic", "?", "")
-    tasks.register(task)
-    assert correct_answer([""], ["12345"], **problem_columns([problem])) == [0.5]
+    problem = Problem("1", "custom", "basic", "?", "", task=task)
+    assert score(correct_answer, problem, "12345") == [0.5]
     assert not task.verify(problem, "12345")
     assert task.verify(problem, "1234567890")
 
@@ -350,8 +353,8 @@ def test_a_graded_verifier(verifier_file):
 def test_without_a_verifier_the_answer_is_matched(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "6 * 7?", "answer": 42}])
     (problem,) = load_custom(file)
-    assert tasks.get_task("custom").verify(problem, "#### 42.0")
-    assert not tasks.get_task("custom").verify(problem, "42")
+    assert problem.verify("#### 42.0")
+    assert not problem.verify("42")
     for row in [
         {"prompt": "?"},
         {"prompt": "?", "answer": " "},
@@ -413,13 +416,56 @@ def test_verifiers_that_fail_are_named_with_the_problem(verifier_file):
         ("text", r"verifier text returned 'yes' for problem 'custom/9'"),
     ]:
         task = Custom(load_verifier(f"{verifier_file}:{name}"))
-        tasks.register(task)
+        judged = replace(problem, task=task)
         for judge in (
             lambda task=task: task.verify(problem, "a"),
-            lambda: correct_answer([""], ["a"], **problem_columns([problem])),
+            lambda judged=judged: score(correct_answer, judged, "a"),
         ):
             with pytest.raises(UserError, match=message):
                 judge()
+
+
+def two_sets(folder):
+    """Two files with the same ids and prompts, one judged by length, the other by its answer."""
+    rows = [{"prompt": f"Say {i}.", "answer": str(i)} for i in range(4)]
+    file = write_jsonl(folder / "both.jsonl", rows)
+    short = load_custom(file, lambda problem, completion: len(completion) < 3)
+    exact = load_custom(file)
+    assert short == exact and short[0].task is not exact[0].task
+    return short, exact
+
+
+def test_two_custom_sets_are_each_judged_by_their_own_verifier(tmp_path):
+    short, exact = two_sets(tmp_path)
+    for number in range(4):
+        completions = ["hi", f"#### {number}", "hello"]
+        assert score(correct_answer, short[number], *completions) == [1.0, 0.0, 0.0]
+        assert score(correct_answer, exact[number], *completions) == [0.0, 1.0, 0.0]
+    groups = [Group([1], [Episode(text="hi")], problems[0]) for problems in (short, exact, short)]
+    give_rewards(groups, parse_rewards("correct_answer=1"))
+    assert [group.episodes[0].reward for group in groups] == [1.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="has no task"):
+        replace(short[0], task=None).verify("hi")
+
+
+def test_two_trainers_each_judge_by_the_verifier_of_their_own_set(tmp_path, tiny_policy):
+    """Through TRL: both trainers exist before either scores the same completions."""
+    rewards = parse_rewards("correct_answer=1")
+    trainers = []
+    for problems in two_sets(tmp_path):
+        config = cpu_config(tmp_path, prompts_per_step=1, num_generations=2)
+        data = to_dataset(problems, tiny_policy.system)
+        functions = trl_rewards(rewards, problems)
+        trainers.append(CPUGRPOTrainer(tiny_policy, config, functions, data))
+    texts = ["hi", "#### 1"]
+    said = [[{"role": "assistant", "content": text}] for text in texts]
+    ids = [tiny_policy.tokenizer.encode(text) for text in texts]
+    earned = []
+    for trainer in trainers:
+        inputs = [trainer.train_dataset[1]] * 2
+        prompts = [row["prompt"] for row in inputs]
+        earned.append(trainer._calculate_rewards(inputs, prompts, said, ids).flatten().tolist())
+    assert earned == [[1.0, 0.0], [0.0, 1.0]]
 
 
 @pytest.mark.parametrize("verdict", [None, "1", float("nan"), float("inf"), -1, 2, 1.01, [True]])

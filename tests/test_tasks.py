@@ -215,15 +215,24 @@ def test_bad_requests_are_refused(monkeypatch):
     assert make_problems("lists", "basic", "eval", 0) == []
 
 
-def test_a_registered_task_is_found_by_name(monkeypatch):
-    class Mine:
-        name = "mine"
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_a_task_is_found_by_name_and_by_its_problems(domain):
+    task = get_task(domain)
+    assert task.name == domain
+    [problem] = make_problems(domain, "basic", "train", 1)
+    assert problem.task is task
+    assert problem.verify(problem.solution) and problem.grade(problem.solution) == 1
+    assert problem.check_steps(problem.solution).score == 1
+    assert not problem.verify("#### no") and problem.grade("#### no") == 0
+    with pytest.raises(UserError, match=f"unknown domain 'mine'; allowed are .*{domain}"):
+        get_task("mine")
 
-    monkeypatch.setattr(tasks, "TASKS", dict(TASKS))
-    task = Mine()
-    tasks.register(task)
-    assert get_task("mine") is task
-    assert "mine" not in DOMAINS
+
+@pytest.mark.parametrize("method", ["verify", "grade", "check_steps"])
+def test_a_problem_without_a_task_judges_nothing(method):
+    problem = Problem("mine/1", "lists", "basic", "Q?", "a")
+    with pytest.raises(ValueError, match="'mine/1' has no task"):
+        getattr(problem, method)("#### a")
 
 
 def test_prompt_messages_put_the_system_prompt_first():
