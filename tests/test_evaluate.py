@@ -7,22 +7,21 @@ import gzip
 
 import pytest
 
-from cpugrpo_edu import evaluate as evaluate_module
 from cpugrpo_edu.data import DIFFICULTIES, Episode, Group
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.evaluate import (
-    evaluate,
-    held_out_problems,
-    load_evaluation,
-    save_evaluation,
-    working_share,
-)
+from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
+from cpugrpo_edu.record.evaluations import load_evaluation, save_evaluation
+from cpugrpo_edu.sample import Sampling
 from cpugrpo_edu.tasks import DOMAINS, split_of
 
 
 @pytest.fixture(scope="module")
 def problems():
     return held_out_problems(1)
+
+
+def greedy(max_new_tokens, seed=0):
+    return Sampling(max_new_tokens, temperature=0.0, seed=seed)
 
 
 def without_time(evaluation):
@@ -40,7 +39,7 @@ def test_held_out_problems_are_the_same_for_all_and_of_the_evaluation_split(prob
         held_out_problems(0)
 
 
-def test_items_keep_the_order_of_the_problems(tiny_policy, problems, monkeypatch):
+def test_items_keep_the_order_of_the_problems(tiny_policy, problems):
     """Answer each prompt from its own text; only the right pairing scores."""
 
     def oracle(model, prompts, copies, sampling, **options):
@@ -54,8 +53,7 @@ def test_items_keep_the_order_of_the_problems(tiny_policy, problems, monkeypatch
             groups.append(Group(prompt, [Episode(tokens, [0.0] * len(tokens), index % 3 == 0)]))
         return groups
 
-    monkeypatch.setattr(evaluate_module, "rollout", oracle)
-    result = evaluate(tiny_policy, problems, "oracle")
+    result = evaluate(dataclasses.replace(tiny_policy, sampler=oracle), problems, "oracle")
     assert result.item_ids == [p.id for p in problems]
     assert result.domains == [p.domain for p in problems]
     assert result.difficulties == [p.difficulty for p in problems]
@@ -75,10 +73,10 @@ def test_items_keep_the_order_of_the_problems(tiny_policy, problems, monkeypatch
 def test_greedy_is_deterministic_and_one_problems_result_does_not_depend_on_the_others(
     tiny_policy, problems
 ):
-    first = evaluate(tiny_policy, problems, "a", max_new_tokens=8)
-    again = evaluate(tiny_policy, problems, "a", max_new_tokens=8, seed=0)
+    first = evaluate(tiny_policy, problems, "a", greedy(8))
+    again = evaluate(tiny_policy, problems, "a", greedy(8, seed=0))
     assert without_time(first) == without_time(again)
-    back = evaluate(tiny_policy, problems[::-1], "a", max_new_tokens=8)
+    back = evaluate(tiny_policy, problems[::-1], "a", greedy(8))
     assert back.completions[::-1] == first.completions
     assert back.item_ids[::-1] == first.item_ids
     assert all(1 <= tokens <= 8 for tokens in first.tokens)
@@ -87,9 +85,7 @@ def test_greedy_is_deterministic_and_one_problems_result_does_not_depend_on_the_
 
 def test_sampling_depends_on_the_seed(tiny_policy, problems):
     def sample(seed):
-        return evaluate(
-            tiny_policy, problems, "s", temperature=1.0, max_new_tokens=6, seed=seed
-        ).completions
+        return evaluate(tiny_policy, problems, "s", Sampling(6, 1.0, seed=seed)).completions
 
     assert sample(1) == sample(1) != sample(2)
 
@@ -100,12 +96,13 @@ def test_another_model_can_stand_in(tiny_policy, problems):
 
     class StandIn:
         training = False
+        generation_config = tiny_policy.model.generation_config
 
         def eval(self):
             raise Called
 
     with pytest.raises(Called):
-        evaluate(tiny_policy, problems, "int8", model=StandIn())
+        evaluate(dataclasses.replace(tiny_policy, model=StandIn()), problems, "int8")
 
 
 def test_no_problems_is_an_error(tiny_policy):
@@ -114,7 +111,7 @@ def test_no_problems_is_an_error(tiny_policy):
 
 
 def test_saved_evaluations_read_back_equal(tiny_policy, problems, tmp_path):
-    evaluation = evaluate(tiny_policy, problems, "résumé ×", max_new_tokens=3)
+    evaluation = evaluate(tiny_policy, problems, "résumé ×", greedy(3))
     path = save_evaluation(evaluation, tmp_path / "deep" / "e.json.gz")
     assert load_evaluation(path) == evaluation
 
@@ -146,7 +143,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_working_share_without_one_kind_has_no_accuracy_for_it(tiny_policy, problems):
-    evaluation = evaluate(tiny_policy, problems[:2], "x", max_new_tokens=1)
+    evaluation = evaluate(tiny_policy, problems[:2], "x", greedy(1))
     bare = dataclasses.replace(evaluation, completions=["#### 1", "\n\n#### 2\n"])
     share = working_share(dataclasses.replace(bare, correct=[True, False]))
     assert share["share_with_working"] == 0

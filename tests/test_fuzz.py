@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from cpugrpo_edu.cli import comma_numbers
 from cpugrpo_edu.curriculum import make_stages
-from cpugrpo_edu.data import Evaluation
+from cpugrpo_edu.data import Episode, Evaluation, Problem
 from cpugrpo_edu.engine.memory import parse_bytes
+from cpugrpo_edu.engine.trl_data import trl_rewards
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.evaluate import load_evaluation
+from cpugrpo_edu.record.evaluations import load_evaluation
 from cpugrpo_edu.record.metrics import read_metrics
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.rewards import Reward, combine, guarded
+from cpugrpo_edu.rewards import Reward, parse_rewards
 from cpugrpo_edu.run.config import RunConfig, check_settings
 from cpugrpo_edu.tasks import DOMAINS, get_task, make_problems
 from cpugrpo_edu.tasks.answers import answers_match, extract_answer, normalize_answer, parse_number
@@ -115,8 +116,8 @@ def test_flags_of_any_text(text):
         assert isinstance(read, UserError) or len(read) == 3
     size = result(parse_bytes, text)
     assert isinstance(size, UserError) or size >= 0
-    terms = result(combine, text)
-    assert isinstance(terms, UserError) or len(terms[0]) == len(terms[1])
+    terms = result(parse_rewards, text)
+    assert isinstance(terms, UserError) or any(term.weight for term in terms)
     result(load_verifier, text)
 
 
@@ -196,13 +197,18 @@ def test_record_files_of_any_bytes(tmp_path, content):
         assert isinstance(result(read_metrics, path), (UserError, list))
 
 
+def through_trl(function, count):
+    """What TRL gets from the reward function for ``count`` completions of one problem."""
+    problem = Problem("p", "lists", "basic", "?", "a")
+    [reward] = trl_rewards([Reward("mine", function)], [problem])
+    return reward(["c"] * count, ["p"] * count)
+
+
 @FUZZ
-@given(st.one_of(JSON, st.lists(NUMBER, max_size=4)), st.integers(1, 4))
+@given(st.one_of(JSON, NUMBER, st.lists(NUMBER, max_size=4)), st.integers(1, 4))
 def test_rewards_of_any_value(returned, count):
     """A reward function may return anything: the run gets finite numbers or one sentence."""
-    rewards = result(
-        guarded(lambda prompts, completions, **_: returned), ["p"] * count, ["c"] * count
-    )
+    rewards = result(through_trl, lambda problem, episode: returned, count)
     if not isinstance(rewards, UserError):
         assert len(rewards) == count and all(map(math.isfinite, rewards))
 
@@ -210,19 +216,20 @@ def test_rewards_of_any_value(returned, count):
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
-        ([1.0, math.nan], "gave nan for completion 1; return a finite number"),
-        ([1.0, None], "gave None for completion 1; return a finite number"),
-        (None, "returned None; return a list of 2 numbers"),
-        ([1.0, 10**400], "gave 1000"),
-        ([1.0], "returned [1.0]; return a list of 2 numbers"),
-        ([1.0, "good"], "gave 'good' for completion 1"),
+        (math.nan, "gave nan for problem 'p'; return a finite number"),
+        (None, "gave None for problem 'p'; return a finite number"),
+        ([1.0, 1.0], "gave [1.0, 1.0] for problem 'p'; return a finite number"),
+        (10**400, "gave 1000"),
+        ([1.0], "gave [1.0] for problem 'p'"),
+        ("good", "gave 'good' for problem 'p'"),
     ],
 )
 def test_a_bad_reward_ends_with_one_sentence(returned, words):
-    def mine(prompts, completions, **columns):
-        return returned
-
-    functions, _ = combine([Reward("mine", mine)])
-    with pytest.raises(UserError) as caught:
-        functions[0](["a", "b"], ["c", "d"])
-    assert words in str(caught.value) and "reward mine" in str(caught.value)
+    mine = Reward("mine", lambda problem, episode: returned)
+    for judge in (
+        lambda: mine(Problem("p", "lists", "basic", "?", "a"), Episode(text="c")),
+        lambda: through_trl(mine.function, 2),
+    ):
+        with pytest.raises(UserError) as caught:
+            judge()
+        assert words in str(caught.value) and "reward mine" in str(caught.value)
