@@ -25,6 +25,7 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab import bench, bench_plots, sweep
+from cpugrpo_edu.record.markdown import markdown_table
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import over_seeds
 from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
@@ -33,7 +34,6 @@ from cpugrpo_edu.show.text import (
     MAIN,
     clock_time,
     gib,
-    markdown_table,
     number,
     percent,
     points,

@@ -21,8 +21,8 @@ from sphinx.util.docutils import SphinxDirective
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.studies import cpu_or_gpu
 from cpugrpo_edu.lab.studies.registry import STUDIES, study_named
+from cpugrpo_edu.record.markdown import markdown_table
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.text import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "records"

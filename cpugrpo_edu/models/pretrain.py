@@ -270,9 +270,9 @@ def write_model_card(
 ) -> None:
     """README.md: what the model is, what it was trained on, how it scores, what it is not for."""
     from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
+    from cpugrpo_edu.record.markdown import markdown_table
     from cpugrpo_edu.record.stats import accuracy_table
     from cpugrpo_edu.sample import Sampling
-    from cpugrpo_edu.show.text import markdown_table
 
     config = summary["config"]
     problems = held_out_problems(per_cell)

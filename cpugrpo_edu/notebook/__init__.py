@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader
 from cpugrpo_edu.engine.hardware import configure_threads
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.machine import versions
+from cpugrpo_edu.record.markdown import markdown_table
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.show.palette import (
     BLUE,
@@ -34,7 +35,7 @@ from cpugrpo_edu.show.palette import (
     new_figure,
     tidy,
 )
-from cpugrpo_edu.show.text import gib, markdown_table, number, records_folder, value
+from cpugrpo_edu.show.text import gib, number, records_folder, value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

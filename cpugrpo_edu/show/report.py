@@ -38,32 +38,21 @@ from typing import Any, TypeAlias
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from cpugrpo_edu.record.markdown import markdown_table, markdown_text, printable
 from cpugrpo_edu.record.metrics import Metrics, read_metrics
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import difficulty_order
+from cpugrpo_edu.show import plots
 from cpugrpo_edu.show.palette import Plot
-from cpugrpo_edu.show.plots import (
-    before_and_after,
-    cells_in_order,
-    evaluation_tables,
-    plot_accuracy,
-    plot_forgetting,
-    plot_learning,
-    plot_time_and_memory,
-    time_parts,
-)
 from cpugrpo_edu.show.text import (
     MAIN,
     change_in_words,
     clock_time,
     difference_text,
     gib,
-    markdown_table,
-    markdown_text,
     p_text,
     percent,
     points,
-    printable,
 )
 
 COMPONENTS = {
@@ -137,7 +126,7 @@ def sections(record: RunRecord, metrics: Sequence[Metrics]) -> list[tuple[str, l
     """Heading and content of every section; one that has nothing to show says so."""
     made: list[tuple[str, list[Block]]] = [
         ("Accuracy", [*_accuracy(record), *_comparisons(record)]),
-        ("Learning", [Picture("learning.png", plot_learning(metrics))] if metrics else []),
+        ("Learning", [Picture("learning.png", plots.plot_learning(metrics))] if metrics else []),
         ("Stages", _stages(record)),
         ("Forgetting", _forgetting(record)),
         ("Time and memory", _time_and_memory(record, metrics)),
@@ -154,7 +143,7 @@ def _share(row: Mapping[str, Any]) -> str:
 
 
 def _accuracy(record: RunRecord) -> list[Block]:
-    tables = evaluation_tables(record)
+    tables = plots.evaluation_tables(record)
     if not tables:
         return []
     some = next(iter(tables.values()))
@@ -168,7 +157,7 @@ def _accuracy(record: RunRecord) -> list[Block]:
         rows[-1] += [percent(overall["finished"])]
     header = ["Evaluation", "Problems", "All", *levels, "Step score", "Tokens each", "Finished"]
     caption = f"Exact-match accuracy with {round(100 * some['confidence'])} % Wilson intervals"
-    return [Picture("accuracy.png", plot_accuracy(record)), Table(caption, header, rows)]
+    return [Picture("accuracy.png", plots.plot_accuracy(record)), Table(caption, header, rows)]
 
 
 def _comparisons(record: RunRecord) -> list[Block]:
@@ -180,7 +169,7 @@ def _comparisons(record: RunRecord) -> list[Block]:
         named = {
             "all problems": compared["overall"],
             **{level: levels[level] for level in difficulty_order(levels)},
-            **dict(cells_in_order(compared)),
+            **dict(plots.cells_in_order(compared)),
         }
         rows = [
             [
@@ -235,7 +224,7 @@ def _forgetting(record: RunRecord) -> list[Block]:
         ]
     )
     return [
-        Picture("forgetting.png", plot_forgetting(record)),
+        Picture("forgetting.png", plots.plot_forgetting(record)),
         Table("Accuracy by difficulty after each stage", ["", *columns], rows),
         "Forgotten: the best accuracy from the stage that trained a difficulty onward, minus the "
         "last (Chaudhry et al. 2018); negative where later stages helped, a dash where no later "
@@ -245,7 +234,7 @@ def _forgetting(record: RunRecord) -> list[Block]:
 
 def _time_and_memory(record: RunRecord, metrics: Sequence[Metrics]) -> list[Block]:
     results = record.results
-    rows = [[f"Time, {key}", clock_time(s)] for key, s in time_parts(record).items()]
+    rows = [[f"Time, {key}", clock_time(s)] for key, s in plots.time_parts(record).items()]
     shown: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("Time, total", results.get("seconds", {}).get("total"), clock_time),
         ("Peak resident memory", results.get("peak_rss_bytes"), gib),
@@ -260,7 +249,7 @@ def _time_and_memory(record: RunRecord, metrics: Sequence[Metrics]) -> list[Bloc
     rows += [[name, form(number)] for name, number, form in shown if number is not None]
     if not rows:
         return []
-    picture = Picture("time_and_memory.png", plot_time_and_memory(record, metrics))
+    picture = Picture("time_and_memory.png", plots.plot_time_and_memory(record, metrics))
     return [picture, Table("Cost of the run", ["Quantity", "Value"], rows)]
 
 
@@ -288,7 +277,7 @@ def _limits(record: RunRecord) -> list[str]:
         f"One run with seed {record.seed}. The intervals are about which problems were drawn, not "
         "about how another seed would have trained; only several seeds show that.",
     ]
-    if tables := before_and_after(record):
+    if tables := plots.before_and_after(record):
         temperature = tables[-1]["temperature"]
         how = "greedily" if temperature == 0 else f"by sampling at temperature {temperature:g}"
         limits.append(

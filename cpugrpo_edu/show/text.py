@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.markdown import markdown_table
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import over_seeds
 
@@ -76,31 +77,6 @@ def change_in_words(row: Mapping[str, Any], confidence: float) -> str:
     if row["difference"] > 0:
         return f"After training, accuracy rose {change}."
     return f"Training made the model worse: accuracy fell {change}."
-
-
-# Markdown
-
-
-def printable(text: str) -> str:
-    """Replace control, bidirectional-override and surrogate characters."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
-
-
-def markdown_text(text: str) -> str:
-    """One line of Markdown in which nothing of ``text`` is markup."""
-    return re.sub(r"([\\`*_\[\]|<>&$~])", r"\\\1", " ".join(printable(text).split()))
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of plain text; columns of numbers are aligned to the right."""
-    numeric = [
-        all(re.match(r"[+-]?\d|–|p [<=]", row[i]) for row in rows) for i in range(len(header))
-    ]
-    safe = [[markdown_text(cell) for cell in line] for line in (header, *rows)]
-    safe.insert(1, ["---:" if right else "---" for right in numeric])
-    return "\n".join(f"| {' | '.join(line)} |" for line in safe)
 
 
 # Numbers out of records
