@@ -10,10 +10,13 @@ from scipy.stats import chi2
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cpugrpo_edu.engine import decode as engine_module
-from cpugrpo_edu.engine.decode import Sampling, chunks_by_length, is_supported, keep_top_p, rollout
+from cpugrpo_edu.engine.blocks import is_supported
+from cpugrpo_edu.engine.decode import chunks_by_length, sample
+from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.load import add_lora, load_policy
 from cpugrpo_edu.policy import token_log_probs
+from cpugrpo_edu.sample import Sampling, keep_top_p
 
 PROMPTS = [[5, 6, 7, 8, 9], [40], [100, 3, 77, 12, 250, 9, 31], [8, 8]]
 
@@ -52,9 +55,10 @@ def gpt2():
     return stir(GPT2LMHeadModel(config))
 
 
-def run(model, prompts=PROMPTS, copies=1, eos=frozenset(), engine="fast", **sampling):
-    return rollout(
-        model, prompts, copies, Sampling(**sampling), eos_ids=set(eos), pad_id=0, engine=engine
+def run(model, prompts=PROMPTS, copies=1, eos=frozenset(), engine="fast", max_rows=256, **sampling):
+    options = EngineOptions(engine=engine, max_rows=max_rows)
+    return sample(
+        model, prompts, copies, Sampling(**sampling), eos_ids=set(eos), pad_id=0, options=options
     )
 
 
@@ -203,9 +207,9 @@ def test_ends_and_lengths(model, engine):
 @pytest.mark.parametrize("engine", ["fast", "generate"])
 def test_groups_come_back_in_the_order_given_in_chunks_of_at_most_max_rows(model, engine):
     seen = []
-    groups = rollout(
-        model, PROMPTS, 2, Sampling(max_new_tokens=2, max_rows=4), eos_ids=set(), pad_id=0,
-        engine=engine, on_done=seen.append,
+    groups = sample(
+        model, PROMPTS, 2, Sampling(max_new_tokens=2), eos_ids=set(), pad_id=0,
+        options=EngineOptions(engine=engine, max_rows=4), on_done=seen.append,
     )  # fmt: skip
     assert [group.prompt_ids for group in groups] == PROMPTS
     assert [len(group.episodes) for group in groups] == [2] * 4
@@ -216,16 +220,16 @@ def test_groups_come_back_in_the_order_given_in_chunks_of_at_most_max_rows(model
 
 @pytest.mark.parametrize("engine", ["fast", "generate"])
 def test_seeds_reproduce_and_chunks_do_not_repeat_each_other(model, engine):
-    def sample(seed, rows=256):
+    def drawn(seed, rows=256):
         prompts = [[5, 6]] * 2
         return ids(run(model, prompts, 2, engine=engine, seed=seed, max_rows=rows))
 
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    first = sample(3, rows=2)
+    first = drawn(3, rows=2)
     assert torch.equal(before, torch.random.get_rng_state())  # the global state is left alone
-    assert first == sample(3, rows=2)
-    assert first != sample(4, rows=2)
+    assert first == drawn(3, rows=2)
+    assert first != drawn(4, rows=2)
     assert first[0] != first[1]  # the same prompt in another chunk is drawn anew
     assert first[0][0] != first[0][1]
 
@@ -258,19 +262,19 @@ def test_sliding_windows_are_left_to_generate(model):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "names"),
+    ("arguments", "error", "names"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"engine": "vllm"}, "'vllm'.*fast and generate"),
-        ({"prompts": [[1], []]}, "no tokens"),
-        ({"copies": 0}, "copies is 0"),
+        ({"max_new_tokens": 0}, UserError, "max_new_tokens is 0"),
+        ({"temperature": -0.1}, UserError, "temperature is -0.1"),
+        ({"top_p": 0.0}, UserError, "top_p is 0.0"),
+        ({"top_p": 1.1}, UserError, "top_p is 1.1"),
+        ({"engine": "vllm"}, UserError, "'vllm'.*fast and generate"),
+        ({"prompts": [[1], []]}, ValueError, "no tokens"),
+        ({"copies": 0}, ValueError, "0 completions were asked"),
     ],
 )
-def test_bad_input_is_refused(model, arguments, names):
-    with pytest.raises(UserError, match=names):
+def test_bad_input_is_refused(model, arguments, error, names):
+    with pytest.raises(error, match=names):
         run(model, **arguments)
 
 
@@ -284,8 +288,12 @@ def test_fewer_rows_where_memory_is_short_or_refused(tiny_policy, monkeypatch):
     sampling = Sampling(max_new_tokens=5, temperature=0)
 
     def greedy(**more):
-        groups = rollout(tiny_policy.model, prompts, 4, sampling, eos_ids=set(), pad_id=0, **more)
-        return [[e.completion_ids for e in group.episodes] for group in groups]
+        options = EngineOptions(**more)
+        return ids(
+            sample(
+                tiny_policy.model, prompts, 4, sampling, eos_ids=set(), pad_id=0, options=options
+            )
+        )
 
     whole, original, rows = greedy(), module.decode, []
 
