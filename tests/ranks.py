@@ -13,16 +13,19 @@ import zlib
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from safetensors.torch import save_file
 
+from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import ranks
 from cpugrpo_edu.engine.hardware import configure_threads
-from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, CPUOptions, cpu_config
+from cpugrpo_edu.engine.options import EngineOptions
+from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
+from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
 from cpugrpo_edu.models.load import fingerprint, load_policy
-from cpugrpo_edu.rewards import guarded
+from cpugrpo_edu.rewards import Reward
 
 PROMPTS = ["a", "b c", "Compute 1 + 2.", "x y z"]
+PROBLEMS = [Problem(text, "mine", "basic", text, "") for text in PROMPTS]
 GROUP = 4
 
 # Prompts whose completions differ in reward. Of two ranks, the first has the first two.
@@ -73,13 +76,9 @@ class SameForEveryone(CPUGRPOTrainer):
 def step(model, rewarded, lora=0, **settings):
     """The trainer after one step."""
 
-    @guarded
-    def odd_tokens(prompts, completions, completion_ids, **columns):
-        texts = [prompt[0]["content"] for prompt in prompts]
-        return [
-            sum(i % 2 for i in ids) / len(ids) if text in rewarded else 0.0
-            for text, ids in zip(texts, completion_ids, strict=True)
-        ]
+    def odd_tokens(problem, episode):
+        ids = episode.completion_ids
+        return sum(i % 2 for i in ids) / len(ids) if problem.question in rewarded else 0.0
 
     policy = load_policy(model, lora_rank=lora, seed=0)
     if lora:  # B is zero at first, and then A has no gradient
@@ -102,9 +101,9 @@ def step(model, rewarded, lora=0, **settings):
                 max_grad_norm=0.0,
                 **{"loss_type": "dapo"} | settings | more,
             ),
-            [odd_tokens],
-            Dataset.from_dict({"prompt": [[{"role": "user", "content": t}] for t in PROMPTS]}),
-            CPUOptions(micro_batch=3, patience=0),
+            trl_rewards([Reward("odd_tokens", odd_tokens)], PROBLEMS),
+            to_dataset(PROBLEMS),
+            EngineOptions(micro_batch=3, patience=0),
         )
         traffic = ranks.Traffic()
         if ranks.size() > 1:

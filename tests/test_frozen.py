@@ -11,14 +11,9 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cpugrpo_edu.engine import c_kernel
-from cpugrpo_edu.engine.decode import (
-    CompiledDecoder,
-    Decoder,
-    Sampling,
-    causal_lm,
-    prefill,
-    rollout,
-)
+from cpugrpo_edu.engine.blocks import causal_lm
+from cpugrpo_edu.engine.decode import CompiledDecoder, Decoder, prefill, sample
+from cpugrpo_edu.engine.fisher import estimate_fisher
 from cpugrpo_edu.engine.int8 import quantized_engine
 from cpugrpo_edu.engine.int8_base import (
     KERNELS,
@@ -31,8 +26,9 @@ from cpugrpo_edu.engine.int8_base import (
 )
 from cpugrpo_edu.engine.shared_prefix import packed_log_probs
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.fisher import Example, fisher_diagonal
+from cpugrpo_edu.fisher import Example
 from cpugrpo_edu.models.load import add_lora, load_policy, save_policy
+from cpugrpo_edu.sample import Sampling
 
 
 @pytest.fixture(params=KERNELS)
@@ -174,7 +170,7 @@ def test_the_reference_is_the_base_with_the_adapter_off(tiny_folder):
 def test_rollouts_record_the_log_probs_that_training_sees(tiny_folder, kernel):
     frozen, _ = frozen_and_float(tiny_folder, kernel)
     sampling = Sampling(max_new_tokens=6, seed=1)
-    [group] = rollout(frozen, [[5, 6, 7]], 3, sampling, eos_ids=set(), pad_id=0)
+    [group] = sample(frozen, [[5, 6, 7]], 3, sampling, eos_ids=set(), pad_id=0)
     prompts = torch.tensor([[5, 6, 7]] * 3)
     tokens = torch.tensor([e.completion_ids for e in group.episodes])
     with torch.no_grad():
@@ -216,7 +212,7 @@ def test_a_token_in_c_is_that_of_torch(tiny_folder, adapter):
 def test_fisher_of_the_adapter(tiny_folder):
     frozen, plain = frozen_and_float(tiny_folder, "exact")
     examples = [Example([5, 6], [7, 8, 9]), Example([5, 6, 7, 8], [9])]
-    ours, expected = (fisher_diagonal(m, examples, "rollout_score") for m in (frozen, plain))
+    ours, expected = (estimate_fisher(m, examples, "rollout_score") for m in (frozen, plain))
     assert ours.keys() == expected.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-3, atol=1e-7)

@@ -11,12 +11,14 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import trl_trainer as trainer_module
+from cpugrpo_edu.engine.options import EngineOptions
+from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
 from cpugrpo_edu.engine.trl_trainer import (
     LOSS_TYPES,
     WORKING_SPACE,
     CPUGRPOTrainer,
-    CPUOptions,
     Guard,
     Offloaded,
     RolloutTally,
@@ -26,9 +28,10 @@ from cpugrpo_edu.engine.trl_trainer import (
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.ewc import Anchor
 from cpugrpo_edu.models.load import fingerprint, load_policy
-from cpugrpo_edu.rewards import guarded
+from cpugrpo_edu.rewards import Reward
 
 PROMPTS = ["a", "a b c", "Compute 1 + 2.", "x"]
+PROBLEMS = [Problem(text, "mine", "basic", text, "") for text in PROMPTS]
 LENGTHS = torch.tensor([5, 2, 4, 1, 3, 5, 1, 2])
 REFUSED = (
     "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"
@@ -36,21 +39,20 @@ REFUSED = (
 ADVANTAGES = torch.tensor([1.1, -0.6, 0.0, -0.9, 0.7, 0.4, 0.0, -0.7])
 
 
-@guarded
-def odd_tokens(prompts, completions, completion_ids, **columns):
+def odd_tokens(problem, episode):
     """The share of odd token ids: any random model differs in it."""
-    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
+    ids = episode.completion_ids
+    return sum(i % 2 for i in ids) / len(ids)
 
 
 def make(policy, folder, options=None, reward=odd_tokens, anchor=None, on_step=None, **config):
     settings = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 6} | config
-    prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
     trainer = CPUGRPOTrainer(
         policy,
         cpu_config(folder, **settings),
-        [reward],
-        Dataset.from_dict({"prompt": prompts}),
-        options or CPUOptions(patience=0),
+        trl_rewards([Reward("mine", reward)], PROBLEMS),
+        to_dataset(PROBLEMS),
+        options or EngineOptions(patience=0),
         anchor,
         on_step or (lambda metrics: None),
     )
@@ -105,7 +107,7 @@ def gradient(trainer, inputs, monkeypatch=None, stock=False, **options):
     if stock:
         loss = GRPOTrainer.compute_loss(trainer, trainer.model, dict(inputs))
     else:
-        monkeypatch.setattr(trainer, "options", CPUOptions(**options))
+        monkeypatch.setattr(trainer, "options", EngineOptions(**options))
         loss = trainer.compute_loss(trainer.model, dict(inputs))
     trainer.accelerator.backward(loss)
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -225,14 +227,14 @@ def test_the_plan_follows_the_memory_says_so_and_keeps_the_gradient(trainer, bat
     assert len(said) == 2  # once each time it changes
     assert "micro-batches of 2 instead of 8" in said[0] and "of 1 instead of 8" in said[1]
     assert trainer.plan(batch) == 1
-    monkeypatch.setattr(trainer, "options", CPUOptions(micro_batch=3))
+    monkeypatch.setattr(trainer, "options", EngineOptions(micro_batch=3))
     assert trainer.plan(batch) == 3  # as asked
 
 
 def test_the_memory_limit_counts_what_is_held_and_what_will_come(trainer, monkeypatch):
     held, limit = psutil.Process().memory_info().rss, 2**45
     monkeypatch.setattr("cpugrpo_edu.engine.memory.available_memory", lambda: 2**60)
-    monkeypatch.setattr(trainer, "options", CPUOptions(memory_limit=limit))
+    monkeypatch.setattr(trainer, "options", EngineOptions(memory_limit=limit))
     trainer.model.zero_grad(set_to_none=True)
     monkeypatch.setattr(trainer.state, "global_step", 0)
     before = trainer.free_memory()
@@ -240,7 +242,7 @@ def test_the_memory_limit_counts_what_is_held_and_what_will_come(trainer, monkey
     weights = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
     assert trainer.free_memory() - before == pytest.approx(2 * weights, abs=2**26)
     assert limit - trainer.free_memory() == pytest.approx(held, abs=2**28)
-    monkeypatch.setattr(trainer, "options", CPUOptions(memory_limit=held // 2))
+    monkeypatch.setattr(trainer, "options", EngineOptions(memory_limit=held // 2))
     assert trainer.free_memory() == 0
 
 
@@ -275,7 +277,7 @@ def test_refused_memory_is_tried_again_in_halves(trainer, batch, monkeypatch, wh
     monkeypatch.setattr(owner, name, refuse_the_second)
     rows = {key: len(values) for key, values in trainer._metrics["train"].items()}
     trainer.model.zero_grad()
-    monkeypatch.setattr(trainer, "options", CPUOptions(micro_batch=4))
+    monkeypatch.setattr(trainer, "options", EngineOptions(micro_batch=4))
     again = trainer.compute_loss(trainer.model, dict(batch))
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     ours = torch.cat([p.grad.flatten() for p in parameters])
@@ -331,7 +333,7 @@ def test_each_prompt_is_prefilled_once_and_answered_in_order(trainer, monkeypatc
     import cpugrpo_edu.engine.trl_trainer as module
 
     calls = []
-    original = module.rollout
+    original = module.sample
 
     def spy(model, prompts, copies, *args, **kwargs):
         calls.append((list(prompts), copies))
@@ -341,7 +343,7 @@ def test_each_prompt_is_prefilled_once_and_answered_in_order(trainer, monkeypatc
                 episode.completion_ids = [prompt[0], i]
         return groups
 
-    monkeypatch.setattr(module, "rollout", spy)
+    monkeypatch.setattr(module, "sample", spy)
     prompts = [[50, 51, 52], [60], [70, 71]]
     repeated = [prompt for prompt in prompts for _ in range(2)]
     ids, logps = trainer._generate_single_turn(repeated, None, None, 2)
@@ -355,7 +357,7 @@ def test_each_prompt_is_prefilled_once_and_answered_in_order(trainer, monkeypatc
 
 @pytest.mark.parametrize("correct", [True, False])
 def test_int8_rollouts(tiny_policy, tmp_path, correct):
-    options = CPUOptions(int8_rollouts=True, importance_correction=correct, patience=0)
+    options = EngineOptions(int8_rollouts=True, importance_correction=correct, patience=0)
     trainer = make(tiny_policy, tmp_path, options)
     rows = [r for i in range(2) for r in [trainer.train_dataset[i]] * 2]
     output = trainer._generate_and_score_completions(rows)
@@ -402,7 +404,7 @@ def test_packed_passes_follow_trls_option(tiny_policy, tmp_path, monkeypatch, bf
 
     monkeypatch.setattr(trainer_module, "packed_log_probs", spy)
     before = [p.detach().clone() for p in tiny_policy.model.parameters()]
-    options = CPUOptions(share_prefix=True, patience=0)
+    options = EngineOptions(share_prefix=True, patience=0)
     settings = {"max_steps": 1, "beta": 0.1, "learning_rate": 1e-3, "bf16": bf16}
     make(tiny_policy, tmp_path, options, **settings).train()
     assert asked and set(asked) == {bf16}
@@ -440,10 +442,10 @@ def test_ewc_pulls_once_a_step_and_before_clipping(tiny_policy, tmp_path, micro_
     trainer = make(
         tiny_policy,
         tmp_path,
-        CPUOptions(
+        EngineOptions(
             patience=0, ewc_strength=5.0, micro_batch=micro_batch, skip_zero_advantage=False
         ),
-        reward=guarded(constant),
+        reward=constant,
         anchor=anchor,
         on_step=rows.append,
         max_steps=1,
@@ -459,14 +461,14 @@ def test_ewc_pulls_once_a_step_and_before_clipping(tiny_policy, tmp_path, micro_
     assert moved.norm().item() == pytest.approx(0.1, rel=1e-2)  # clipped to norm 1, rate 0.1
 
 
-def constant(prompts, completions, **columns):
-    return [0.5] * len(completions)
+def constant(problem, episode):
+    return 0.5
 
 
 def test_a_stop_request_saves_a_checkpoint(tiny_policy, tmp_path):
     def stop(metrics):
         if metrics["step"] == 2:
-            trainer.requests.stop()
+            trainer.should_stop = lambda: True
 
     trainer = make(tiny_policy, tmp_path, on_step=stop, max_steps=3)
     seeds = {}
@@ -489,13 +491,13 @@ def test_a_stop_request_saves_a_checkpoint(tiny_policy, tmp_path):
 @pytest.mark.parametrize(
     ("reward", "words"),
     [
-        (lambda prompts, completions, **c: [math.nan] * len(completions), "finite number"),
-        (lambda prompts, completions, **c: 1 / 0, "ZeroDivisionError"),
+        (lambda problem, episode: math.nan, "finite number"),
+        (lambda problem, episode: 1 / 0, "ZeroDivisionError"),
     ],
 )
 def test_a_broken_reward_stops_training(tiny_policy, tmp_path, reward, words):
     before = fingerprint(tiny_policy.model)
-    trainer = make(tiny_policy, tmp_path, reward=guarded(reward), max_steps=1)
+    trainer = make(tiny_policy, tmp_path, reward=reward, max_steps=1)
     with pytest.raises(UserError, match=words):
         trainer.train()
     assert fingerprint(tiny_policy.model) == before
@@ -521,7 +523,7 @@ def test_without_signal_training_stops_after_the_patience(
 ):
     import cpugrpo_edu.engine.trl_trainer as module
 
-    original = module.rollout
+    original = module.sample
     last = tiny_policy.tokenizer.eos_token_id if ending else 7
 
     def ended(*args, **kwargs):
@@ -530,13 +532,13 @@ def test_without_signal_training_stops_after_the_patience(
             episode.completion_ids[-1] = last
         return groups
 
-    monkeypatch.setattr(module, "rollout", ended)
+    monkeypatch.setattr(module, "sample", ended)
     rows = []
     trainer = make(
         tiny_policy,
         tmp_path,
-        CPUOptions(patience=2),
-        reward=guarded(constant),
+        EngineOptions(patience=2),
+        reward=constant,
         on_step=rows.append,
         max_steps=5,
     )
@@ -547,9 +549,7 @@ def test_without_signal_training_stops_after_the_patience(
 
 def test_no_data(tiny_policy, tmp_path):
     with pytest.raises(UserError, match="training data is empty"):
-        CPUGRPOTrainer(
-            tiny_policy, cpu_config(tmp_path), [odd_tokens], Dataset.from_dict({"prompt": []})
-        )
+        CPUGRPOTrainer(tiny_policy, cpu_config(tmp_path), [], Dataset.from_dict({"prompt": []}))
 
 
 DEAD = {"loss": 0.0, "frac_reward_zero_std": 1.0}
@@ -616,7 +616,7 @@ def test_equal_rewards_teach_nothing_whatever_their_value(tiny_folder, tmp_path,
     trainer = make(
         policy,
         tmp_path,
-        reward=guarded(lambda prompts, completions, **columns: [value] * len(completions)),
+        reward=lambda problem, episode: value,
         on_step=rows.append,
         num_generations=8,
         max_steps=2,
@@ -636,7 +636,7 @@ def test_what_rollouts_or_micro_batches_would_change_is_refused(tmp_path, name, 
 
 def test_top_p_has_no_importance_correction(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="top_p is 0.5"):
-        make(load_policy(tiny_folder), tmp_path, CPUOptions(int8_rollouts=True), top_p=0.5)
+        make(load_policy(tiny_folder), tmp_path, EngineOptions(int8_rollouts=True), top_p=0.5)
 
 
 def test_cispo_cuts_the_ratio_at_five(tmp_path):
@@ -649,7 +649,7 @@ def test_an_offloaded_reference_is_the_same_reference(tiny_folder, tmp_path):
     ends = []
     for offload in (False, True):
         policy = load_policy(tiny_folder)
-        options = CPUOptions(patience=0, spare_memory=offload)
+        options = EngineOptions(patience=0, spare_memory=offload)
         rows = []
         make(
             policy,
@@ -676,7 +676,7 @@ def test_an_offloaded_model_ends_with_its_use(tiny_folder, tmp_path, monkeypatch
         return model
 
     monkeypatch.setattr(Offloaded, "load", remember)
-    options = CPUOptions(patience=0, spare_memory=True)
+    options = EngineOptions(patience=0, spare_memory=True)
     trainer = make(load_policy(tiny_folder), tmp_path, options, beta=0.5)
     ids = torch.randint(3, 300, (2, 8))
     with torch.no_grad():
