@@ -40,10 +40,10 @@ def steps(folder):
 
 def test_control_waits_while_paused_and_reports_a_stop():
     control = Control()
-    assert control.checkpoint() is False
+    assert control.should_stop() is False
     control.pause()
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(control.checkpoint()))
+    thread = threading.Thread(target=lambda: answers.append(control.should_stop()))
     thread.start()
     until(lambda: control.waiting)
     assert not answers
@@ -52,7 +52,7 @@ def test_control_waits_while_paused_and_reports_a_stop():
     assert answers == [False] and not control.waiting
     control.pause()
     control.stop()
-    assert control.checkpoint() is True and not control.paused
+    assert control.should_stop() is True and not control.paused
 
 
 def test_a_stop_during_the_evaluation_is_resumable(tmp_path):

@@ -21,7 +21,7 @@ from cpugrpo_edu.lab.studies.common import Pieces, Setting
 from cpugrpo_edu.lab.studies.registry import STUDIES
 from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.run import pipeline
+from cpugrpo_edu.run import pipeline, prepare
 from cpugrpo_edu.run.config import check_settings
 from cpugrpo_edu.tasks import make_problems
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def one_thread(monkeypatch):
     original = hardware.configure_threads
     monkeypatch.setattr(hardware, "configure_threads", lambda threads=None: original(1))
-    monkeypatch.setattr(pipeline, "configure_threads", lambda threads=None: original(1))
+    monkeypatch.setattr(prepare, "configure_threads", lambda threads=None: original(1))
 
 
 def run_reduced(name, tmp_path, *more):

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from torch import Tensor
 from cpugrpo_edu import fisher
 from cpugrpo_edu.engine.int8_base import is_frozen, spares_memory
 from cpugrpo_edu.engine.memory import drop_input_grad_hooks, free_memory, trim_heap
+from cpugrpo_edu.engine.options import FISHER_VARIANTS
+from cpugrpo_edu.engine.options import FisherVariant as Variant
 from cpugrpo_edu.engine.shared_prefix import packed_log_probs
 from cpugrpo_edu.fisher import Example, Row, per_sequence_scores, trainable_parameters
-
-Variant = Literal["exact", "sample", "empirical", "batched", "rollout_score", "lightning"]
 
 GRADIENT_MEMORY = 256 * 2**20
 """Bytes that the per-sequence gradients of one batch may take."""
@@ -47,8 +47,8 @@ def estimate_fisher(
       unbiased: the Gauss-Newton-Bartlett estimator of Sophia, arXiv 2305.14342.)
     - "lightning" is ``lightning_fisher``; it looks at no data, ``examples`` may be empty.
     """
-    if variant not in get_args(Variant):
-        raise ValueError(f"variant is {variant!r}; allowed are {get_args(Variant)}: choose one")
+    if variant not in FISHER_VARIANTS:
+        raise ValueError(f"variant is {variant!r}; allowed are {FISHER_VARIANTS}: choose one")
     if variant == "lightning":
         return lightning_fisher(model)
     drop_input_grad_hooks(model)  # vmap rejects them

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 ENGINES = ("fast", "generate")
+
+FisherVariant = Literal["exact", "sample", "empirical", "batched", "rollout_score", "lightning"]
+FISHER_VARIANTS: tuple[str, ...] = get_args(FisherVariant)
+"""The estimates of :mod:`cpugrpo_edu.engine.fisher`."""
 
 
 @dataclass(frozen=True)

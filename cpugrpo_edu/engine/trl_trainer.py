@@ -47,7 +47,6 @@ from cpugrpo_edu.engine.shared_prefix import group_rows, packed_log_probs
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
 from cpugrpo_edu.policy import Policy
-from cpugrpo_edu.run.pause import Control
 from cpugrpo_edu.sample import Sampling
 
 # TRL 1.16 uses names that transformers renames in version 6: nothing a user can mend.
@@ -234,7 +233,7 @@ class CPUGRPOTrainer(GRPOTrainer):
     ``policy.model`` is trained in place; ``anchor`` holds what EWC protects. The entropy, KL and
     clip fraction that TRL logs are means over micro-batches, of the rows that were trained on.
     ``on_step`` receives every optimizer step's metrics, ``say`` a sentence when memory is short.
-    ``requests`` pauses training between two steps, or ends it with a checkpoint to resume from.
+    ``should_stop`` is asked between two steps; True saves a checkpoint and ends the training.
     """
 
     def __init__(
@@ -247,7 +246,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         anchor: Anchor | None = None,
         on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
         say: Callable[[str], None] = lambda sentence: None,
-        requests: Control | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ):
         if len(dataset) == 0:
             raise UserError("the training data is empty; give at least one problem")
@@ -266,7 +265,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         self.say = say
         self.most: int | None = None  # completions a micro-batch, once memory was refused
         self.guard = Guard(self.options.patience)
-        self.requests = requests or Control()
+        self.should_stop = should_stop
         self.tally = RolloutTally()
         self.int8_copy: Any = None
         self.last_groups: list[Group] = []
@@ -591,7 +590,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         if "loss" in logs:
             self.on_step({**logs, "step": self.state.global_step})
             self.guard.check(logs)
-            if ranks.agree(self.requests.checkpoint()):
+            if ranks.agree(self.should_stop()):
                 self.control.should_save = self.control.should_training_stop = True
 
     def share_metrics(self) -> None:

@@ -1,79 +1,172 @@
-"""What one can ask of a run, and the checks of it before anything is loaded."""
+"""The settings of a run, and the checks that need neither torch nor a model.
+
+The command line makes its options from ``RunConfig``, so nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, get_args
+import operator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
-from cpugrpo_edu.curriculum import Stage, make_stages
-from cpugrpo_edu.engine.options import ENGINES
+from cpugrpo_edu.curriculum import ORDERS, Stage, make_stages
+from cpugrpo_edu.engine.options import ENGINES, FISHER_VARIANTS
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.rewards import parse_rewards
 from cpugrpo_edu.tasks import DOMAINS
 
-# The checks import torch and TRL themselves: the command line reads RunConfig for its --help,
-# and before it sets the number of threads.
+BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] = (), **bounds: float) -> Any:
+    """A field with its help text and what ``check_settings`` allows; for ``bounds`` see BOUNDS."""
+    return field(default=default, metadata={"help": help, "choices": choices, **bounds})
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything one can ask of a run. The defaults suit the bundled model on two cores."""
+    """Every setting of a run. The defaults suit the bundled model on two cores."""
 
-    model: str = "bundled"
-    seed: int = 0
-    # Data: "generated", or a GSM8K-format file, folder or hub id, or a prompts file.
-    data: str = "generated"
-    verifier: str | None = None
-    domains: tuple[str, ...] = DOMAINS
-    system: str | None = None
+    model: str = setting("bundled", "The bundled model, a model folder, or a Hugging Face hub id.")
+    seed: int = setting(0, "Seed of the training data and the rollouts.", least=0, most=2**31 - 1)
+    # Data
+    data: str = setting(
+        "generated", "generated, a GSM8K-format file, folder or hub id, or a prompts file (.jsonl)."
+    )
+    verifier: str | None = setting(
+        None, "Your verifier, path/to/file.py:function; the file is executed."
+    )
+    domains: tuple[str, ...] = setting(DOMAINS, "Generated domains to use, separated by commas.")
+    system: str | None = setting(None, "System prompt; by default the model's own.")
     # Curriculum
-    order: str = "curriculum"
-    steps: tuple[int, int, int] = (6, 6, 6)
-    learning_rates: tuple[float, float, float] = (3e-4, 3e-4, 3e-4)
-    replay: float = 0.3
+    order: str = setting(
+        "curriculum", "Order of the stages: curriculum, mixed or reversed.", ORDERS
+    )
+    steps: tuple[int, int, int] = setting(
+        (6, 6, 6), "GRPO steps of each stage: one number, or three separated by commas."
+    )
+    learning_rates: tuple[float, float, float] = setting(
+        (3e-4, 3e-4, 3e-4),
+        "Learning rate of each stage: one number, or three separated by commas.",
+    )
+    replay: float = setting(
+        0.3, "Share of a stage's problems that have the other difficulties.", least=0, below=1
+    )
     # GRPO
-    prompts_per_step: int = 16
-    num_generations: int = 8
-    max_completion: int = 104
-    temperature: float = 1.0
-    beta: float = 0.0
-    loss_type: str = "dapo"
-    importance_level: str = "token"
-    epsilon: float = 0.2
-    rewards: str = "correct_answer=1,valid_steps=0.5,good_format=0.2"
-    patience: int = 8
+    prompts_per_step: int = setting(16, "Prompts (groups) in one step.", least=1)
+    num_generations: int = setting(8, "G, the completions of each prompt.", least=2)
+    max_completion: int = setting(104, "Longest completion, in tokens.", least=1)
+    temperature: float = setting(1.0, "Sampling temperature of the rollouts.", above=0)
+    beta: float = setting(0.0, "Weight of the KL term; 0 leaves it out.", least=0)
+    loss_type: str = setting(
+        "dapo", "TRL's loss: dapo, grpo, dr_grpo, bnpo, cispo, sapo, luspo or vespo."
+    )
+    importance_level: str = setting(
+        "token", "Importance ratios for each token, or for each sequence (GSPO)."
+    )
+    epsilon: float = setting(
+        0.2, "How far an importance ratio may leave 1 before it is clipped.", least=0
+    )
+    rewards: str = setting(
+        "correct_answer=1,valid_steps=0.5,good_format=0.2",
+        "Rewards and their weights, such as correct_answer=1,valid_steps=0.5.",
+    )
+    patience: int = setting(
+        8, "Steps in a row without a learning signal that end the run; 0 never does.", least=0
+    )
     # Model and memory
-    lora_rank: int = 0
-    dtype: str = "float32"
-    kernel: str = "packed"
-    checkpointing: str = "on"
-    micro_batch: int | None = None
-    memory_budget_gib: float | None = None
-    cleanup: bool = True
-    threads: int | None = None
-    # Rollouts and serving
-    engine: str = "fast"
-    int8_rollouts: bool = True
-    importance_correction: bool = True
-    int8_evaluation: bool = True
-    share_prefix: bool | None = None
+    lora_rank: int = setting(0, "LoRA rank; 0 trains all weights.", least=0)
+    dtype: str = setting(
+        "float32",
+        "Type of the weights: float32, bfloat16, auto, or int8 (LoRA only).",
+        ("auto", "float32", "bfloat16", "int8"),
+    )
+    kernel: str = setting(
+        "packed",
+        "Products of an INT8 model: packed (torch), or compiled (C; needs a compiler).",
+        ("packed", "compiled"),
+    )
+    checkpointing: str = setting(
+        "on",
+        "Recompute activations in the backward pass: on, off, or auto (where memory is short).",
+        ("auto", "on", "off"),
+    )
+    micro_batch: int | None = setting(
+        None, "Completions in one backward pass; by default planned from the free memory.", least=1
+    )
+    memory_budget_gib: float | None = setting(
+        None, "Most memory that the run may use in all, such as 4GB.", above=0
+    )
+    cleanup: bool = setting(True, "Return freed memory to the system after each stage.")
+    threads: int | None = setting(
+        None, "Threads; by default all cores, or fewer if those are faster."
+    )
+    # Rollouts and INT8
+    engine: str = setting(
+        "fast", "Sampler of the rollouts: fast (ours) or generate (Hugging Face's).", ENGINES
+    )
+    int8_rollouts: bool = setting(True, "Sample from an INT8 copy of the policy.")
+    importance_correction: bool = setting(
+        True, "Take importance ratios against the INT8 copy that sampled."
+    )
+    int8_evaluation: bool = setting(True, "Evaluate an INT8 copy of the final model as well.")
+    share_prefix: bool | None = setting(
+        None, "Run a prompt once for all its completions in training; by default on int8 only."
+    )
     # Consolidation
-    fisher: str = "rollout_score"
-    fisher_examples: int = 64
-    ewc_strength: float = 0.1
-    ewc_decay: float = 1.0
+    fisher: str = setting(
+        "rollout_score", f"Fisher estimate for EWC: {', '.join(FISHER_VARIANTS)}.", FISHER_VARIANTS
+    )
+    fisher_examples: int = setting(
+        64, "Problems for each Fisher estimate; 0 switches it off.", least=0
+    )
+    ewc_strength: float = setting(0.1, "Strength of the EWC penalty; 0 switches it off.", least=0)
+    ewc_decay: float = setting(
+        1.0, "Factor, 0 to 1, on the Fisher of earlier stages at each new one.", least=0, most=1
+    )
     # Evaluation
-    per_cell: int = 300
-    # Safety: minutes between two checkpoints within a stage; after each stage there is one anyway
-    save_minutes: float = 1.0
+    per_cell: int = setting(
+        300,
+        "Held-out problems for each domain and difficulty; 0 skips the evaluations.",
+        least=0,
+        most=10_000,
+    )
+    # Safety
+    save_minutes: float = setting(
+        1.0, "Minutes between two checkpoints within a stage; 0 saves after every step.", least=0
+    )
 
     @property
     def stages(self) -> list[Stage]:
         return make_stages(
             self.order, steps=self.steps, learning_rates=self.learning_rates, replay=self.replay
         )
+
+    @property
+    def frozen(self) -> bool:
+        """Whether LoRA trains on a frozen INT8 base."""
+        return self.dtype == "int8"
+
+
+FLAGS = {
+    "learning_rates": "--lr",
+    "lora_rank": "--lora",
+    "ewc_strength": "--ewc",
+    "memory_budget_gib": "--memory-budget",
+}
+"""Flags that are shorter than their fields; all others are spelled like the field."""
+
+
+def flag_of(name: str) -> str:
+    """The command line's flag of a field of ``RunConfig``."""
+    return FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -83,92 +176,38 @@ TRACKERS = ("none", "tensorboard", "wandb")
 def check_tracker(name: str) -> None:
     """UserError for an unknown tracker, or one whose package is missing."""
     if name not in TRACKERS:
-        raise UserError(f"unknown tracker {name!r} in report_to; allowed are {', '.join(TRACKERS)}")
+        raise UserError(f"unknown --report-to {name!r}; allowed are {', '.join(TRACKERS)}")
     if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(
-            f"report_to {name} needs the package {name}, which is not installed; "
-            f"pip install {name}, or leave report_to out"
+            f"--report-to {name} needs the package {name}, which is not installed; "
+            f"pip install {name}, or leave --report-to out"
         )
 
 
 def check_settings(config: RunConfig) -> None:
-    """What would otherwise come out only when its turn comes, perhaps after an hour."""
-    from cpugrpo_edu.engine.fisher import Variant
-    from cpugrpo_edu.models.load import FROZEN
-
-    for name, allowed in (
-        ("engine", ENGINES),
-        ("checkpointing", ("auto", "on", "off")),
-        ("fisher", get_args(Variant)),
-    ):
-        value = getattr(config, name)
-        if value not in allowed:
-            raise UserError(f"unknown {name} {value!r}; allowed are {', '.join(allowed)}")
-    for name, least in (
-        ("micro_batch", 1),
-        ("max_completion", 1),
-        ("per_cell", 0),
-        ("fisher_examples", 0),
-        ("patience", 0),
-        ("lora_rank", 0),
-        ("beta", 0),
-        ("ewc_strength", 0),
-        ("save_minutes", 0),
-        ("epsilon", 0),
-    ):
-        value = getattr(config, name)
-        if value is not None and not least <= value < float("inf"):
-            raise UserError(f"{name} is {value}; give at least {least}")
-    if config.memory_budget_gib is not None and not 0 < config.memory_budget_gib < float("inf"):
+    """UserError, naming the flag, for a setting that would fail only later, perhaps after hours."""
+    for item in fields(config):
+        value, rules, flag = getattr(config, item.name), item.metadata, flag_of(item.name)
+        if rules["choices"] and value not in rules["choices"]:
+            raise UserError(f"unknown {flag} {value!r}; allowed are {', '.join(rules['choices'])}")
+        bounds = [(*BOUNDS[name], rules[name]) for name in BOUNDS if name in rules]
+        within = value is None or all(holds(value, bound) for _, holds, bound in bounds)
+        if bounds and not (within and value != float("inf")):
+            allowed = " and ".join(f"{words} {bound}" for words, _, bound in bounds)
+            raise UserError(f"{flag} is {value}; give {allowed}")
+    if max(stage.steps for stage in config.stages) > 1_000_000:
+        raise UserError(f"--steps is {config.steps}; a stage can have at most 1000000")
+    if not all(0 <= rate < float("inf") for rate in config.learning_rates):
         raise UserError(
-            f"the memory budget is {config.memory_budget_gib} GiB; give a finite one above 0"
+            f"learning rates {config.learning_rates} are not all finite, 0 or more; change --lr"
         )
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"seed is {config.seed}; give a whole number from 0 to {2**31 - 1}")
-    if max(config.steps) > 1_000_000:
-        raise UserError(f"steps are {config.steps}; a stage can have at most 1000000")
-    if config.per_cell > 10_000:
-        raise UserError(f"per_cell is {config.per_cell}; give at most 10000")
     if len(set(config.domains)) < len(config.domains):
         raise UserError(f"a domain in {', '.join(config.domains)} is named twice; name each once")
-    if config.dtype == FROZEN and not config.lora_rank:
+    if config.frozen and not config.lora_rank:
         raise UserError("an int8 base is frozen, so only LoRA can train on it; add --lora 16")
-    if config.kernel not in ("packed", "compiled"):
-        raise UserError(f"unknown kernel {config.kernel!r}; allowed are packed and compiled")
-    if config.kernel == "compiled" and not (config.int8_rollouts or config.dtype == FROZEN):
+    if config.kernel == "compiled" and not (config.int8_rollouts or config.frozen):
         raise UserError("the compiled kernel is for INT8 rollouts; leave out --no-int8-rollouts")
-    if not 0 <= config.ewc_decay <= 1:
-        raise UserError(f"ewc_decay is {config.ewc_decay}; give a number from 0 to 1")
-    if not 0 < config.temperature < float("inf"):
-        raise UserError(f"temperature is {config.temperature}; rollouts need one above 0")
-    if not all(0 <= rate < float("inf") for rate in config.learning_rates):
-        raise UserError(f"learning rates {config.learning_rates} are not all finite, 0 or more")
-    grpo_arguments(config, "unused", config.stages[0])  # checks the rest
-
-
-def grpo_arguments(config: RunConfig, folder: str | Path, stage: Stage, **more: Any) -> Any:
-    """TRL's configuration for one stage, on this process's share of the prompts."""
-    from cpugrpo_edu.engine import ranks
-    from cpugrpo_edu.engine.trl_trainer import cpu_config
-
-    processes = ranks.size()
-    if processes > 1:
-        # Buffers are constant and ranks run the model different numbers of times.
-        more |= {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": False}
-    return cpu_config(
-        folder,
-        prompts_per_step=ranks.prompts_per_process(config.prompts_per_step, processes),
-        num_generations=config.num_generations,
-        max_completion_length=config.max_completion,
-        max_steps=stage.steps,
-        learning_rate=stage.learning_rate,
-        temperature=config.temperature,
-        beta=config.beta,
-        loss_type=config.loss_type,
-        importance_sampling_level=config.importance_level,
-        epsilon=config.epsilon,
-        **more,
-    )
+    parse_rewards(config.rewards, config.max_completion)
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

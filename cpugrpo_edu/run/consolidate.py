@@ -1,0 +1,84 @@
+"""After a stage: estimate the Fisher information of what was learned, and anchor EWC there."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpugrpo_edu.data import Problem
+from cpugrpo_edu.engine import ranks
+from cpugrpo_edu.engine.fisher import estimate_fisher
+from cpugrpo_edu.engine.memory import retry_smaller
+from cpugrpo_edu.ewc import merge_anchors, normalize_fisher, take_anchor
+from cpugrpo_edu.fisher import Example, examples_from_groups
+from cpugrpo_edu.policy import Policy
+from cpugrpo_edu.run.config import RunConfig
+from cpugrpo_edu.run.state import Learner, Session
+from cpugrpo_edu.sample import Sampling, rollout
+
+
+def consolidate(session: Session, learner: Learner, index: int) -> dict[str, Any]:
+    """Merge this stage's Fisher information into ``learner.anchor``; returns a part of its row."""
+    begun = time.perf_counter()
+    config = session.config
+    detail: dict[str, Any] = {}
+    # A stage of no steps learned nothing since the last anchor, which would count twice.
+    if config.fisher_examples and config.stages[index].steps:
+        problems = ranks.share(session.problems[index][-config.fisher_examples :])
+        fisher = fisher_of(session, learner.policy, problems, index)
+        values = torch.cat([f.flatten() for f in fisher.values()])
+        mean = float(values.mean())
+        if mean > 0:
+            latest = take_anchor(learner.policy.model, normalize_fisher(fisher))
+            learner.anchor = merge_anchors(learner.anchor, latest, config.ewc_decay)
+        detail = {
+            "variant": config.fisher,
+            "examples": config.fisher_examples if ranks.size() > 1 else len(problems),
+            "mean": mean,
+            "largest": float(values.max()),
+            "parameters": values.numel(),
+        }
+    return {"fisher": detail, "fisher_seconds": time.perf_counter() - begun}
+
+
+def fisher_of(
+    session: Session, policy: Policy, problems: list[Problem], index: int
+) -> dict[str, Tensor]:
+    """The Fisher diagonal on this rank's problems, averaged over ranks; name to tensor."""
+    config = session.config
+    seed = config.seed + 101 * ranks.rank()
+    examples = fisher_examples(config, policy, problems, seed + index)
+
+    def estimate(batch_size: int) -> dict[str, Tensor]:
+        return estimate_fisher(
+            policy.model,
+            examples,
+            config.fisher,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            seed=seed,
+            memory_limit=session.memory_limit,
+        )
+
+    fisher = retry_smaller(estimate, 8, session.display.message)
+    return ranks.average(fisher, len(problems))
+
+
+def fisher_examples(
+    config: RunConfig, policy: Policy, problems: list[Problem], seed: int
+) -> list[Example]:
+    """What the chosen estimate looks at: worked solutions, the policy's rollouts, or nothing."""
+    if config.fisher == "lightning":
+        return []
+    if config.fisher in ("empirical", "batched"):
+        return [
+            Example(
+                policy.encode_problem(problem),
+                policy.tokenizer(problem.solution or problem.answer)["input_ids"],
+            )
+            for problem in problems
+        ]
+    sampling = Sampling(config.max_completion, 1.0, seed=seed)
+    return examples_from_groups(rollout(policy, problems, 1, sampling))

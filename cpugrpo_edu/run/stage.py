@@ -1,0 +1,224 @@
+"""Train one stage with TRL's trainer, from its last checkpoint if there is one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cpugrpo_edu.curriculum import Stage
+from cpugrpo_edu.engine import int8_base, ranks
+from cpugrpo_edu.engine.options import EngineOptions
+from cpugrpo_edu.engine.trl_data import message_text, to_dataset, trl_rewards
+from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, RolloutTally, cpu_config
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.load import fingerprint
+from cpugrpo_edu.run.config import RunConfig
+from cpugrpo_edu.run.pause import Interrupted, stop_on_interrupt
+from cpugrpo_edu.run.saver import CheckpointSaver, step_of
+from cpugrpo_edu.run.state import Learner, Session
+
+STEP_METRICS = {
+    # our name: TRL's
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "accuracy": "rewards/correct_answer/mean",
+    "loss": "loss",
+    "entropy": "entropy",
+    "kl": "kl",
+    "clip_fraction": "clip_ratio/region_mean",
+    "grad_norm": "grad_norm",
+    "completion_length": "completions/mean_length",
+    "clipped_ratio": "completions/clipped_ratio",
+    "frac_zero_std": "frac_reward_zero_std",
+    "tokens_per_second": "rollout/tokens_per_second",
+    "ewc_penalty": "ewc_penalty",
+    "learning_rate": "learning_rate",
+}
+
+
+def train_stage(session: Session, learner: Learner, index: int) -> dict[str, Any]:
+    """Train a stage and return its row for the record.
+
+    Raises Interrupted when asked to stop (a checkpoint is saved), and UserError if training
+    left every weight as it was.
+    """
+    stage = session.config.stages[index]
+    begun = time.perf_counter()
+    trainer = make_trainer(session, learner, index)
+    saver = CheckpointSaver(trainer, session.checkpoints_folder(index), session.config.save_minutes)
+    checkpoint = saver.restore()
+    done = step_of(checkpoint) if checkpoint else 0
+    # Steps after the checkpoint are repeated, so their rows go.
+    learner.metrics.forget_after(steps_before(session.config, index) + done)
+    session.display.start_stage(stage.name, stage.steps, done)
+    if stage.steps:
+        with stop_on_interrupt(session.control):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        step = trainer.state.global_step
+        if ranks.agree(session.control.stopping) and step < stage.steps:
+            raise Interrupted(f"stopped after step {step} of stage {stage.name!r}")
+    row = row_of(stage, time.perf_counter() - begun, trainer)
+    weights = fingerprint(learner.policy.model)
+    if weights == session.state.fingerprint and stage.steps:
+        raise UserError(
+            f"the weights did not change in stage {stage.name!r}; check that the learning rate "
+            f"({stage.learning_rate}) is above 0 and that rewards differ within groups"
+        )
+    session.state.fingerprint = weights
+    if ranks.size() > 1:
+        row["gradient_bytes_per_step"] = saver.traffic.bytes_per_step
+        row["same_weights"] = len(set(ranks.gather(weights))) == 1
+    return row
+
+
+def make_trainer(session: Session, learner: Learner, index: int) -> CPUGRPOTrainer:
+    config, problems = session.config, session.problems[index]
+    stage = config.stages[index]
+    args = grpo_arguments(
+        config,
+        session.checkpoints_folder(index),
+        stage,
+        gradient_checkpointing=learner.checkpointing,
+        reward_weights=[reward.weight for reward in session.rewards],
+        seed=config.seed + 7919 * index,
+        report_to=session.report_to,
+        run_name=f"{session.output.name}-{stage.name}",
+    )
+
+    def on_step(metrics: dict[str, Any]) -> None:
+        write_step(session, learner, index, metrics, sample_of(trainer))
+
+    with tensorboard_in(session.output / "tensorboard" / stage.name):
+        trainer = CPUGRPOTrainer(
+            learner.policy,
+            args,
+            trl_rewards(session.rewards, problems),
+            to_dataset(problems, learner.policy.system),
+            engine_options(session, learner),
+            learner.anchor,
+            on_step,
+            session.display.message,
+            session.control.should_stop,
+        )
+    return trainer
+
+
+def grpo_arguments(config: RunConfig, folder: str | Path, stage: Stage, **more: Any) -> Any:
+    """TRL's configuration for one stage, with this process's share of the prompts."""
+    processes = ranks.size()
+    if processes > 1:
+        # Buffers are constant and ranks run the model different numbers of times.
+        more |= {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": False}
+    return cpu_config(
+        folder,
+        prompts_per_step=ranks.prompts_per_process(config.prompts_per_step, processes),
+        num_generations=config.num_generations,
+        max_completion_length=config.max_completion,
+        max_steps=stage.steps,
+        learning_rate=stage.learning_rate,
+        temperature=config.temperature,
+        beta=config.beta,
+        loss_type=config.loss_type,
+        importance_sampling_level=config.importance_level,
+        epsilon=config.epsilon,
+        **more,
+    )
+
+
+def engine_options(session: Session, learner: Learner) -> EngineOptions:
+    config = session.config
+    return EngineOptions(
+        int8_rollouts=config.int8_rollouts,
+        kernel=config.kernel,
+        importance_correction=config.importance_correction,
+        engine=config.engine,
+        micro_batch=config.micro_batch,
+        memory_limit=session.memory_limit,
+        share_prefix=config.frozen if config.share_prefix is None else config.share_prefix,
+        recompute=int8_base.spares_memory(learner.policy.model),
+        ewc_strength=config.ewc_strength,
+        patience=config.patience,
+    )
+
+
+def steps_before(config: RunConfig, index: int) -> int:
+    """Optimizer steps of all stages before this one."""
+    return sum(stage.steps for stage in config.stages[:index])
+
+
+def write_step(
+    session: Session,
+    learner: Learner,
+    index: int,
+    metrics: dict[str, Any],
+    sample: dict[str, Any] | None,
+) -> None:
+    """Log and show one optimizer step. ``metrics`` have TRL's names, and "step"."""
+    row = {ours: metrics[trl] for ours, trl in STEP_METRICS.items() if trl in metrics}
+    row["rss_bytes"] = session.display.rss_bytes()
+    row["cpu_percent"] = session.display.cpu_percent()
+    row["sample"] = sample
+    step = metrics["step"]
+    place = {
+        "stage": session.config.stages[index].name,
+        "step": step,
+        "global_step": steps_before(session.config, index) + step,
+    }
+    learner.metrics.write(place | row)
+    session.display.update(step, **row)
+
+
+def sample_of(trainer: CPUGRPOTrainer) -> dict[str, Any] | None:
+    """One completion of the last step, at another place in the batch each time."""
+    logs: Any = trainer._logs
+    count = len(logs["completion"])
+    if not count:
+        return None
+    at = trainer.state.global_step * 31 % count
+    right = logs["rewards"].get("correct_answer")
+    return {
+        "prompt": message_text(logs["prompt"][at]),
+        "completion": message_text(logs["completion"][at]),
+        "correct": bool(right[at] == 1) if right else None,
+    }
+
+
+def row_of(stage: Stage, seconds: float, trainer: CPUGRPOTrainer) -> dict[str, Any]:
+    """What the record says of a stage's training, summed over all processes."""
+    tally = RolloutTally.of_all(ranks.gather(trainer.tally))
+    history = [row for row in trainer.state.log_history if "reward" in row]
+    return {
+        "name": stage.name,
+        "steps": stage.steps,
+        "learning_rate": stage.learning_rate,
+        "seconds": seconds,
+        "tokens_generated": tally.tokens,
+        "rollout_seconds": tally.seconds,
+        "completions": tally.rows,
+        "completions_skipped": tally.skipped,
+        "reward_first": history[0]["reward"] if history else None,
+        "reward_last": history[-1]["reward"] if history else None,
+        "ewc_penalty_last": history[-1].get("ewc_penalty") if history else None,
+        "micro_batch_smallest": min(tally.micro_batches, default=None),
+        "micro_batch_largest": max(tally.micro_batches, default=None),
+        "steps_short_of_memory": tally.shrunk,
+        "memory_refusals": tally.refusals,
+    }
+
+
+@contextmanager
+def tensorboard_in(folder: Path) -> Iterator[None]:
+    """Have TensorBoard write in ``folder``: beside the checkpoints its files would be deleted."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:  # the user's own choice
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
