@@ -2,7 +2,7 @@
 
 Nothing here can harm the machine even where a protection is missing: what the submissions try to
 delete or reach belongs to this test, and those that need a protection are left out without it.
-``CPUGRPO_HOSTILE_LEVEL=user`` (or another of ``sandbox.LEVELS``) tries a weaker containment.
+``CPUGRPO_HOSTILE_LEVEL=user`` (or another of ``sandbox.CONTAINED``) tries a weaker containment.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,9 @@ import pytest
 
 pytest.importorskip("nbgrader", reason="grading needs the extra cpugrpo-edu[grading]")
 
+from cpugrpo_edu.course import autograde, sandbox
 from cpugrpo_edu.course import course as grading
-from cpugrpo_edu.course import sandbox
+from cpugrpo_edu.course.sandbox import Sandbox
 
 pytestmark = [
     pytest.mark.slow,
@@ -149,13 +151,13 @@ print('HOME', home)
         "package": (
             None,
             {
-                "mean": "import cpugrpo_edu.data\n"
+                "mean": "import cpugrpo_edu.errors\n"
                 "cpugrpo_edu.errors.UserError.__init__ = lambda *a: None\n" + WRONG
             },
         ),
         "hides": (
             None,
-            {"mean": "import cpugrpo_edu.data\ncpugrpo_edu.types.abs = lambda x: 0\n" + WRONG},
+            {"mean": "import cpugrpo_edu.errors\ncpugrpo_edu.errors.abs = lambda x: 0\n" + WRONG},
         ),
         "asserts": (
             None,
@@ -211,9 +213,8 @@ def batch(tmp_path_factory):
     canary.chmod(0o777)
     (canary / "file.txt").write_text("still here")
     (canary / "file.txt").chmod(0o666)
-    level = os.environ.get("CPUGRPO_HOSTILE_LEVEL") or sandbox.strongest(
-        course.sandbox_spec(course.limits(), 60001)
-    )
+    box = sandbox.strongest(Sandbox("none", 60001, root, course.limits()))
+    level = os.environ.get("CPUGRPO_HOSTILE_LEVEL") or box.level
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.01)
         chosen = {
@@ -249,8 +250,8 @@ def batch(tmp_path_factory):
         watched += (root / "exchange",)
         before = digests(*watched)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sandbox, "strongest", lambda spec: level)
-            outcomes = course.autograde("small", jobs=2)
+            patch.setattr(sandbox, "strongest", lambda box: replace(box, level=level))
+            outcomes = autograde.autograde(course, "small", jobs=2)
         try:
             listener.accept()
             reached = True
@@ -291,7 +292,7 @@ def table(outcomes, level, left_out):
 
 def owned(process):
     try:
-        mine = process.info["uids"].real in (60001, 60002)
+        mine = process.info["uids"].real in autograde.USERS
         return mine and process.status() != psutil.STATUS_ZOMBIE
     except (AttributeError, psutil.Error):
         return False
@@ -340,7 +341,7 @@ def test_nothing_outside_changed(batch):
         ("memory", ""),
         ("numpy", "numpy.isclose"),
         ("package", "cpugrpo_edu.errors.UserError"),
-        ("hides", "cpugrpo_edu.data.abs"),
+        ("hides", "cpugrpo_edu.errors.abs"),
         ("asserts", "ast_transformers"),
         ("builtins", "builtins.AssertionError"),
         ("frames", "_getframe"),

@@ -1,21 +1,16 @@
-"""Limits of a submission and what grading it came to."""
+"""Limits of a submission, and the outcome of grading it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-CONTAINED = {
-    "namespaces+user": "limits, a user of its own, read-only, no network, the course out of sight",
-    "namespaces": "limits, read-only, no network, the course out of sight; the same user",
-    "user": "limits and a user of its own; the network as it is here",
-    "limits": "limits only; the same user, open network: use the container",
-    "none": "NONE beside the time limit: use the container",
-}
 
-
-@dataclass
+@dataclass(frozen=True)
 class Limits:
-    """Of one submission. Seconds are wall clock; bytes and processes count all it starts."""
+    """Limits of one submission, in seconds of wall clock and in bytes.
+
+    ``memory_bytes``, ``disk_bytes`` and ``processes`` count all processes that it starts.
+    """
 
     cell_seconds: int = 60
     seconds: int = 600
@@ -28,7 +23,7 @@ class Limits:
 
 @dataclass
 class Outcome:
-    """What grading one submission came to; ``status`` is ok, flagged or failed."""
+    """The result of grading one submission; ``status`` is ok, flagged or failed."""
 
     student: str
     status: str = "ok"

@@ -1,4 +1,4 @@
-"""Who reviews whose capstone, without names: everybody gives one review and gets one."""
+"""Anonymous peer review: each student gives one review and gets one."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Review:
 
 
 def peer_reviews(students: Sequence[str], secret: str, label: str = "ps6") -> list[Review]:
-    """One review a student: a ring in an order that only the course secret tells.
+    """One review for each student: a ring whose order only the course secret determines.
 
     The same arguments give the same reviews, in whatever order the students are listed;
-    another ``label`` deals anew. Raises ``UserError`` on a student listed twice, or on fewer
-    than 3: with 2 both know who wrote what.
+    another ``label`` gives another ring. Raises ``UserError`` if a student is listed twice, or
+    for fewer than 3: with 2, both know who wrote what.
     """
     if len(set(students)) < len(students) or len(students) < 3:
         raise UserError(
             f"{len(students)} students, {len(set(students))} of them different; peer review "
-            "needs at least 3, each listed once: mend the roster"
+            "needs at least 3, each listed once: fix the roster"
         )
 
     def digest(student: str) -> str:
@@ -38,7 +38,7 @@ def peer_reviews(students: Sequence[str], secret: str, label: str = "ps6") -> li
         return hmac.new(key, label.encode(), hashlib.sha256).hexdigest()
 
     ring = sorted(students, key=digest)
-    # The code is the author's: it tells nothing without the secret.
+    # The code comes from the author's digest, which reveals nothing without the secret.
     return [
         Review(reviewer, author, digest(author)[:8])
         for reviewer, author in zip(ring, ring[1:] + ring[:1], strict=True)

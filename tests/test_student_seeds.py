@@ -17,10 +17,10 @@ from cpugrpo_edu.errors import UserError
 def seed_of_a_process(**settings: str) -> tuple[int, str]:
     """The seed that a fresh process draws, and what it still sees of the settings."""
     code = (
-        "import os; from cpugrpo_edu.course.student_seeds import variant_seed as s; "
+        "import os; from cpugrpo_edu.course.student_seeds import student_seed as s; "
         "print(s('ps1-kl')); "
         "print(sorted(k for k in os.environ if k in "
-        "('CPUGRPO_VARIANT_KEY', 'CPUGRPO_COURSE_SECRET')))"
+        "('CPUGRPO_STUDENT_KEY', 'CPUGRPO_COURSE_SECRET')))"
     )
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CPUGRPO_")}
     done = subprocess.run(
@@ -51,14 +51,14 @@ def test_seeds_differ_by_label_and_student(monkeypatch: pytest.MonkeyPatch) -> N
     for who in ("ada", "alan"):
         key = bytes.fromhex(student_seeds.student_key("s", who))
         monkeypatch.setattr(student_seeds, "_key", key)
-        seeds += [student_seeds.variant_seed(label) for label in ("ps1-kl", "ps1-clip")]
+        seeds += [student_seeds.student_seed(label) for label in ("ps1-kl", "ps1-clip")]
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
 def test_both_ways_to_set_the_key_agree_and_are_taken_away() -> None:
     by_secret = seed_of_a_process(CPUGRPO_COURSE_SECRET="s", CPUGRPO_STUDENT_ID="ada")
-    by_key = seed_of_a_process(CPUGRPO_VARIANT_KEY=student_seeds.student_key("s", "ada"))
+    by_key = seed_of_a_process(CPUGRPO_STUDENT_KEY=student_seeds.student_key("s", "ada"))
     own_run = seed_of_a_process()
     assert by_secret == by_key
     assert own_run[0] != by_key[0]
@@ -66,7 +66,7 @@ def test_both_ways_to_set_the_key_agree_and_are_taken_away() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"CPUGRPO_VARIANT_KEY": "xyz"}, {"CPUGRPO_COURSE_SECRET": "s"}]
+    "settings", [{"CPUGRPO_STUDENT_KEY": "xyz"}, {"CPUGRPO_COURSE_SECRET": "s"}]
 )
 def test_a_half_set_key_is_refused(settings: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"not hexadecimal|student id is ''"):
@@ -89,5 +89,5 @@ def test_peers_review_once_and_never_themselves() -> None:
 
 @pytest.mark.parametrize("students", [["a", "b"], ["a", "b", "c", "a"]])
 def test_peers_refuse_a_bad_roster(students: list[str]) -> None:
-    with pytest.raises(UserError, match="mend the roster"):
+    with pytest.raises(UserError, match="fix the roster"):
         peer_reviews(students, "secret")
