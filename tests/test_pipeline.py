@@ -5,40 +5,49 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import replace
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from string import ascii_letters
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import cpugrpo_edu.run.pipeline as pipeline
 from cpugrpo_edu.curriculum import make_stages
 from cpugrpo_edu.data import DIFFICULTIES
+from cpugrpo_edu.engine.memory import PeakMemory
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.evaluate import load_evaluation
+from cpugrpo_edu.record.evaluations import load_evaluation
+from cpugrpo_edu.record.files import write_text
 from cpugrpo_edu.record.metrics import read_metrics
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.rewards import REWARDS, guarded
+from cpugrpo_edu.rewards import REWARDS
+from cpugrpo_edu.run import pipeline, results
 from cpugrpo_edu.run.anchors import load_anchor
-from cpugrpo_edu.run.config import RunConfig, plain
+from cpugrpo_edu.run.config import RunConfig, flag_of, plain
 from cpugrpo_edu.run.data import load_data
-from cpugrpo_edu.run.pause import Control
-from cpugrpo_edu.run.pipeline import Checkpoints, Interrupted, run
+from cpugrpo_edu.run.pause import Control, Interrupted
+from cpugrpo_edu.run.pipeline import run
+from cpugrpo_edu.run.saver import CheckpointSaver
+from cpugrpo_edu.run.state import RunState, Session, load_state
+from cpugrpo_edu.show.progress import ProgressDisplay
 
 ask_after = 0  # calls of the reward until it sends Ctrl-C; 0 never does
 
 
-@guarded
-def odd_tokens(prompts, completions, completion_ids, **columns):
+def odd_tokens(problem, episode):
     """The share of odd token ids: any random model differs in it."""
     global ask_after
     if ask_after:
         ask_after -= 1
         if not ask_after:
             os.kill(os.getpid(), signal.SIGINT)
-    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
+    ids = episode.completion_ids
+    return sum(i % 2 for i in ids) / len(ids)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -174,6 +183,61 @@ def test_reports_and_models_are_there(first):
     assert len(after.completions) == 6
 
 
+# Settings and state, without a model
+
+
+def test_settings_are_light():
+    """--help reads them, so they must not load torch or what depends on it."""
+    heavy = ("torch", "transformers", "trl", "peft", "datasets", "numpy")
+    code = (
+        "import sys; from cpugrpo_edu.run.config import RunConfig, check_settings; "
+        f"check_settings(RunConfig()); print([m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("item", fields(RunConfig), ids=lambda item: item.name)
+def test_every_setting_has_a_sentence_of_help(item):
+    text = item.metadata["help"]
+    assert text[0] in ascii_letters and text.endswith(".") and len(text) < 100
+
+
+def test_flags_of_settings():
+    assert [flag_of(name) for name in ("prompts_per_step", "seed", "learning_rates")] == [
+        "--prompts-per-step", "--seed", "--lr",
+    ]  # fmt: skip
+
+
+def test_a_state_survives_the_disk(config, tmp_path):
+    state = RunState.new(config)
+    write_text(tmp_path / "state.json", json.dumps(asdict(state)))
+    assert load_state(tmp_path, config) == state
+    rows = [{"name": "basic"}]
+    write_text(tmp_path / "state.json", json.dumps(asdict(replace(state, stages=rows))))
+    with pytest.raises(UserError, match=r"1-basic, with the model after stage 'basic', is missing"):
+        load_state(tmp_path, config)
+    (tmp_path / "stages" / "1-basic").mkdir(parents=True)
+    assert load_state(tmp_path, config).stages == rows
+    write_text(tmp_path / "state.json", json.dumps({**asdict(state), "more": 1}))
+    with pytest.raises(UserError, match="not the state of a run"):
+        load_state(tmp_path, config)
+
+
+def test_a_phase_is_timed_and_saved_also_when_it_was_stopped(config, tmp_path):
+    session = Session(
+        config, tmp_path, RunState.new(config), [], [], [], {}, ProgressDisplay(quiet=True),
+        Control(), PeakMemory(), time.time(), "none",
+    )  # fmt: skip
+    with pytest.raises(Interrupted), session.phase("train"):
+        raise Interrupted("stopped")
+    saved = load_state(tmp_path, config)
+    assert saved.seconds["train"] > 0 and saved.seconds_before > 0
+    with pytest.raises(ValueError), session.phase("train"):
+        raise ValueError("broken")
+    assert load_state(tmp_path, config) == saved
+
+
 # Refusals
 
 
@@ -210,29 +274,29 @@ def test_output_that_is_a_file_and_resume_of_nothing(config, tmp_path):
     [
         ({"domains": ("lists", "poetry")}, "unknown domains poetry; allowed are"),
         ({"domains": ()}, r"unknown domains \(none given\)"),
-        ({"order": "random"}, "unknown order 'random'"),
+        ({"order": "random"}, "unknown --order 'random'"),
         ({"steps": (0, 0, 0)}, "at least one step in all"),
         ({"steps": (1, -1, 1)}, "at least one step in all"),
-        ({"replay": 1.0}, "replay is 1.0"),
+        ({"replay": 1.0}, "--replay is 1.0; give at least 0 and less than 1"),
         ({"rewards": "beauty=1"}, "unknown reward 'beauty'"),
         ({"rewards": "odd_tokens=0"}, "all reward weights are zero"),
-        ({"engine": "warp"}, "unknown engine 'warp'; allowed are fast, generate"),
-        ({"fisher": "guess"}, "unknown fisher 'guess'; allowed are exact"),
-        ({"checkpointing": "maybe"}, "unknown checkpointing 'maybe'"),
+        ({"engine": "warp"}, "unknown --engine 'warp'; allowed are fast, generate"),
+        ({"fisher": "guess"}, "unknown --fisher 'guess'; allowed are exact"),
+        ({"checkpointing": "maybe"}, "unknown --checkpointing 'maybe'"),
         ({"loss_type": "ppo"}, "unknown loss type 'ppo'"),
         ({"importance_level": "word"}, "unknown importance level"),
-        ({"num_generations": 1}, "num_generations is 1"),
-        ({"prompts_per_step": 0}, "prompts_per_step is 0"),
-        ({"max_completion": 0}, "max_completion is 0; give at least 1"),
-        ({"micro_batch": 0}, "micro_batch is 0"),
-        ({"per_cell": -1}, "per_cell is -1; give at least 0"),
-        ({"fisher_examples": -1}, "fisher_examples is -1"),
-        ({"ewc_strength": float("nan")}, "ewc_strength is nan"),
-        ({"ewc_decay": 1.5}, "ewc_decay is 1.5"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"num_generations": 1}, "--num-generations is 1; give at least 2"),
+        ({"prompts_per_step": 0}, "--prompts-per-step is 0; give at least 1"),
+        ({"max_completion": 0}, "--max-completion is 0; give at least 1"),
+        ({"micro_batch": 0}, "--micro-batch is 0"),
+        ({"per_cell": -1}, "--per-cell is -1; give at least 0"),
+        ({"fisher_examples": -1}, "--fisher-examples is -1"),
+        ({"ewc_strength": float("nan")}, "--ewc is nan"),
+        ({"ewc_decay": 1.5}, "--ewc-decay is 1.5; give at least 0 and at most 1"),
+        ({"temperature": 0.0}, "--temperature is 0.0; give more than 0"),
         ({"learning_rates": (1e-3, -1e-3, 1e-3)}, "learning rates"),
         ({"model": "./nowhere"}, "no model folder at ./nowhere"),
-        ({"dtype": "float8"}, "unknown dtype 'float8'"),
+        ({"dtype": "float8"}, "unknown --dtype 'float8'"),
         ({"memory_budget_gib": 1e-4}, "training .* needs about .* GiB"),
         ({"data": "./nowhere.jsonl"}, "nowhere.jsonl"),
     ],
@@ -253,9 +317,10 @@ def test_weights_that_do_not_change_fail_the_run(config, tmp_path):
 # Interruptions
 
 
-def interrupt(config, folder, after):
+def interrupt(config, folder, step):
+    """Send Ctrl-C while the completions of a step are rewarded."""
     global ask_after
-    ask_after = after
+    ask_after = (step - 1) * config.prompts_per_step * config.num_generations + 1
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped after") as caught:
         run(config, folder)
@@ -290,15 +355,15 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(first, config, tmp_path, 
 
 def stop_when_measured(label, monkeypatch, config, folder):
     """Run until the evaluation ``label`` begins, and stop there."""
-    control, evaluate = Control(), pipeline.evaluate
+    control, evaluate = Control(), results.evaluate
 
-    def stopping(policy, problems, name, **options):
+    def stopping(policy, problems, name, *options):
         if name == label:
             control.stop()
-        return evaluate(policy, problems, name, **options)
+        return evaluate(policy, problems, name, *options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluate", stopping)
+        patch.setattr(results, "evaluate", stopping)
         with pytest.raises(Interrupted):
             run(config, folder, control=control)
 
@@ -455,9 +520,9 @@ def test_gsm8k_format_trains(config, tmp_path, no_report):
 
 def test_a_checkpoint_at_once_when_memory_is_about_to_run_out(tmp_path, monkeypatch):
     said, alarm = [], {"text": None}
-    monkeypatch.setattr("cpugrpo_edu.run.pipeline.memory_alarm", lambda: alarm["text"])
+    monkeypatch.setattr("cpugrpo_edu.run.saver.memory_alarm", lambda: alarm["text"])
     trainer = SimpleNamespace(add_callback=lambda callback: None, say=said.append)
-    saver = Checkpoints(trainer, tmp_path, minutes=60)
+    saver = CheckpointSaver(trainer, tmp_path, minutes=60)
 
     def save_after_step(text):
         alarm["text"], control = text, SimpleNamespace(should_save=False)

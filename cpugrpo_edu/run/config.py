@@ -19,9 +19,9 @@ from cpugrpo_edu.tasks import DOMAINS
 
 BOUNDS = {
     "least": ("at least", operator.ge),
-    "above": ("above", operator.gt),
+    "above": ("more than", operator.gt),
     "most": ("at most", operator.le),
-    "below": ("below", operator.lt),
+    "below": ("less than", operator.lt),
 }
 
 
