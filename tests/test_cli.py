@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from cpugrpo_edu import cli
 from cpugrpo_edu.engine import hardware
-from cpugrpo_edu.engine.memory import models_that_fit
+from cpugrpo_edu.engine.sizes import models_that_fit
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab import estimate
-from cpugrpo_edu.rewards import REWARDS, guarded
+from cpugrpo_edu.rewards import REWARDS
 
 COMMANDS = ("doctor", "run", "evaluate", "generate", "report", "pretrain", "models")
 
@@ -45,9 +45,8 @@ def refused(*arguments):
     return sentence
 
 
-@guarded
-def odd_tokens(prompts, completions, completion_ids, **columns):
-    return [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]
+def odd_tokens(problem, episode):
+    return sum(i % 2 for i in episode.completion_ids) / len(episode.completion_ids)
 
 
 @pytest.fixture
@@ -118,7 +117,7 @@ def test_models():
     assert code == 0 and rows["TinyLlama-1.1B-Chat"] == "too big"
     code, out, _ = invoke("models", "--memory-gib", 64)
     assert code == 0 and "64.0 GiB" in out
-    assert "--memory-gib is 0.0; give more than 0" in refused("models", "--memory-gib", 0)
+    assert "Invalid value for '--memory-gib'" in refused("models", "--memory-gib", 0)
 
 
 # Generating and evaluating
@@ -142,9 +141,9 @@ def test_generate(tiny_folder):
     ("arguments", "words"),
     [
         (["  "], "the prompt is empty"),
-        (["a", "--n", 0], "--n is 0; give at least 1"),
-        (["a", "--temperature", -1], "temperature is -1.0"),
-        (["a", "--max-completion", 0], "max_new_tokens is 0"),
+        (["a", "--n", 0], "Invalid value for '--n': Input should be greater than or equal to 1"),
+        (["a", "--temperature", -1], "Invalid value for '--temperature'"),
+        (["a", "--max-completion", 0], "Invalid value for '--max-completion'"),
         (["a", "--model", "./nowhere"], "no model folder at ./nowhere"),
     ],
 )
@@ -163,7 +162,7 @@ def test_evaluate(tiny_folder, tmp_path):
     assert kept.read_bytes() == before
     code, out, _ = invoke(*common, "--int8")
     assert code == 0 and "INT8" in out and "Overall 0.0 (0.0–24.2), 12" in out
-    assert "--per-cell is -1" in refused("evaluate", "--model", tiny_folder, "--per-cell", -1)
+    assert "Invalid value for '--per-cell'" in refused("evaluate", "--model", tiny_folder, "--per-cell", -1)
 
 
 # Runs
@@ -190,9 +189,12 @@ def test_run_and_report(tiny_run, tmp_path):
 
 
 def test_an_interrupted_run_says_how_to_go_on(tiny_run, tmp_path, monkeypatch):
-    def interrupting(**columns):
-        os.kill(os.getpid(), signal.SIGINT)
-        return odd_tokens(**columns)
+    sent = []
+
+    def interrupting(problem, episode):
+        if not sent:  # a second Ctrl-C would end the run at once
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return odd_tokens(problem, episode)
 
     monkeypatch.setitem(REWARDS, "odd_tokens", interrupting)
     folder = tmp_path / "run"
@@ -217,7 +219,7 @@ def test_an_interrupted_run_says_how_to_go_on(tiny_run, tmp_path, monkeypatch):
         (["--resume"], "--resume needs the --output folder"),
         (["--model", "./nowhere"], "no model folder at ./nowhere"),
         (["--domains", "lists,poetry"], "unknown domains poetry"),
-        (["--num-generations", 1], "num_generations is 1"),
+        (["--num-generations", 1], "--num-generations is 1; give at least 2"),
         (["--threads", 0], "threads"),
         (["--memory-budget", -1], "memory budget"),
         (["--data", "./nowhere.jsonl"], "nowhere.jsonl"),
@@ -338,7 +340,7 @@ def test_profiles_and_what_counts_more(monkeypatch, tmp_path, arguments, expecte
 
 
 def test_an_unknown_profile():
-    assert "unknown profile 'hasty'; allowed are balanced, fast, frugal" in refused(
+    assert "unknown --profile 'hasty'; allowed are balanced, fast, frugal" in refused(
         "run", "--profile", "hasty"
     )
 
@@ -347,4 +349,4 @@ def test_export_and_checkpoints_of_a_folder_that_holds_no_run(tmp_path):
     assert "cannot read a run record" in refused("export", tmp_path)
     assert "cannot export to 'pickle'" in refused("export", tmp_path, "--to", "pickle")
     assert "holds no run" in refused("checkpoints", "list", tmp_path)
-    assert "keep is 0" in refused("checkpoints", "prune", tmp_path, "--keep", 0)
+    assert "Invalid value for '--keep'" in refused("checkpoints", "prune", tmp_path, "--keep", 0)

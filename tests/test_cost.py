@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 
-from cpugrpo_edu.engine import c_kernel
-from cpugrpo_edu.engine.decode import Sampling
-from cpugrpo_edu.engine.memory import CATALOGUE, Architecture
+from cpugrpo_edu.engine.c_kernel import FEW_ROWS
+from cpugrpo_edu.engine.options import EngineOptions
+from cpugrpo_edu.engine.sizes import CATALOGUE, Architecture
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.lab import cost, estimate
+from cpugrpo_edu.evaluate import held_out_problems
+from cpugrpo_edu.lab import estimate, floors
 from cpugrpo_edu.lab.cost import (
-    CostModel,
     Fit,
-    Step,
+    StepSpec,
     fit,
-    fit_points,
-    load_work,
+    fit_sweep,
     memory_work,
     rollout_work,
     training_work,
 )
-from cpugrpo_edu.lab.estimate import calibration, catalogue_steps, estimate_run, estimate_text
+from cpugrpo_edu.lab.estimate import catalogue_steps, estimate_run, estimate_text, run_parts
+from cpugrpo_edu.lab.floors import calibration
+from cpugrpo_edu.lab.tables import sweep_rows
+from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.run.config import RunConfig
+
+RECORDS = Path(__file__).resolve().parent.parent / "records"
 
 FLOORS = {
     "float32_gflops": 100.0,
@@ -37,7 +43,9 @@ FLOORS = {
 }
 SHAPE = Architecture("small", 8, 512, 2048, 8, 2, 16_384, True)
 STEPS = [
-    Step(replace(SHAPE, layers=layers), group=group, tokens=tokens, frozen=frozen, reference=True)
+    StepSpec(
+        replace(SHAPE, layers=layers), group=group, tokens=tokens, frozen=frozen, reference=True
+    )
     for layers, group, tokens, frozen in (
         *((8, group, 32, True) for group in (2, 4, 8, 16)),
         *((8, 4, tokens, True) for tokens in (16, 64, 128)),
@@ -57,6 +65,7 @@ STEPS += [
         ({"hidden": 1024}, 4, 32),
     )
 ]
+STEPS += [replace(STEPS[0], prompts=prompts, frozen=False) for prompts in (4, 16)]
 TRUE_ROLLOUT = {
     "calls": 40.0,
     "int8 weights": 0.7,
@@ -72,59 +81,53 @@ TRUE_TRAINING = {
     "int8 operations": 1.7,
     "compiled operations": 1.4,
     "float32 operations": 1.3,
-    "traffic": 0.9,
-    "head": 2.5,
-    "optimizer": 1.2,
 }
 TRUE_MEMORY = {"libraries": 0.6, "state": 1.0, "micro-batch": 1.5, "cache": 2.0}
 
 
 def point(step):
-    rollout = Fit(TRUE_ROLLOUT)(rollout_work(step, FLOORS))
+    rollout = Fit(TRUE_ROLLOUT, [])(rollout_work(step, FLOORS))
     return {
         "step": asdict(step),
         "rollout_seconds": rollout,
-        "step_seconds": rollout + Fit(TRUE_TRAINING)(training_work(step, FLOORS)),
-        "load_seconds": Fit({"import": 3.0, "weights": 20.0})(load_work(step, FLOORS)),
-        "peak_rss_bytes": Fit(TRUE_MEMORY)(memory_work(step)),
+        "step_seconds": rollout + Fit(TRUE_TRAINING, [])(training_work(step, FLOORS)),
+        "load_seconds": 3.0,
+        "peak_rss_bytes": Fit(TRUE_MEMORY, [])(memory_work(step)),
     }
 
 
-EVALUATED = Step(SHAPE, prompts=300, group=1, prompt_tokens=25, tokens=10, longest=40, frozen=False)
-EVALUATION = {
-    "step": asdict(EVALUATED),
-    "seconds": Fit(TRUE_ROLLOUT)(rollout_work(EVALUATED, FLOORS)),
-}
+RESULTS = {"points": [point(step) for step in STEPS], "model": {"floors": FLOORS}}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return fit_points([point(step) for step in STEPS], EVALUATION, FLOORS)
+    return fit_sweep(RESULTS)
 
 
 @pytest.fixture
-def recorded(model, tmp_path, monkeypatch):
-    """A record of the model, found by every command; the machine's floors are those above."""
-    record = RunRecord("bench-sweep", "", 0, "", {}, {}, {}, {"model": model.to_json()})
-    record.save(tmp_path / "records" / "bench-sweep.json")
-    monkeypatch.setattr(estimate, "records_folder", lambda: tmp_path / "records")
+def recorded(tmp_path, monkeypatch):
+    """A record of the sweep, found by every command; the machine's floors are those above."""
+    folder = tmp_path / "records"
+    RunRecord("bench-sweep", "", 0, "", {}, {}, {}, RESULTS).save(folder / "bench-sweep.json")
+    monkeypatch.setattr(estimate, "records_folder", lambda: folder)
+    monkeypatch.setattr("cpugrpo_edu.lab.recorded.records_folder", lambda: folder)
     monkeypatch.setattr(estimate, "calibration", lambda: FLOORS)
-    return tmp_path / "records" / "bench-sweep.json"
+    return folder / "bench-sweep.json"
 
 
 def test_work_is_counted_as_by_hand():
-    step = Step(SHAPE, group=4, prompt_tokens=10, tokens=6)
+    step = StepSpec(SHAPE, group=4, prompt_tokens=10, tokens=6)
     blocks = 8 * (2 * 512 * (512 + 128) + 3 * 512 * 2048)
     head = 16_384 * 512
     many = rollout_work(replace(step, prompts=100), FLOORS)  # two batches of at most 256 rows
     assert many["calls"] == pytest.approx(2 * 6 * 8 * 1e-5) and many["prompts"] == 100 * 1e-5
-    assert (step.blocks, step.head, step.rows) == (blocks, head, 4)
+    assert (SHAPE.linear_parameters, step.rows) == (blocks, 4)
     work = rollout_work(step, FLOORS)
     assert work["calls"] == pytest.approx(6 * 8 * 1e-5)
     assert work["int8 weights"] == pytest.approx(6 * (blocks + head) / 15e9)
     assert work["operations"] == pytest.approx(2 * (24 * (blocks + head) + 10 * blocks) / 300e9)
     # In C a token is one call, but not of many rows, and weights are read as fast as can be.
-    for group, calls in ((4, 6), (17, 6 * 8)):
+    for group, calls in ((4, 6), (FEW_ROWS + 1, 6 * 8)):
         in_c = rollout_work(replace(step, group=group, compiled=True), FLOORS)
         assert in_c["calls"] == pytest.approx(calls * 1e-5)
         assert in_c["int8 weights"] == pytest.approx(6 * (blocks + head) / 20e9)
@@ -134,22 +137,35 @@ def test_work_is_counted_as_by_hand():
     full = training_work(replace(step, frozen=False, lora_rank=0), FLOORS)
     attention = 4 * 3 * 4 * 16**2 * 8 * 512
     assert full["float32 operations"] == pytest.approx((2 * 3 * 64 * blocks + attention) / 100e9)
-    elements = 3 * 64 * 8 * SHAPE.layer_activations
-    assert full["traffic"] == pytest.approx(4 * elements / 20e9)
-    assert full["optimizer"] == pytest.approx(32 * SHAPE.parameters / 20e9)
+    assert full["calls"] == pytest.approx(3 * 8 * 1e-5)
+    # On an INT8 base: forward and backward to the inputs, behind one copy of the prompt
+    lora = training_work(step, FLOORS)
+    attention = 4 * 2 * 34**2 * 8 * 512 / 100e9
+    assert lora["int8 operations"] == pytest.approx(2 * 2 * 34 * blocks / 300e9 + attention)
 
 
-def test_it_counts_rows_as_the_engine_does():
-    """Copies, so that counting work needs no torch; they must not part."""
-    assert cost.FEW_ROWS == c_kernel.FEW_ROWS
-    assert Sampling().max_rows == cost.MAX_ROWS
+def test_memory_is_counted_as_by_hand():
+    step = StepSpec(SHAPE, group=4, prompt_tokens=10, tokens=6)
+    work = memory_work(step)
+    adapters = SHAPE.lora_parameters(16)
+    assert work["state"] == 2 * SHAPE.parameters + 16 * adapters
+    assert work["micro-batch"] == 4 * 8 * (6 * 512 + 4 * 512) * (10 + 24)
+    assert work["cache"] == 2 * 4 * 8 * 128 * 4 * 16
+    full = memory_work(replace(step, frozen=False, lora_rank=0, reference=True))
+    assert full["state"] == (2 * 4 + 12) * SHAPE.parameters
+    each = 4 * (8 * SHAPE.layer_activations * 16 + 3 * SHAPE.vocab * 6)
+    assert full["micro-batch"] == 4 * each
+    many = memory_work(replace(step, frozen=False, prompts=1000))
+    assert many["micro-batch"] < 100 * 2**20  # the trainer takes a few completions at a time
+    assert many["cache"] == 2 * 4 * 8 * 128 * EngineOptions.max_rows * 16
 
 
 def test_the_fit_recovers_the_coefficients_it_was_given(model):
     assert model.rollout.coefficients == pytest.approx(TRUE_ROLLOUT, rel=1e-4)
     assert model.training.coefficients == pytest.approx(TRUE_TRAINING, rel=1e-4)
     assert model.memory.coefficients == pytest.approx(TRUE_MEMORY, rel=1e-4)
-    assert model.error < 1e-3 and model.memory.error < 1e-3
+    assert model.steps.error < 1e-3 and model.memory.error < 1e-3
+    assert model.load_seconds == 3.0
 
 
 def test_errors_are_of_points_left_out():
@@ -184,38 +200,47 @@ def test_no_coefficient_is_negative():
     ids=lambda more: next(iter(more)),
 )
 def test_more_work_takes_longer_and_never_less_memory(model, frozen, more):
-    step = Step(SHAPE, frozen=frozen)
+    step = StepSpec(SHAPE, frozen=frozen)
     assert model.step_seconds(replace(step, **more)) > model.step_seconds(step)
     assert model.peak_bytes(replace(step, **more)) >= model.peak_bytes(step)
 
 
-def test_the_model_survives_its_record(model, recorded):
-    assert estimate.recorded_model(recorded) == model
-    assert CostModel.from_json(json.loads(json.dumps(model.to_json()))) == model
+def test_a_record_is_fitted_when_it_is_read(model, recorded):
+    assert fit_sweep(RunRecord.load(recorded).results) == model
     text = recorded.read_text()
-    for old in ('"rollout"', '"int8 weights"'):  # a kind less, as in earlier versions
-        assert old in text
-        recorded.write_text(text.replace(old, '"nothing"'))
-        with pytest.raises(UserError, match="measure it again"):
-            estimate.recorded_model(recorded)
+    for part in ('"rollout_seconds"', '"floors"', '"points"'):
+        recorded.write_text(text.replace(part, '"nothing"'))
+        with pytest.raises(UserError, match=f"{part.strip(chr(34))}'; measure it again"):
+            estimate.model_here()
 
 
-def test_without_a_calibration_the_error_is_wider(recorded, model, monkeypatch):
-    assert estimate.cost_model().calibrated
+def test_the_sweep_that_is_recorded_here_can_be_read():
+    """Written by an earlier version, with more kinds of work."""
+    record = RunRecord.load(RECORDS / "bench-sweep.json")
+    model = fit_sweep(record.results)
+    assert model.steps.error < 0.25 and model.memory.error < 0.15
+    assert len(sweep_rows(record)) == len(record.results["points"]) > 20
+    peaks, seconds = [], []
+    for path in sorted(RECORDS.glob("run-seed*.json")):  # runs, which the fit has not seen
+        run = RunRecord.load(path)
+        config = RunConfig(**{k: v for k, v in run.config.items() if k in RunConfig().__dict__})
+        lengths = estimate.completion_lengths([run])
+        seconds.append(sum(run_parts(config, model, *lengths).values()))
+        peaks.append(model.peak_bytes(estimate.run_step(config, lengths[0])))
+        assert seconds[-1] == pytest.approx(run.results["seconds"]["total"], rel=0.2)
+        assert peaks[-1] == pytest.approx(run.results["peak_rss_bytes"], rel=0.15)
+    assert peaks
 
-    def fail():
-        raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(estimate, "calibration", fail)
-    found = estimate.cost_model()
-    assert not found.calibrated and found.floors == model.floors
-    assert found.error >= cost.WIDER > model.error
-    assert "on the machine of the record" in catalogue_steps()[1]
+def test_prompts_of_the_bundled_model_are_as_long_as_assumed():
+    policy = load_policy("bundled")
+    lengths = [len(policy.encode_problem(problem)) for problem in held_out_problems(20)]
+    assert fmean(lengths) == pytest.approx(estimate.BUNDLED_PROMPT, abs=1)
 
 
 def test_a_calibration_is_cached_and_a_broken_cache_is_not_trusted(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(estimate, "calibrate", lambda: calls.append(1) or dict(FLOORS))
+    monkeypatch.setattr(floors, "calibrate", lambda: calls.append(1) or dict(FLOORS))
     assert calibration(tmp_path) == calibration(tmp_path) == FLOORS and len(calls) == 1
     path = tmp_path / "calibration.json"
     for text in ("{", "[]", json.dumps({k: {} for k in json.loads(path.read_text())})):
@@ -225,59 +250,52 @@ def test_a_calibration_is_cached_and_a_broken_cache_is_not_trusted(tmp_path, mon
 
 
 def test_the_calibration_measures_every_floor():
-    floors = cost.calibrate(rows=4)
-    assert set(floors) == set(cost.FLOORS) and all(value > 0 for value in floors.values())
+    found = floors.calibrate(rows=4)
+    assert set(found) == set(floors.FLOORS) and all(value > 0 for value in found.values())
 
 
-def test_estimate_of_a_run(recorded):
+def test_estimate_of_a_run(recorded, model):
     some = RunConfig(steps=(2, 2, 2), per_cell=10)
-    found = estimate_run(some)
-    assert found.seconds == pytest.approx(sum(found.parts.values()))
-    assert set(found.parts) == {"load", "rollouts", "training", "fisher", "evaluate"}
-    assert "runs to its limit" in found.assumption  # no run is recorded in this folder
-    more = estimate_run(replace(some, steps=(4, 4, 4)))
-    assert more.parts["training"] == pytest.approx(2 * found.parts["training"])
-    less = estimate_run(replace(some, per_cell=0, fisher_examples=0))
-    assert set(less.parts) == {"load", "rollouts", "training"}
+    parts = run_parts(some, model, 104, 104)
+    assert set(parts) == {"load", "rollouts", "training", "fisher", "evaluate"}
+    seconds, _, told = estimate_run(some, model)
+    assert seconds == pytest.approx(sum(parts.values()))
+    assert "runs to its limit" in told  # no run is recorded in this folder
+    more = run_parts(replace(some, steps=(4, 4, 4)), model, 104, 104)
+    assert more["training"] == pytest.approx(2 * parts["training"])
+    less = run_parts(replace(some, per_cell=0, fisher_examples=0), model, 104, 104)
+    assert set(less) == {"load", "rollouts", "training"}
 
 
-def recorded_run(folder, seconds, machine, seed=0):
+def test_recorded_runs_tell_lengths(recorded, model):
     results = {
         "steps": [{"completion_length": 8.0}, {"completion_length": 12.0}],
-        "evaluations": [{"table": {"by_difficulty": {"basic": {"tokens": 5.0}}}}],
-        "peak_rss_bytes": 1e9,
-        "seconds": {"total": seconds},
+        "evaluations": [{"table": {"overall": {"tokens": 5.0}}}],
     }
-    config = asdict(RunConfig())
-    record = RunRecord("run", "", seed, "", machine, {}, config, results)
-    record.save(folder / f"run-seed{seed}-ewc.json")
+    run = RunRecord("run", "", 0, "", {}, {}, asdict(RunConfig()), results)
+    run.save(recorded.parent / "run-seed0-ewc.json")
+    assert estimate.completion_lengths([run]) == (10.0, 5.0)
+    short, _, told = estimate_run(RunConfig(), model)
+    assert told == "" and short == sum(run_parts(RunConfig(), model, 10, 5).values())
+    long, _, told = estimate_run(RunConfig(data="other.jsonl"), model)
+    assert "evaluations come on top" in told
+    assert long > sum(run_parts(RunConfig(per_cell=0), model, 10, 5).values())
+    assert estimate_run(RunConfig(max_completion=7), model)[0] < short
 
 
-def test_recorded_runs_tell_lengths_memory_and_time(recorded, model):
-    machine = {"cpu": "A", "usable_cores": 2}
-    recorded_run(recorded.parent, 50.0, machine)
-    known = estimate.recorded_runs(model)
-    assert (known.sampled, known.evaluated) == (10.0, 5.0) and known.peak_ratio > 0
-    assert known.time_ratio == 1  # from another machine than the sweep's
-    short, long = estimate_run(RunConfig()), estimate_run(RunConfig(data="other.jsonl"))
-    assert short.assumption == "" and short.parts["training"] < long.parts["training"]
-    assert "evaluations come on top" in long.assumption
-    assert short.peak_bytes == pytest.approx(1e9)
-    same = replace(model, machine="A, 2 usable cores")
-    assert estimate_run(RunConfig(), same).seconds == pytest.approx(50.0)
-    for seed, seconds in ((1, 40.0), (2, 60.0)):
-        recorded_run(recorded.parent, seconds, machine, seed)
-    found = estimate_run(RunConfig(), same)
-    assert found.seconds == pytest.approx(50.0) and found.error == pytest.approx(0.2)
-    twice = {k: v / 2 if k != "call_seconds" else 2 * v for k, v in FLOORS.items()}
-    assert estimate_run(RunConfig(), replace(same, floors=twice)).seconds == pytest.approx(100.0)
-
-
-def test_text_of_an_estimate():
-    text = estimate.Estimate(40.2, 0.15, 1.1 * 2**30, {}).text()
-    assert text == "about 40 s (± 15%) and 1.1 GiB expected"
-    assert "about 10 min" in estimate.Estimate(600, 0.1, 1, {}).text()
-    assert "about 3.0 h" in estimate.Estimate(10800, 0.1, 1, {}).text()
+def test_text_of_an_estimate(recorded, monkeypatch):
+    gib, expected = 2**30, [40.2, 1.1 * 2**30, ""]
+    monkeypatch.setattr(estimate, "available_memory", lambda: 2 * gib)
+    monkeypatch.setattr(estimate, "estimate_run", lambda config, model: expected)
+    model = replace(fit_sweep(RESULTS), steps=Fit({}, [0.15]), memory=Fit({}, [-0.1]))
+    monkeypatch.setattr(estimate, "model_here", lambda: model)
+    text = estimate_text(RunConfig())
+    assert text == "about 40 s (± 15%) and 1.1 GiB (± 10%) expected"
+    for seconds, words in ((600, "about 10 min"), (10800, "about 3.0 h")):
+        expected[0] = seconds
+        assert words in estimate_text(RunConfig())
+    expected[1] = 3 * gib
+    assert "only 2.0 GiB of memory are free, so it may not fit" in estimate_text(RunConfig())
 
 
 def test_no_estimate_says_why_and_stops_nothing(recorded, monkeypatch):
@@ -285,7 +303,7 @@ def test_no_estimate_says_why_and_stops_nothing(recorded, monkeypatch):
     assert "no estimate" in estimate_text(RunConfig(model="nowhere/at-all"))
     recorded.unlink()
     assert "bench sweep" in estimate_text(RunConfig())
-    monkeypatch.setattr(estimate, "cost_model", lambda: 1 / 0)
+    monkeypatch.setattr(estimate, "model_here", lambda: 1 / 0)
     assert "ZeroDivisionError" in estimate_text(RunConfig())
 
 

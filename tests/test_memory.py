@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from cpugrpo_edu.engine import memory as M
+from cpugrpo_edu.engine import sizes as S
 from cpugrpo_edu.errors import UserError
 
 torch.set_num_threads(1)
@@ -173,7 +174,7 @@ def test_formula_is_the_real_count(made):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(made)
     real = sum(p.numel() for p in model.parameters())
-    assert M.Architecture.from_config(made).parameters == M.count_parameters(made) == real
+    assert S.Architecture.from_config(made).parameters == S.count_parameters(made) == real
 
 
 @pytest.mark.parametrize(
@@ -187,10 +188,10 @@ def test_formula_is_the_real_count(made):
     ],
 )
 def test_catalogue_has_the_published_sizes(name, published):
-    (model,) = [m for m in M.CATALOGUE if m.name == name]
+    (model,) = [m for m in S.CATALOGUE if m.name == name]
     assert model.parameters == published
-    assert M.estimate_model_bytes(model) == 4 * published
-    assert M.estimate_model_bytes(model, torch.bfloat16) == 2 * published
+    assert S.estimate_model_bytes(model) == 4 * published
+    assert S.estimate_model_bytes(model, torch.bfloat16) == 2 * published
 
 
 def test_lora_formula_is_what_peft_adds():
@@ -201,31 +202,31 @@ def test_lora_formula_is_what_peft_adds():
         AutoModelForCausalLM.from_config(made), LoraConfig(r=5, target_modules="all-linear")
     )
     real = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert M.Architecture.from_config(made).lora_parameters(5) == real
+    assert S.Architecture.from_config(made).lora_parameters(5) == real
 
 
 def test_model_bytes_from_a_folder(tmp_path):
     made = config(tie_word_embeddings=False)
     made.save_pretrained(tmp_path)
-    count = M.count_parameters(made)
-    assert M.estimate_model_bytes(tmp_path) == M.estimate_model_bytes(str(tmp_path)) == 4 * count
-    assert M.Architecture.from_config(tmp_path).parameters == count
-    assert M.count_parameters(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)) > 0
+    count = S.count_parameters(made)
+    assert S.estimate_model_bytes(tmp_path) == S.estimate_model_bytes(str(tmp_path)) == 4 * count
+    assert S.Architecture.from_config(tmp_path).parameters == count
+    assert S.count_parameters(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)) > 0
     with pytest.raises(UserError, match="absent"):
-        M.estimate_model_bytes(tmp_path / "absent")
+        S.estimate_model_bytes(tmp_path / "absent")
     with pytest.raises(UserError, match="'float3'"):
-        M.estimate_model_bytes(made, "float3")
+        S.estimate_model_bytes(made, "float3")
 
 
 def test_counting_allocates_no_weights():
     big = config(hidden_size=8192, intermediate_size=32768, num_hidden_layers=16)
-    assert M.estimate_model_bytes(big) > 40 * GIB
+    assert S.estimate_model_bytes(big) > 40 * GIB
 
 
 @pytest.mark.parametrize("kind", [GPT2Config, Qwen2MoeConfig])
 def test_other_architectures_are_refused(kind):
     with pytest.raises(UserError, match="dense decoder-only"):
-        M.Architecture.from_config(kind())
+        S.Architecture.from_config(kind())
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -245,7 +246,7 @@ def test_activation_formula_against_counted_bytes(mode, changes):
     counted = M.saved_activation_bytes(
         model, lambda: body(input_ids=ids, attention_mask=mask, use_cache=False)
     )
-    estimate = M.estimate_training_memory(
+    estimate = S.estimate_training_memory(
         made, mode=mode, lora_rank=2, tokens_per_sequence=40, micro_batch=3
     )
     assert estimate["activations"] == pytest.approx(counted, rel=0.2)
@@ -264,8 +265,8 @@ def test_checkpointing_is_seen_by_the_count_and_by_the_formula():
     kept = count()
     assert kept < plain / 5
     sizes = {"tokens_per_sequence": 64, "micro_batch": 2}
-    on = M.estimate_training_memory(made, checkpointing=True, **sizes)["activations"]
-    off = M.estimate_training_memory(made, **sizes)["activations"]
+    on = S.estimate_training_memory(made, checkpointing=True, **sizes)["activations"]
+    off = S.estimate_training_memory(made, **sizes)["activations"]
     assert kept < on < off / 3  # the formula adds the layer that is being recomputed
 
 
@@ -279,20 +280,20 @@ def test_saved_bytes_by_hand():
 
 
 def test_training_memory_by_hand():
-    a = M.Architecture("toy", 1, 8, 16, 2, 1, 10, True)
+    a = S.Architecture("toy", 1, 8, 16, 2, 1, 10, True)
     p = 10 * 8 + (2 * 8 * (8 + 4) + 3 * 8 * 16 + 16) + 8
     assert a.parameters == p
-    full = M.estimate_training_memory(a, tokens_per_sequence=3, micro_batch=2, reference=True)
+    full = S.estimate_training_memory(a, tokens_per_sequence=3, micro_batch=2, reference=True)
     assert full["weights"] == full["gradients"] == full["reference"] == 4 * p
     assert full["optimizer"] == 8 * p
     assert full["activations"] == 6 * (6 * 8 + 4 * 8 + 4 * 16) * 4
     assert full["logits"] == 3 * 4 * 6 * 10
     assert full["total"] == sum(v for k, v in full.items() if k != "total")
-    lora = M.estimate_training_memory(a, mode="lora", lora_rank=1, dtype_bytes=2, reference=True)
+    lora = S.estimate_training_memory(a, mode="lora", lora_rank=1, dtype_bytes=2, reference=True)
     adapters = 8 + 8 + 8 + 8 + 8 + 4 + 8 + 4 + 3 * (8 + 16)
     assert lora["weights"] == 2 * p + 4 * adapters and lora["reference"] == 0
     assert lora["gradients"] == 4 * adapters and lora["optimizer"] == 8 * adapters
-    tiled = M.estimate_training_memory(a, tokens_per_sequence=3, micro_batch=2, logits_tile=2)
+    tiled = S.estimate_training_memory(a, tokens_per_sequence=3, micro_batch=2, logits_tile=2)
     assert tiled["logits"] == full["logits"] // 3
 
 
@@ -309,7 +310,7 @@ def test_training_memory_by_hand():
 )
 def test_training_memory_refuses(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
-        M.estimate_training_memory(M.CATALOGUE[0], **bad)
+        S.estimate_training_memory(S.CATALOGUE[0], **bad)
 
 
 # --- deciding
@@ -325,9 +326,9 @@ def test_plan_fits_and_is_the_fewest(available, each, count, safety, maximum, mu
     able = [n for n in range(1, min(count, maximum or count) + 1) if n * each <= budget]
     if not able:
         with pytest.raises(UserError, match="one sequence needs"):
-            M.plan_micro_batch(available, each, count, **options)
+            S.plan_micro_batch(available, each, count, **options)
         return
-    size = M.plan_micro_batch(available, each, count, **options)
+    size = S.plan_micro_batch(available, each, count, **options)
     assert size in able
     if must_divide:
         assert size == max(n for n in able if count % n == 0)
@@ -338,9 +339,9 @@ def test_plan_fits_and_is_the_fewest(available, each, count, safety, maximum, mu
 
 
 def test_plan_evens_out():
-    assert M.plan_micro_batch(25, 1, 32) == 16  # 20 fit: 16 and 16, not 20 and 12
-    assert M.plan_micro_batch(10**9, 1, 32, maximum=5) == 5
-    assert M.plan_micro_batch(10**9, 1, 32, maximum=5, must_divide=True) == 4
+    assert S.plan_micro_batch(25, 1, 32) == 16  # 20 fit: 16 and 16, not 20 and 12
+    assert S.plan_micro_batch(10**9, 1, 32, maximum=5) == 5
+    assert S.plan_micro_batch(10**9, 1, 32, maximum=5, must_divide=True) == 4
 
 
 @pytest.mark.parametrize(
@@ -355,28 +356,28 @@ def test_plan_evens_out():
 )
 def test_plan_refuses(arguments, options):
     with pytest.raises(UserError, match="at least 1|safety"):
-        M.plan_micro_batch(*arguments, **options)
+        S.plan_micro_batch(*arguments, **options)
 
 
 def test_plan_names_budget_need_and_mend():
     with pytest.raises(UserError) as error:
-        M.plan_micro_batch(2 * GIB, 3 * GIB, 8)
+        S.plan_micro_batch(2 * GIB, 3 * GIB, 8)
     for words in ("3.00 GiB", "1.60 GiB", "2.00 GiB", "checkpointing"):
         assert words in str(error.value)
 
 
 def test_fits_keeps_a_reserve(monkeypatch):
-    assert M.fits(8, 10) and not M.fits(9, 10) and M.fits(9, 10, safety=0.9)
-    monkeypatch.setattr(M, "available_memory", lambda: 100)
-    assert M.fits(80) and not M.fits(81)
-    M.ensure_fits("it", 80)
+    assert S.fits(8, 10) and not S.fits(9, 10) and S.fits(9, 10, safety=0.9)
+    monkeypatch.setattr(S, "available_memory", lambda: 100)
+    assert S.fits(80) and not S.fits(81)
+    S.ensure_fits("it", 80)
     with pytest.raises(UserError, match="Qwen2 needs about 3.00 GiB") as error:
-        M.ensure_fits("Qwen2", 3 * GIB, 2 * GIB)
+        S.ensure_fits("Qwen2", 3 * GIB, 2 * GIB)
     assert "2.00 GiB" in str(error.value) and "LoRA" in str(error.value)
 
 
 def test_checkpointing_only_when_needed():
-    policy = M.checkpointing_policy
+    policy = S.checkpointing_policy
     assert policy("on", 1, 100) and not policy("off", 1000, 100)
     assert policy("auto", 81, 100) and not policy("auto", 80, 100)
     with pytest.raises(UserError, match="'maybe'"):
@@ -384,11 +385,11 @@ def test_checkpointing_only_when_needed():
 
 
 def test_models_that_fit(monkeypatch, tmp_path):
-    monkeypatch.setattr(M, "BUNDLED_MODEL", tmp_path / "model.safetensors")
-    assert [row["verdict"] for row in M.models_that_fit(0)] == ["too big"] * 5
-    assert {row["verdict"] for row in M.models_that_fit(10**13)} == {"full"}
-    monkeypatch.setattr(M, "available_memory", lambda: 6 * GIB)
-    rows = {row["name"]: row for row in M.models_that_fit()}
+    monkeypatch.setattr(S, "BUNDLED_MODEL", tmp_path / "model.safetensors")
+    assert [row["verdict"] for row in S.models_that_fit(0)] == ["too big"] * 5
+    assert {row["verdict"] for row in S.models_that_fit(10**13)} == {"full"}
+    monkeypatch.setattr(S, "available_memory", lambda: 6 * GIB)
+    rows = {row["name"]: row for row in S.models_that_fit()}
     assert rows["SmolLM2-135M-Instruct"]["verdict"] == "full"
     assert rows["Qwen2-0.5B-Instruct"]["verdict"] == "lora"
     assert rows["TinyLlama-1.1B-Chat"]["verdict"] == "evaluate"
@@ -396,8 +397,8 @@ def test_models_that_fit(monkeypatch, tmp_path):
     for row in rows.values():
         assert row["parameters"] * 4 < row["evaluate_bytes"] < row["lora_bytes"] < row["full_bytes"]
     config().save_pretrained(tmp_path)
-    first = M.models_that_fit()[0]  # smallest first
-    assert first["name"] == "bundled" and first["parameters"] == M.count_parameters(config())
+    first = S.models_that_fit()[0]  # smallest first
+    assert first["name"] == "bundled" and first["parameters"] == S.count_parameters(config())
 
 
 # A budget, and memory that is refused
@@ -459,10 +460,10 @@ def test_a_refusal_by_torch_itself_is_known():
 
 
 def test_rows_that_fit_grow_with_memory_and_shrink_with_length():
-    rows = [M.rows_that_fit(M.CATALOGUE[2], 400, free) for free in (0, 10**8, 10**9, 10**10)]
+    rows = [S.rows_that_fit(S.CATALOGUE[2], 400, free) for free in (0, 10**8, 10**9, 10**10)]
     assert rows[0] == 1 and rows == sorted(rows) and rows[-1] > rows[1]
     assert all(row & (row - 1) == 0 for row in rows)
-    assert M.rows_that_fit(M.CATALOGUE[2], 4000, 10**10) < rows[-1]
+    assert S.rows_that_fit(S.CATALOGUE[2], 4000, 10**10) < rows[-1]
 
 
 def test_the_alarm(monkeypatch):

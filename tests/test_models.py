@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from cpugrpo_edu.engine import memory
+from cpugrpo_edu.engine import sizes
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models import load
 from cpugrpo_edu.models.load import (
@@ -191,7 +191,7 @@ def test_bad_arguments(tiny_folder, arguments, names):
 
 
 def test_a_model_that_cannot_fit_is_refused_before_a_weight_is_read(tiny_folder, monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda: 10_000)
+    monkeypatch.setattr(sizes, "available_memory", lambda: 10_000)
     with monkeypatch.context() as patch:
         no_loading(patch)
         with pytest.raises(UserError, match="loading .*GiB"):

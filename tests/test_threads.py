@@ -9,7 +9,7 @@ import torch
 from command_line import invoke
 
 from cpugrpo_edu.engine import threads as T
-from cpugrpo_edu.engine.memory import Architecture
+from cpugrpo_edu.engine.sizes import Architecture
 
 TINY = Architecture("tiny", 2, 64, 128, 2, 1, 100, True)
 

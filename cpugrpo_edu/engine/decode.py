@@ -33,8 +33,9 @@ from cpugrpo_edu.engine.blocks import (
     norm_of,
     products,
 )
-from cpugrpo_edu.engine.memory import free_memory, retry_smaller, rows_that_fit
+from cpugrpo_edu.engine.memory import free_memory, retry_smaller
 from cpugrpo_edu.engine.options import ENGINES, EngineOptions
+from cpugrpo_edu.engine.sizes import rows_that_fit
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.sample import Sampling, draw, left_pad, regroup
 

@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 
 from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
-from cpugrpo_edu.engine.memory import Architecture, trim_heap
+from cpugrpo_edu.engine.memory import trim_heap
+from cpugrpo_edu.engine.sizes import Architecture
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.files import cache_folder, remembered
 from cpugrpo_edu.record.machine import describe_machine, usable_cores

@@ -34,16 +34,10 @@ from cpugrpo_edu.engine import ranks
 from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.int8 import quantize_for_rollout, refresh
 from cpugrpo_edu.engine.int8_base import is_frozen
-from cpugrpo_edu.engine.memory import (
-    estimate_training_memory,
-    free_memory,
-    plan_micro_batch,
-    release_memory,
-    retry_smaller,
-    trim_heap,
-)
+from cpugrpo_edu.engine.memory import free_memory, release_memory, retry_smaller, trim_heap
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.shared_prefix import group_rows, packed_log_probs
+from cpugrpo_edu.engine.sizes import estimate_training_memory, plan_micro_batch
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
 from cpugrpo_edu.policy import Policy

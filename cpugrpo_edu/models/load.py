@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
 from cpugrpo_edu.engine.int8_base import is_frozen, load_frozen
-from cpugrpo_edu.engine.memory import ensure_fits, estimate_model_bytes
+from cpugrpo_edu.engine.sizes import ensure_fits, estimate_model_bytes
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.policy import Policy
