@@ -163,7 +163,7 @@ def test_a_missing_tracker_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install tensorboard"):
         run(RunConfig(**SMALL), tmp_path / "run", report_to="tensorboard")
     with pytest.raises(
-        UserError, match="unknown tracker 'paper' in report_to; allowed are none, tensorboard"
+        UserError, match="unknown --report-to 'paper'; allowed are none, tensorboard"
     ):
         run(RunConfig(**SMALL), tmp_path / "run", report_to="paper")
     assert not (tmp_path / "run").exists()
