@@ -15,6 +15,7 @@ with the test cells that a wrong answer must fail. Student versions are written 
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import os
 import re
@@ -34,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpugrpo_edu.course import student_seeds
-from cpugrpo_edu.course.feedback import SHORTEST, normalise, regions
+from cpugrpo_edu.course.feedback import SHORTEST, normalise, regions, squeeze
 
 ROOT = Path(__file__).resolve().parent.parent
 MASTERS = ROOT / "notebooks" / "psets"
@@ -71,7 +72,7 @@ class Answer:
 
 
 def zoo(pset: str) -> list[Answer]:
-    """All answers of the zoo to a problem set."""
+    """All answers to a problem set in the zoo."""
     answers = []
     for path in sorted((ZOO / pset).glob("*.py")):
         for part in re.split(r"^# %% ", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
@@ -109,7 +110,7 @@ def grade(nb: Any, replace: dict[str, str] | None = None) -> dict[str, str | Non
 
 @contextlib.contextmanager
 def student(name: str) -> Iterator[None]:
-    """Hidden tests draw the data of this student of a made-up course."""
+    """Let hidden tests draw the data of this student of an invented course."""
     before, student_seeds._key = (
         student_seeds._key,
         bytes.fromhex(student_seeds.student_key("zoo", name)),
@@ -166,20 +167,16 @@ def secret_lines(nb: Any) -> set[str]:
     return {line for line in secret - public if len(line) >= SHORTEST}
 
 
-def squeeze(text: str) -> str:
-    """Text as ``normalise`` leaves lines, HTML tags and entities read, for a search by content."""
-    import html
-
-    text = html.unescape(re.sub(r"<[^<>]*>", "", text)) if "</" in text else text
-    return re.sub(r"[\s\"'\\]+", "", text)
+def without_html(text: str) -> str:
+    return html.unescape(re.sub(r"<[^<>]*>", "", text)) if "</" in text else text
 
 
 def leaks(secrets: set[str], texts: dict[str, str]) -> list[str]:
     """``place: line`` for every secret line that a text contains."""
     found = []
     for place, text in texts.items():
-        # both as it is and as HTML: code with "<" in it must not be taken for a tag
-        flat = {re.sub(r"[\s\"'\\]+", "", text), squeeze(text)}
+        # both as it is and as HTML, since code with "<" in it looks like a tag
+        flat = {squeeze(text), squeeze(without_html(text))}
         found += [f"{place}: {s}" for s in sorted(secrets) if any(s in f for f in flat)]
     return found
 
@@ -321,7 +318,7 @@ def wheel_texts(folder: Path) -> dict[str, str]:
     for name in ("pyproject.toml", "README.md", "LICENSE-CODE", "LICENSE-PROSE"):
         shutil.copy(ROOT / name, source)
     ignore = shutil.ignore_patterns("__pycache__")
-    # The masters go along: the wheel must leave them out by itself.
+    # The masters are copied as well: the build itself must leave them out of the wheel.
     for name in ("cpugrpo_edu", "notebooks/psets", "tests/psets"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     build = "import setuptools.build_meta as b; print(b.build_wheel('..'))"
@@ -336,7 +333,7 @@ def wheel_texts(folder: Path) -> dict[str, str]:
 
 
 def book_texts() -> dict[str, str]:
-    """The built book if there is one, and always the sources that it is built from."""
+    """The sources of the book, and the built book if there is one."""
     texts = texts_of(ROOT / "book", "*.md")
     texts |= {
         f"notebooks/{path.name}": notebook_text(path)
@@ -358,7 +355,7 @@ def find_leaks(psets: list[str], course: Path) -> list[str]:
         lines = secret_lines(read_master(pset))
         student_nb = course / "release" / pset / f"{pset}.ipynb"
         texts = {f"release/{pset}": notebook_text(student_nb)}
-        # Not "right": that page shows the student's own answer, here the model one.
+        # Not "right": that page shows the student's own answer, which here is the model answer.
         for who in ("empty", "spy"):
             texts |= texts_of(course / "feedback" / who / pset, "*.html")
         found += leaks(lines, texts)

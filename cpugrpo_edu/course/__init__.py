@@ -1,5 +1,6 @@
 """Grading with nbgrader: a course folder, contained execution, feedback that gives nothing away.
 
-``course`` holds the steps an instructor takes, ``execute`` runs one notebook cell by cell,
-``sandbox`` shuts its kernel in, ``guard`` is what looks for tampering inside the kernel.
+``course`` has the steps that an instructor takes and ``autograde`` the grading. For that,
+``execute`` runs a notebook cell by cell, ``sandbox`` contains its kernel, and ``guard`` looks for
+tampering inside the kernel. ``student_seeds`` gives each student's hidden tests their own data.
 """

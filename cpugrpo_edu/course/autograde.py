@@ -16,27 +16,15 @@ from contextlib import chdir
 from dataclasses import asdict, replace
 from itertools import cycle
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import nbformat
-from nbconvert.preprocessors import ClearMetadataPreprocessor
 from nbformat import NotebookNode
 from nbgrader.api import Gradebook
 from nbgrader.converters import Autograde
 from nbgrader.converters.base import BaseConverter, NbGraderException
 from nbgrader.nbgraderformat import MetadataValidator
-from nbgrader.preprocessors import (
-    AssignLatePenalties,
-    CheckCellMetadata,
-    ClearOutput,
-    DeduplicateIds,
-    IgnorePattern,
-    LimitOutput,
-    NbGraderPreprocessor,
-    OverwriteCells,
-    OverwriteKernelspec,
-    SaveAutoGrades,
-)
+from nbgrader.preprocessors import Execute, NbGraderPreprocessor, OverwriteCells
 
 from cpugrpo_edu.course import execute, sandbox
 from cpugrpo_edu.course.course import Course
@@ -201,23 +189,18 @@ class RestoreCells(NbGraderPreprocessor):
                 place = same[0] + 1 if same else place
                 if not cell.locked and cell.name not in points:
                     continue
-                kept = False
-                for index in same:
-                    if nb.cells[index].cell_type == cell.cell_type:
-                        kept = True
-                    else:
-                        del nb.cells[index].metadata["nbgrader"]
-                if kept:
+                retyped = [i for i in same if nb.cells[i].cell_type != cell.cell_type]
+                for index in retyped:
+                    del nb.cells[index].metadata["nbgrader"]
+                if len(retyped) < len(same):
                     continue
                 restored = getattr(nbformat.v4, f"new_{cell.cell_type}_cell")(cell.source)
-                restored.metadata["nbgrader"] = {
+                restored.metadata["nbgrader"] = {  # OverwriteCells, the next step, adds the rest
                     "grade_id": cell.name,
                     "grade": cell.name in points,
                     "solution": cell.name in solutions,
                     "locked": cell.locked,
                     "task": False,
-                    "cell_type": cell.cell_type,
-                    "checksum": cell.checksum,
                     "schema_version": MetadataValidator.schema_version,
                 } | ({"points": points[cell.name]} if cell.name in points else {})
                 nb.cells.insert(place, restored)
@@ -277,41 +260,21 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 class ContainedAutograde(Autograde):
     """nbgrader's ``Autograde`` with restored cells and contained execution."""
 
-    sandbox: Sandbox
-    key: str
-    outcome: Outcome
-    lock: threading.Lock
+    def _init_preprocessors(self) -> None:
+        restored = {OverwriteCells: [RestoreCells, OverwriteCells], Execute: [ContainedExecute]}
+        steps = self.sanitize_preprocessors if self._sanitizing else self.autograde_preprocessors
+        self.exporter._preprocessors = []
+        for step in (new for each in steps for new in restored.get(each, [each])):
+            self.exporter.register_preprocessor(step)
 
     def convert_single_notebook(self, notebook_filename: str) -> None:
         """Make both passes as nbgrader does, but without its change of ``os.environ``.
 
-        Threads share ``os.environ``, and nbgrader fails when two change it at the same time.
+        Threads share ``os.environ``, and nbgrader fails when two of them change it.
         """
+        for self._sanitizing in (True, False):
+            self._init_preprocessors()
+            BaseConverter.convert_single_notebook(self, notebook_filename)
+            folder = Path(self.writer.build_directory)
+            notebook_filename = str(folder / Path(notebook_filename).name)
         self._sanitizing = True
-        self._init_preprocessors()
-        BaseConverter.convert_single_notebook(self, notebook_filename)
-        self._sanitizing = False
-        self._init_preprocessors()
-        try:
-            copied = Path(self.writer.build_directory) / Path(notebook_filename).name
-            BaseConverter.convert_single_notebook(self, str(copied))
-        finally:
-            self._sanitizing = True
-
-    sanitize_preprocessors: ClassVar[list[Any]] = [
-        ClearOutput,
-        DeduplicateIds,
-        OverwriteKernelspec,
-        RestoreCells,
-        OverwriteCells,
-        CheckCellMetadata,
-    ]
-    autograde_preprocessors: ClassVar[list[Any]] = [
-        ContainedExecute,
-        IgnorePattern,
-        ClearMetadataPreprocessor,
-        LimitOutput,
-        SaveAutoGrades,
-        AssignLatePenalties,
-        CheckCellMetadata,
-    ]

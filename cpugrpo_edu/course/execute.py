@@ -167,19 +167,9 @@ def fail_rest(notebook: NotebookNode, reason: str) -> None:
 
 
 class Client(NotebookClient):
-    """nbclient with a limit on the outputs that it keeps.
+    """nbclient that keeps at most ``allowed`` bytes of output and tells if a cell was ``late``."""
 
-    Attributes
-    ----------
-    allowed, kept, dropped:
-        Bytes of output that may be kept, that were kept, and that were left out.
-    late:
-        Whether the last cell reached its time limit.
-    """
-
-    allowed = 0
-    kept = 0
-    dropped = 0
+    allowed, kept, dropped = 0, 0, 0
     late = False
 
     def execute_cell(self, *args: Any, **options: Any) -> NotebookNode:

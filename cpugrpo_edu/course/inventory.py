@@ -1,7 +1,7 @@
 """A concept inventory before and after the course: the form, its answers, and item analysis.
 
-The bank (``notebooks/instructor/concept_inventory.json``) ties every wrong choice to a named
-misconception. Students get it without the key; their answers stay in files of their own.
+The bank (``notebooks/instructor/concept_inventory.json``) names a misconception for each wrong
+choice. Students get it without the key; their answers stay in files of their own.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ PHASES = ("pre", "post")
 CODE = re.compile(r"[a-z0-9]{4,12}")
 
 Right = NDArray[np.bool_]
-"""Students x items: answered rightly."""
+"""Whether each answer is right, students x items."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question; ``misconceptions`` has a name for each wrong choice, None for the right one.
+    """One question; ``misconceptions`` has a name for each wrong choice and None for the right one.
 
-    In a student version ``misconceptions`` and ``topic``, which may tell the answer, are empty.
+    In a student version ``misconceptions`` and ``topic`` are empty, since they give answers away.
     """
 
     id: str
@@ -54,12 +54,12 @@ class Bank:
     version: int
     items: tuple[Item, ...]
     misconceptions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Claim and chapter by name; empty in a student version."""
+    """Claim and chapter of each misconception by its name; empty in a student version."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """One student's letters by item, at one time; a question left out has no letter."""
+    """One student's letters by item, in one phase; a question left out has no letter."""
 
     code: str
     phase: str
@@ -70,7 +70,7 @@ class Sheet:
 
 
 def read_bank(path: Path) -> Bank:
-    """Read a bank, with its key or without. Raises ``UserError`` on one that is broken."""
+    """Read a bank, with its key or without. Raises ``UserError`` if it is broken."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         items = tuple(
@@ -92,11 +92,14 @@ def read_bank(path: Path) -> Bank:
     for item in items:
         wrong = [name for name in item.misconceptions if name is not None]
         if ids[item.id] > 1 or not 2 <= len(item.choices) <= len(LETTERS):
-            raise UserError(f"{path}: item {item.id!r} is there twice or has too few choices")
+            raise UserError(
+                f"{path}: item {item.id!r} is there twice, or has not 2 to {len(LETTERS)} choices"
+            )
         if item.misconceptions and len(wrong) != len(item.choices) - 1:
             raise UserError(f"{path}: item {item.id!r} needs exactly one right choice")
         if unknown := set(wrong) - set(bank.misconceptions):
-            raise UserError(f"{path}: item {item.id!r} names unknown {sorted(unknown)}")
+            names = ", ".join(sorted(unknown))
+            raise UserError(f"{path}: item {item.id!r} names unknown misconceptions: {names}")
     return bank
 
 
@@ -127,7 +130,7 @@ def write_student_version(bank: Bank, folder: Path) -> list[Path]:
         },
     )
     for index, cell in enumerate(page.cells):
-        cell.id = f"cell-{index}"  # the same file every time
+        cell.id = f"cell-{index}"  # instead of a random one: the same file every time
     notebook = folder / "concepts.ipynb"
     write_text(notebook, nbformat.writes(page) + "\n")
     return [notebook, questions]
@@ -136,18 +139,19 @@ def write_student_version(bank: Bank, folder: Path) -> list[Path]:
 PAGE = """# What do you think?
 
 {count} questions, about 30 minutes, once before the course and once after it. It is not graded.
-Without help, please, and without looking anything up: a guess tells less than a question left out.
+Please answer without help and without looking anything up. If you do not know, leave the question
+out: that says more than a guess.
 
-**Anonymous.** Choose a code that you will know again at the end and that nobody else can tell from
-you, such as the third letter of your street, the day your mother was born and the last letter of
-your first school. Your answers are written to a file beside this notebook, under that code, and to
-nowhere else.
+**Anonymous.** Choose a code that you will remember at the end of the course and that nobody can
+connect with you, such as the third letter of your street, the day your mother was born and the last
+letter of your first school. Your answers are written under that code to a file beside this
+notebook, and nowhere else.
 
 Run the cell below."""
 
 
 def form(path: str | Path, folder: str | Path = ".") -> Any:
-    """The questions as buttons, and a button that saves the answers in ``folder``."""
+    """A widget with the questions, and a button that saves the answers in ``folder``."""
     import ipywidgets as widgets
 
     bank = read_bank(Path(path))
@@ -182,7 +186,7 @@ def form(path: str | Path, folder: str | Path = ".") -> Any:
 
 
 def write_sheet(sheet: Sheet, folder: Path) -> Path:
-    """Write ``concepts_PHASE_CODE.json``. Raises ``UserError`` on a code that cannot be one."""
+    """Write ``concepts_PHASE_CODE.json``. Raises ``UserError`` if the code is not allowed."""
     if not CODE.fullmatch(sheet.code):
         raise UserError(f"the code is {sheet.code!r}; give 4 to 12 letters a to z and digits")
     path = folder / f"concepts_{sheet.phase}_{sheet.code}.json"
@@ -191,7 +195,11 @@ def write_sheet(sheet: Sheet, folder: Path) -> Path:
 
 
 def read_sheets(folder: Path, bank: Bank) -> list[Sheet]:
-    """All sheets in a folder and below. Raises ``UserError`` on one of another inventory."""
+    """All sheets in a folder and below.
+
+    Raises ``UserError`` on a file that is no sheet of this bank, on two with the same code and
+    phase, and if there is none.
+    """
     sheets: dict[tuple[str, str], Path] = {}
     found = []
     for path in sorted(folder.rglob("concepts_*.json")):
@@ -199,14 +207,14 @@ def read_sheets(folder: Path, bank: Bank) -> list[Sheet]:
             sheet = Sheet(**json.loads(path.read_text(encoding="utf-8")))
             sheet = Sheet(**{**asdict(sheet), "answers": dict(sheet.answers)})
         except (ValueError, TypeError) as problem:
-            raise UserError(f"{path} is no answer sheet ({problem}); take it away") from problem
+            raise UserError(f"{path} is no answer sheet ({problem}); move it away") from problem
         about = (sheet.code, sheet.phase)
         if (sheet.inventory, sheet.version) != (bank.name, bank.version):
             raise UserError(f"{path} answers another inventory than {bank.name} {bank.version}")
         letters = {item.id: LETTERS[: len(item.choices)] for item in bank.items}
         fits = all(len(a) == 1 and a in letters.get(i, "") for i, a in sheet.answers.items())
         if sheet.phase not in PHASES or not CODE.fullmatch(sheet.code) or not fits:
-            raise UserError(f"{path} has an unknown phase, code, item or choice; take it away")
+            raise UserError(f"{path} has an unknown phase, code, item or choice; move it away")
         if about in sheets:
             raise UserError(f"{path} and {sheets[about]} have the same code; keep one of them")
         sheets[about] = path
@@ -217,7 +225,7 @@ def read_sheets(folder: Path, bank: Bank) -> list[Sheet]:
 
 
 def write_csv(sheets: Sequence[Sheet], bank: Bank, path: Path) -> None:
-    """One row a sheet: code, phase, simulated or not, a letter for each item."""
+    """Write one row for each sheet: code, phase, simulated or not, and a letter for each item."""
     rows = [["code", "phase", "simulated", *(item.id for item in bank.items)]]
     for s in sheets:
         letters = [s.answers.get(item.id, "") for item in bank.items]
@@ -229,7 +237,10 @@ def write_csv(sheets: Sequence[Sheet], bank: Bank, path: Path) -> None:
 
 
 def matched(sheets: Sequence[Sheet], bank: Bank) -> tuple[Right, Right]:
-    """Right answers before and after (students x items) of those who handed in both."""
+    """Right answers before and after, of the students who handed in both sheets.
+
+    Raises ``UserError`` on fewer than 2 of them.
+    """
     by_code = {(s.code, s.phase): s for s in sheets}
     codes = sorted({c for c, _ in by_code if all((c, phase) in by_code for phase in PHASES)})
     if len(codes) < 2:
@@ -241,18 +252,18 @@ def matched(sheets: Sequence[Sheet], bank: Bank) -> tuple[Right, Right]:
 
 
 def marks(sheet: Sheet, bank: Bank) -> list[bool]:
-    """Right or not, by item; a question left out is not right."""
+    """Whether each item was answered right; a question left out was not."""
     return [sheet.answers.get(item.id) == item.key for item in bank.items]
 
 
 def normalised_gain(pre: Right, post: Right) -> float:
-    """(post - pre) / (1 - pre) of the class means (Hake 1998); nan if all was right before."""
+    """(post - pre) / (1 - pre) of the class means (Hake 1998); nan if all were right before."""
     before, after = float(pre.mean()), float(post.mean())
     return (after - before) / (1 - before) if before < 1 else float("nan")
 
 
 def difficulty(right: Right) -> NDArray[np.float64]:
-    """Share of right answers by item: the classical index, large for an easy item."""
+    """Share of right answers for each item: the classical index, large for an easy item."""
     return right.mean(axis=0)
 
 
@@ -268,7 +279,10 @@ def discrimination(right: Right) -> NDArray[np.float64]:
 
 
 def kr20(right: Right) -> float:
-    """Kuder and Richardson's formula 20, Cronbach's alpha of right or wrong; nan without spread."""
+    """Reliability by formula 20 of Kuder and Richardson (1937): Cronbach's alpha of right or wrong.
+
+    nan for a single item, or if all students have the same score.
+    """
     items = right.shape[1]
     spread = float(right.sum(axis=1).var())
     if items < 2 or spread == 0:
@@ -284,7 +298,7 @@ def interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap over students: one row of each sample is one student, drawn together."""
+    """Percentile bootstrap over students, who are rows of every sample and are drawn together."""
     rng = np.random.default_rng(seed)
     students = len(samples[0])
     drawn = []
@@ -297,31 +311,31 @@ def interval(
 
 
 def misconceptions(sheets: Sequence[Sheet], bank: Bank, phase: str) -> dict[str, float]:
-    """Share of the chances to choose a misconception that were taken, largest first."""
+    """How often each misconception was chosen where it was offered, most frequent first."""
     taken: Counter[str] = Counter()
-    chances: Counter[str] = Counter()
+    offered: Counter[str] = Counter()
     for sheet in sheets:
         if sheet.phase != phase:
             continue
         for item in bank.items:
-            chances.update(name for name in item.misconceptions if name)
+            offered.update(name for name in item.misconceptions if name)
             letter = sheet.answers.get(item.id)
             name = item.misconceptions[LETTERS.index(letter)] if letter else None
             taken.update([name] if name else [])
-    shares = {name: taken[name] / count for name, count in chances.items()}
+    shares = {name: taken[name] / count for name, count in offered.items()}
     return dict(sorted(shares.items(), key=lambda each: -each[1]))
 
 
-# Made-up classes, to try the analysis on
+# Simulated classes, to try the analysis on
 
 
 def simulate(
     bank: Bank, probabilities: Mapping[str, NDArray[np.float64]], seed: int = 0
 ) -> list[Sheet]:
-    """Sheets of a class that does not exist, marked as simulated.
+    """Sheets of a simulated class, marked as such.
 
-    ``probabilities`` has for each phase the chance of a right answer, students x items;
-    a wrong one is drawn evenly from the others.
+    ``probabilities`` has the probability of a right answer for each phase, students x items; a
+    wrong answer is drawn uniformly from the other choices.
     """
     rng = np.random.default_rng(seed)
     sheets = []
@@ -339,10 +353,10 @@ def simulate(
 def simulated_chances(
     students: int, items: int, gain: float, seed: int = 0
 ) -> dict[str, NDArray[np.float64]]:
-    """Chances for :func:`simulate` whose normalised gain is exactly ``gain`` in expectation.
+    """Probabilities for :func:`simulate` whose expected normalised gain is exactly ``gain``.
 
-    Before: abilities and item difficulties are normal, guessing gets a quarter right. After:
-    every chance p has become p + gain (1 - p).
+    Before the course, by an item response model with guessing: p = 1/4 + 3/4 sigmoid(ability -
+    difficulty), both normal. After it, every p has become p + gain (1 - p).
     """
     rng = np.random.default_rng(seed)
     ability = rng.normal(0, 1.2, (students, 1))
