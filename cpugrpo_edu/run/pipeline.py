@@ -26,10 +26,10 @@ from cpugrpo_edu.record.run_record import RunRecord, new_record
 from cpugrpo_edu.run.anchors import save_anchor
 from cpugrpo_edu.run.config import RunConfig, plain
 from cpugrpo_edu.run.consolidate import consolidate
-from cpugrpo_edu.run.pause import Control, Interrupted
+from cpugrpo_edu.run.pause import Control, Interrupted, stop_on_interrupt
 from cpugrpo_edu.run.prepare import load, prepare
 from cpugrpo_edu.run.results import measure, processes, results_of
-from cpugrpo_edu.run.stage import train_stage
+from cpugrpo_edu.run.stage import begin_stage, end_stage
 from cpugrpo_edu.run.state import Learner, Session
 from cpugrpo_edu.show.progress import ProgressDisplay
 from cpugrpo_edu.show.report import write_report
@@ -50,8 +50,8 @@ def run(
     ``started`` is when the clock began (Unix time), if imports are to count; ``control``
     pauses and stops from another thread; ``report_to`` is one of ``TRACKERS``. Raises
     UserError for bad input, and Interrupted after Ctrl-C or a stop; then ``resume=True`` with
-    the same configuration continues. Several processes (see
-    ``engine.ranks``) share the work; rank 0 writes, and each returns the record.
+    the same configuration continues. Several processes (see ``engine.ranks``) share the work;
+    rank 0 writes, and each returns the record.
     """
     started = started or time.time()
     ranks.join()
@@ -70,16 +70,21 @@ def run(
             learner = load(session)
             measure(session, learner, "before")
             done = len(session.state.stages)
-            for index, stage in enumerate(config.stages):
-                if index >= done:
-                    with session.phase("train"):
-                        row = train_stage(session, learner, index)
-                        row |= consolidate(session, learner, index)
-                        save_stage(session, learner, index, row)
-                    if ranks.agree(session.control.stopping):  # asked for in its last step
-                        raise Interrupted(f"stopped after stage {stage.name!r}")
-                if index >= done - 1:  # the last run may have ended before it was measured
-                    measure(session, learner, f"after {stage.name}")
+            if done:  # the process that trained the last one may have ended before measuring it
+                measure(session, learner, f"after {config.stages[done - 1].name}")
+            for index in range(done, len(config.stages)):
+                stage = config.stages[index]
+                with session.phase("train"):
+                    training = begin_stage(session, learner, index)
+                    if stage.steps:
+                        with stop_on_interrupt(session.control):
+                            training.trainer.train(resume_from_checkpoint=training.checkpoint)
+                    row = end_stage(session, learner, training)
+                    row |= consolidate(session, learner, index)
+                    save_stage(session, learner, index, row)
+                if ranks.agree(session.control.stopping):  # asked for in its last step
+                    raise Interrupted(f"stopped after stage {stage.name!r}")
+                measure(session, learner, f"after {stage.name}")
             results = ranks.on_main(lambda: finish(session, learner))
         results |= {"peak_rss_bytes": session.peak_rss_bytes(), "cpu_percent": peak.cpu_percent}
         if ranks.size() > 1:

@@ -16,13 +16,13 @@ from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import c_kernel, ranks
 from cpugrpo_edu.engine.hardware import configure_threads
 from cpugrpo_edu.engine.memory import PeakMemory, free_memory
+from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.sizes import (
     checkpointing_policy,
     ensure_fits,
     estimate_training_memory,
     fits,
 )
-from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.load import (
     check_policy,

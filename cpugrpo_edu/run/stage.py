@@ -1,4 +1,4 @@
-"""Train one stage with TRL's trainer, from its last checkpoint if there is one."""
+"""One stage of training: its trainer and its settings, and what the record says of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, RolloutTally, cpu_con
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.load import fingerprint
 from cpugrpo_edu.run.config import RunConfig
-from cpugrpo_edu.run.pause import Interrupted, stop_on_interrupt
+from cpugrpo_edu.run.pause import Interrupted
 from cpugrpo_edu.run.saver import CheckpointSaver, step_of
 from cpugrpo_edu.run.state import Learner, Session
 
@@ -40,28 +41,43 @@ STEP_METRICS = {
 }
 
 
-def train_stage(session: Session, learner: Learner, index: int) -> dict[str, Any]:
-    """Train a stage and return its row for the record.
+@dataclass(frozen=True)
+class StageTraining:
+    """A stage whose training is about to begin, or to continue from ``checkpoint``."""
 
-    Raises Interrupted when asked to stop (a checkpoint is saved), and UserError if training
-    left every weight as it was.
-    """
+    stage: Stage
+    trainer: CPUGRPOTrainer
+    saver: CheckpointSaver
+    checkpoint: str | None
+    begun: float
+    """By ``time.perf_counter``."""
+
+
+def begin_stage(session: Session, learner: Learner, index: int) -> StageTraining:
+    """Make the trainer of a stage and find the last checkpoint within it, if there is one."""
     stage = session.config.stages[index]
     begun = time.perf_counter()
     trainer = make_trainer(session, learner, index)
-    saver = CheckpointSaver(trainer, session.checkpoints_folder(index), session.config.save_minutes)
+    folder = session.checkpoints_folder(index)
+    saver = CheckpointSaver(trainer, folder, session.config.save_minutes)
     checkpoint = saver.restore()
     done = step_of(checkpoint) if checkpoint else 0
     # Steps after the checkpoint are repeated, so their rows go.
     learner.metrics.forget_after(steps_before(session.config, index) + done)
     session.display.start_stage(stage.name, stage.steps, done)
-    if stage.steps:
-        with stop_on_interrupt(session.control):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        step = trainer.state.global_step
-        if ranks.agree(session.control.stopping) and step < stage.steps:
-            raise Interrupted(f"stopped after step {step} of stage {stage.name!r}")
-    row = row_of(stage, time.perf_counter() - begun, trainer)
+    return StageTraining(stage, trainer, saver, str(checkpoint) if checkpoint else None, begun)
+
+
+def end_stage(session: Session, learner: Learner, training: StageTraining) -> dict[str, Any]:
+    """The stage's row for the record.
+
+    Raises Interrupted if training was stopped before its last step, and UserError if it left
+    every weight as it was.
+    """
+    stage, step = training.stage, training.trainer.state.global_step
+    if ranks.agree(session.control.stopping) and step < stage.steps:
+        raise Interrupted(f"stopped after step {step} of stage {stage.name!r}")
+    row = row_of(stage, time.perf_counter() - training.begun, training.trainer)
     weights = fingerprint(learner.policy.model)
     if weights == session.state.fingerprint and stage.steps:
         raise UserError(
@@ -70,7 +86,7 @@ def train_stage(session: Session, learner: Learner, index: int) -> dict[str, Any
         )
     session.state.fingerprint = weights
     if ranks.size() > 1:
-        row["gradient_bytes_per_step"] = saver.traffic.bytes_per_step
+        row["gradient_bytes_per_step"] = training.saver.traffic.bytes_per_step
         row["same_weights"] = len(set(ranks.gather(weights))) == 1
     return row
 
