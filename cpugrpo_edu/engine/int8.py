@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpugrpo_edu.data import Group
 from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.memory import drop_input_grad_hooks
 from cpugrpo_edu.errors import UserError
@@ -310,6 +312,62 @@ def refresh(served: nn.Module, model: nn.Module) -> nn.Module:
     for name, parameter in served.named_parameters():
         parameter.data = live.get_parameter(name).data  # shared unless the live one was replaced
     return served
+
+
+# --- how far the copy is from the policy ---------------------------------------------------
+
+
+DRIFT_LIMIT = 0.02
+"""Nats a token, KL(policy || copy). Beyond it the copy samples from another policy: importance
+ratios leave the clip range at the first step and most of the gradient is lost."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How an INT8 copy differs from its policy, as means over sampled tokens."""
+
+    kl: float  # KL(policy || copy), nats
+    agreement: float  # share of tokens with the same most likely token
+    outside: float  # share of sampled tokens with a ratio policy / copy outside [0.8, 1.2]
+
+    @property
+    def acceptable(self) -> bool:
+        return self.kl <= DRIFT_LIMIT
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.kl:.3g} nats a token, the same most likely token in {self.agreement:.0%}, "
+            f"{self.outside:.0%} of the ratios outside [0.8, 1.2]"
+        )
+
+
+@torch.no_grad()
+def measure_drift(
+    model: nn.Module, copy: nn.Module, groups: Sequence[Group], temperature: float = 1.0
+) -> Drift:
+    """Score the completions of the groups with the policy and with its copy, and compare."""
+    training = model.training
+    model.eval()
+    kl, same, outside = [], [], []
+    try:
+        for group in groups:
+            for episode in group.episodes:
+                ids = torch.tensor([group.prompt_ids + episode.completion_ids])
+                start = len(group.prompt_ids) - 1
+                p, q = (
+                    (m(input_ids=ids).logits[0, start:-1].float() / temperature).log_softmax(-1)
+                    for m in (model, copy)
+                )
+                drawn = ids[0, start + 1 :, None]
+                ratio = (p - q).gather(-1, drawn).exp()
+                kl.append((p.exp() * (p - q)).sum(-1))
+                same.append((p.argmax(-1) == q.argmax(-1)).float())
+                outside.append(((ratio < 0.8) | (ratio > 1.2)).float().flatten())
+    finally:
+        model.train(training)
+    return Drift(
+        *(torch.cat([x.flatten() for x in xs]).mean().item() for xs in (kl, same, outside))
+    )
 
 
 # --- report ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,13 @@ from trl.trainer.utils import add_fused_lm_head
 from cpugrpo_edu.data import Group
 from cpugrpo_edu.engine import ranks
 from cpugrpo_edu.engine.decode import sample
-from cpugrpo_edu.engine.int8 import quantize_for_rollout, refresh
+from cpugrpo_edu.engine.int8 import (
+    DRIFT_LIMIT,
+    Drift,
+    measure_drift,
+    quantize_for_rollout,
+    refresh,
+)
 from cpugrpo_edu.engine.int8_base import is_frozen
 from cpugrpo_edu.engine.memory import free_memory, release_memory, retry_smaller, trim_heap
 from cpugrpo_edu.engine.options import EngineOptions
@@ -71,6 +77,9 @@ is another one than of the batch, and our decode engine samples by temperature a
 CACHE_BYTES = 96 * 2**20
 """Activations a micro-batch may take even where memory abounds: a few times a processor's
 last cache. Larger ones were slower (128 completions of the bundled model: by half)."""
+
+DRIFT_PROMPTS, DRIFT_TOKENS = 4, 32
+"""What the drift of an INT8 copy is measured on, once a stage."""
 
 MIN_TOKENS = 512
 """Fewer tokens than this in a micro-batch would read the weights too often."""
@@ -262,6 +271,8 @@ class CPUGRPOTrainer(GRPOTrainer):
         self.should_stop = should_stop
         self.tally = RolloutTally()
         self.int8_copy: Any = None
+        self.int8_rollouts = self.options.int8_rollouts
+        self.drift: Drift | None = None
         self.last_groups: list[Group] = []
         super().__init__(
             model=policy.model,
@@ -286,7 +297,7 @@ class CPUGRPOTrainer(GRPOTrainer):
     def sampling_model(self) -> Any:
         """The model that rolls out: the live policy, or its INT8 copy with fresh weights."""
         live = self.accelerator.unwrap_model(self.model)
-        if not self.options.int8_rollouts or is_frozen(live):
+        if not self.int8_rollouts or is_frozen(live):
             return live  # a frozen base is INT8 already
         if self.int8_copy is None:
             self.int8_copy = quantize_for_rollout(
@@ -319,6 +330,8 @@ class CPUGRPOTrainer(GRPOTrainer):
             stop_at_eos=self.options.stop_at_eos,
         )
         start = time.perf_counter()
+        if self.drift is None and self.int8_rollouts:
+            self.check_drift([block[0] for block in blocks[:DRIFT_PROMPTS]], sampling)
         groups = sample(
             self.sampling_model(),
             [block[0] for block in blocks],
@@ -341,6 +354,31 @@ class CPUGRPOTrainer(GRPOTrainer):
         self._metrics["train"]["rollout/tokens_per_second"].append(rate)
         return [e.completion_ids for e in episodes], [e.logprobs for e in episodes]
 
+    def check_drift(self, prompts: list[list[int]], sampling: Sampling) -> None:
+        """Measure the INT8 copy on a few prompts; sample from the float policy if it is too far."""
+        live, copy = self.accelerator.unwrap_model(self.model), self.sampling_model()
+        if copy is live:
+            return
+        short = replace(sampling, max_new_tokens=min(DRIFT_TOKENS, sampling.max_new_tokens))
+        groups = sample(
+            live,
+            prompts,
+            1,
+            short,
+            eos_ids=self.policy.eos_ids,
+            pad_id=self.policy.pad_id,
+            options=self.options,
+        )
+        self.drift = measure_drift(live, copy, groups, self.temperature)
+        # Several processes measure on prompts of their own, and must decide alike.
+        self.int8_rollouts = all(ranks.gather(self.drift.acceptable))
+        if not self.int8_rollouts:
+            self.int8_copy = None
+            self.say(
+                f"the INT8 copy differs too much from this policy ({self.drift}; allowed is a KL "
+                f"of {DRIFT_LIMIT} nats a token), so rollouts use the float weights"
+            )
+
     def rollout_seed(self) -> int:
         """Another one each generation and process; the same after a resume (TRL's step is not)."""
         accumulation = self.args.gradient_accumulation_steps
@@ -357,7 +395,7 @@ class CPUGRPOTrainer(GRPOTrainer):
         # The clipped surrogate's ratio is pi / pi_old, where pi_old is whoever sampled. That
         # was the INT8 policy, whose log-probs we have; with delta set, the ratio is truncated.
         sampled = output.pop("sampling_per_token_logps", None)
-        if self.options.int8_rollouts and self.options.importance_correction:
+        if self.int8_rollouts and self.options.importance_correction:
             output["old_per_token_logps"] = sampled
         return output
 
