@@ -3,14 +3,14 @@
     python tools/book_check.py                    # all pages of _build/html
     python tools/book_check.py --screenshots DIR  # keep a picture of every page, wide and narrow
 
-Every page: no error in the console, no failed request, none to another machine, mathematics
-set, no markup left in the text, nothing cut off at the right, axe-core without serious violation
-in light and dark, headings in order, a language, words for every picture, links that lead
-somewhere, launch buttons for its own notebook, nothing wider than a telephone. Then what a reader
-does: opens a solution, answers a quiz, moves a slider, follows the focus by keyboard, searches,
-downloads a notebook, turns the light off, prints.
+Every page must have no error in the console, no failed request and none to another machine,
+typeset mathematics, no markup left in the text, nothing cut off at the right, no serious axe-core
+violation in light and dark, headings in order, a language, words for every picture, links that
+lead somewhere, launch buttons for its own notebook, and nothing wider than a telephone
+(book_check.js). Then it does what a reader does: opens a solution, answers a quiz, moves a slider,
+follows the focus by keyboard, searches, downloads a notebook, turns the light off, prints.
 
-Needs Chromium; CHROMIUM names it where it is not found.
+Needs Chromium; set CHROMIUM to its path where it is not found.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ARGUMENTS = [
 WIDE = {"width": 1280, "height": 900}
 NARROW = {"width": 390, "height": 844}
 SEVERE = ("serious", "critical")
-KEY_SLIDERS = {  # page and label: what the book's argument rests on
+KEY_SLIDERS = {  # page and label: the sliders that the book's argument rests on
     ("03_grpo_from_zero", "ratio"): "advantage and clip",
     ("09_memory", "GiB available"): "memory planner",
     ("11_int8", "bits"): "quantization error",
@@ -50,95 +50,13 @@ KEY_SLIDERS = {  # page and label: what the book's argument rests on
 }
 NOT_PAGES = {"index.html", "genindex.html", "py-modindex.html", "search.html"}  # and _static
 
-PROBLEMS_JS = """() => {
-  const found = [];
-  if (!document.documentElement.lang) found.push("no language");
-  let level = 0;
-  for (const h of document.querySelectorAll("article h1, article h2, article h3, article h4,"
-      + "article h5, article h6")) {
-    const now = +h.tagName[1];
-    if (now > level + 1) found.push(`heading order: h${level} then h${now} "${h.textContent}"`);
-    level = now;
-  }
-  if (document.querySelectorAll("article h1").length !== 1) found.push("not exactly one h1");
-  for (const image of document.images)
-    if (!image.hasAttribute("alt") || (image.closest("article") && !image.alt.trim()))
-      found.push("no words for the picture " + image.src.slice(0, 80));
-  if (document.querySelector("mjx-merror, [data-mjx-error]")) found.push("a formula is in error");
-  const text = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
-  while (text.nextNode()) {
-    const parent = text.currentNode.parentElement;
-    if (/\\\\\\(|\\\\\\[/.test(text.currentNode.data)
-        && !parent.closest("pre, code, script, style, mjx-container, .sig"))
-      found.push("a formula is not set: " + text.currentNode.data.trim().slice(0, 60));
-    if (/\\|[ :]*-{2,}[-:]* *\\|/.test(text.currentNode.data.replaceAll("\u2014", "--"))
-        && !parent.closest("pre, code, script, style"))
-      found.push("a table is not set: " + text.currentNode.data.trim().slice(0, 60));
-    if (/`|(^|\\s)[*][*][A-Za-z]|\\]\\(/.test(text.currentNode.data)
-        && !parent.closest("pre, code, script, style, mjx-container, .sig"))
-      found.push("markup is shown: " + text.currentNode.data.trim().slice(0, 60));
-  }
-  for (const a of document.querySelectorAll("article a[href^=http]"))
-    if (/[.](py|md|sh|json|yml|txt)$/.test(a.hostname))
-      found.push("a file name became a web address: " + a.href);
-  return found;
-}"""
-
-# What a reader at a desk would have to scroll for: code in the text, printed output, formulas.
-# Code cells are left out: ruff holds them to 76 characters.
-CUT_JS = """() => [...document.querySelectorAll("article pre, article div.math mjx-container")]
-  .filter(e => e.offsetParent && !e.closest(".cell_input")
-    && e.scrollWidth > e.clientWidth + (e.tagName === "PRE" ? 20 : 1))
-  .map(e => `cut off by ${e.scrollWidth - e.clientWidth} px: `
-    + (e.closest("div.math")?.id || e.textContent.trim().slice(0, 60)))"""
-
-LINKS_JS = """() => ({
-  ids: [...document.querySelectorAll("[id]")].map(e => e.id),
-  links: [...new Set([...document.querySelectorAll("a[href]")].map(a => a.href))]})"""
-
-WIDTH_JS = """() => {
-  const wide = document.documentElement.scrollWidth, page = document.documentElement.clientWidth;
-  if (wide <= page + 1) return [];
-  const guilty = [...document.querySelectorAll("article *")]
-    .filter(e => e.getBoundingClientRect().right > page + 1)
-    .slice(0, 3).map(e => e.tagName.toLowerCase() + "." + e.className);
-  return [`${wide} px wide on a screen of ${page}: ` + guilty.join(", ")];
-}"""
-
-NARROW_JS = """() => {
-  const found = [], wide = document.querySelector("article").clientWidth;
-  for (const note of document.querySelectorAll("article aside.margin"))
-    if (note.offsetWidth < 0.8 * wide) found.push("a margin note squeezes the text");
-  for (const number of document.querySelectorAll("article div.math .eqno")) {
-    const formula = number.parentElement.querySelector("mjx-container").getBoundingClientRect();
-    if (formula.height && number.getBoundingClientRect().top < formula.bottom - 2)
-      found.push("a number beside its formula: " + number.parentElement.id);
-  }
-  for (const button of document.querySelectorAll(".bd-header-article :is(button, label, a)")) {
-    const box = button.getBoundingClientRect();
-    if (box.width && getComputedStyle(button).visibility === "visible"
-        && !button.closest(".dropdown-menu") && (box.left < 0 || box.right > innerWidth))
-      found.push("a button off the screen: " + (button.title || button.className));
-  }
-  return found;
-}"""
-
-AXE_JS = """async only => {
-  const options = {resultTypes: ["violations"], preload: false};
-  if (only) options.runOnly = {type: "rule", values: only};
-  return (await axe.run(document, options)).violations.map(v => (
-    {id: v.id, impact: v.impact, count: v.nodes.length,
-     first: v.nodes.slice(0, 2).map(n => n.target.join(" ") + " " + n.html.slice(0, 120)),
-     why: (v.nodes[0].failureSummary || "").slice(0, 300)}));
-}"""
-
 
 @dataclass
 class Findings:
-    """What is wrong, by kind, each with the page it is on."""
+    """What is wrong, by kind, and on which page."""
 
     pages: int = 0
-    ids: dict[str, set[str]] = field(default_factory=dict)  # the places of each page
+    ids: dict[str, set[str]] = field(default_factory=dict)  # anchors of each page
     links: dict[str, list[str]] = field(default_factory=dict)  # addresses on each page
     wrong: dict[str, list[str]] = field(
         default_factory=lambda: {
@@ -173,7 +91,7 @@ def serve(folder: Path) -> Iterator[str]:
 
     class Patient(ThreadingHTTPServer):
         def handle_error(self, *_: object) -> None:
-            pass  # the browser went on to the next page before it had all of the last
+            pass  # the browser left the page before it had loaded everything
 
     server = Patient(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -205,7 +123,7 @@ def pages(folder: Path) -> list[str]:
 
 
 def watch(page, base: str, findings: Findings) -> None:
-    """Note errors of the console and of the network; other machines are never reached."""
+    """Note errors of the console and the network; block every request to another machine."""
 
     def here() -> str:
         return urlparse(page.url).path.lstrip("/")
@@ -242,33 +160,30 @@ def set_theme(page, theme: str) -> None:
     page.wait_for_timeout(300)  # colours fade over
 
 
-def check_page(page, base: str, name: str, axe: str, findings: Findings, pictures: Path | None):
+def check_page(page, base: str, name: str, scripts: str, findings: Findings, pictures: Path | None):
     settle(page, f"{base}/{name}")
-    problems = page.evaluate(PROBLEMS_JS) + page.evaluate(CUT_JS) + chapter_problems(page, name)
-    for problem in problems:
-        findings.add("page problems", name, problem)
-    there = page.evaluate(LINKS_JS)
+    page.evaluate(scripts)
+    problems = page.evaluate("[...bookCheck.problems(), ...bookCheck.cutOff()]")
+    there = page.evaluate("bookCheck.links()")
     findings.ids[name], findings.links[name] = set(there["ids"]), there["links"]
-    page.evaluate(axe)
     for theme, rules in (("light", None), ("dark", ["color-contrast"])):
         set_theme(page, theme)
-        for violation in page.evaluate(AXE_JS, rules):
+        for violation in page.evaluate("rules => bookCheck.accessibility(rules)", rules):
             if violation["impact"] in SEVERE:
                 what = "{id} ({impact}), {count}: {first} {why}".format(**violation)
                 findings.add("accessibility violations", name, f"{theme}, {what}")
     set_theme(page, "light")
-    if pictures:
-        picture(page, pictures / f"{name.replace('/', '-')[:-5]}-wide.png")
+    picture(page, pictures, name, "wide")
     page.set_viewport_size(NARROW)
-    for problem in page.evaluate(WIDTH_JS) + page.evaluate(NARROW_JS):
-        findings.add("page problems", name, problem)
-    if pictures:
-        picture(page, pictures / f"{name.replace('/', '-')[:-5]}-narrow.png")
+    problems += page.evaluate("bookCheck.narrow()")
+    picture(page, pictures, name, "narrow")
     page.set_viewport_size(WIDE)
+    for problem in problems + chapter_problems(page, name):
+        findings.add("page problems", name, problem)
 
 
 def chapter_problems(page, name: str) -> list[str]:
-    """A chapter says its number, and launches its own notebook, which the repository has."""
+    """A chapter must show its number and launch its own notebook, which must exist."""
     if not name.startswith("notebooks/"):
         return []
     notebook = Path(name).with_suffix(".ipynb").as_posix()
@@ -288,7 +203,7 @@ def chapter_problems(page, name: str) -> list[str]:
 
 
 def dead_links(findings: Findings, folder: Path, base: str) -> None:
-    """Every link within the book leads to a file of it, and to a place that is there."""
+    """Every link within the book must lead to an existing file and anchor."""
     for name, links in findings.links.items():
         for link in links:
             if not link.startswith(base):
@@ -298,18 +213,21 @@ def dead_links(findings: Findings, folder: Path, base: str) -> None:
             place = unquote(address.fragment)
             known = findings.ids.get(path)
             if not (folder / path).is_file():
-                findings.add("page problems", name, f"a link to no page: {path}")
+                findings.add("page problems", name, f"a link to a missing page: {path}")
             elif place and known is not None and place not in known:
-                findings.add("page problems", name, f"a link to no place: {path}#{place}")
+                findings.add("page problems", name, f"a link to a missing anchor: {path}#{place}")
 
 
-def picture(page, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.wait_for_timeout(500)  # the side bars slide away
-    page.screenshot(path=path, full_page=True)
+def picture(page, folder: Path | None, name: str, width: str) -> None:
+    """Keep a picture of the page, where a folder for pictures is given."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        page.wait_for_timeout(500)  # the side bars slide away
+        file = f"{name.removesuffix('.html').replace('/', '-')}-{width}.png"
+        page.screenshot(path=folder / file, full_page=True)
 
 
-# What a reader does. Each gets the page and the book's address, and fails by AssertionError.
+# What a reader does. Each action gets the page and the book's address, and fails by AssertionError.
 
 
 def opens_a_solution(page, base: str) -> None:
@@ -335,7 +253,7 @@ def answers_a_quiz(page, base: str) -> None:
 
 
 def moves_every_slider(page, base: str) -> None:
-    """On every chapter, to both ends: another picture and another value each time."""
+    """On every chapter, to both ends: picture and value must change."""
     moved = set()
     for name in (name for name in pages(HTML) if name.startswith("notebooks/")):
         settle(page, f"{base}/{name}")
@@ -377,7 +295,7 @@ def downloads_the_notebook(page, base: str) -> None:
 
 
 def sees_the_focus(page, base: str) -> None:
-    """Every stop of the Tab key on a page is drawn with a line around it, on the screen."""
+    """Every stop of the Tab key on a page has a visible outline."""
     settle(page, f"{base}/book/how_to_read.html")
     stops = set()
     for _ in range(60):
@@ -389,13 +307,13 @@ def sees_the_focus(page, base: str) -> None:
         )
         if there is None:
             break
-        assert there["seen"], f"no focus is seen on {there['what']}"
+        assert there["seen"], f"no visible focus on {there['what']}"
         stops.add(there["what"])
-    assert len(stops) > 20, f"the Tab key stops at {len(stops)} places only"
+    assert len(stops) > 20, f"the Tab key stops at only {len(stops)} places"
 
 
 def prints(page, base: str) -> None:
-    """On paper: no bars, the solutions open, nothing wider than the sheet."""
+    """On paper: no navigation bars, open solutions, nothing wider than the sheet."""
     settle(page, f"{base}/notebooks/03_grpo_from_zero.html")
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 720, "height": 1000})  # A4 without its margins
@@ -418,7 +336,7 @@ def turns_the_light_off(page, base: str) -> None:
         return page.evaluate("getComputedStyle(document.body).backgroundColor")
 
     before = background()
-    for _ in range(3):  # the button goes round: as the system, light, dark
+    for _ in range(3):  # the button cycles through system, light and dark
         page.locator("button.theme-switch-button:visible").first.click()
         page.wait_for_timeout(500)
         if background() != before:
@@ -443,7 +361,7 @@ def act(page, base: str, findings: Findings) -> None:
     for action in ACTIONS:
         try:
             action(page, base)
-        except Exception as error:  # the browser's own errors are findings too
+        except Exception as error:  # errors of the browser itself are findings too
             what = f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
             findings.add("reader's actions that fail", action.__name__, what)
 
@@ -451,14 +369,15 @@ def act(page, base: str, findings: Findings) -> None:
 def check(folder: Path, only: str = "", pictures: Path | None = None) -> Findings:
     import axe_playwright_python
 
-    axe = Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text()
+    axe = Path(axe_playwright_python.__file__).with_name("axe.min.js")
+    scripts = "\n".join(path.read_text() for path in (axe, Path(__file__).with_suffix(".js")))
     findings = Findings()
     with serve(folder) as base, browser_page() as page:
         watch(page, base, findings)
         for name in pages(folder):
             if only in name:
                 findings.pages += 1
-                check_page(page, base, name, axe, findings, pictures)
+                check_page(page, base, name, scripts, findings, pictures)
                 print(f"\r{findings.pages} {name:60.60}", end="", file=sys.stderr, flush=True)
         dead_links(findings, folder, base)
         if not only:
@@ -469,11 +388,13 @@ def check(folder: Path, only: str = "", pictures: Path | None = None) -> Finding
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="pages whose name has this; no actions then")
-    parser.add_argument("--screenshots", type=Path, help="folder for a picture of every page")
+    parser.add_argument("--only", default="", help="only pages with this in their name; no actions")
+    parser.add_argument(
+        "--screenshots", type=Path, help="keep pictures of the pages in this folder"
+    )
     arguments = parser.parse_args()
     if not chromium():
-        print("book check skipped: no Chromium here (install it, or set CHROMIUM to its path)")
+        print("book check skipped: no Chromium found (install it, or set CHROMIUM to its path)")
         return 0
     if not pages(HTML):
         sys.exit(f"no pages in {HTML}; run `make book` first")
