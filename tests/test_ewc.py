@@ -192,7 +192,7 @@ def test_bad_input_is_named(tmp_path):
         normalize_fisher({"a": torch.zeros(2)})
     for name, tensors in {"x": {"weight": torch.ones(1)}, "y": {"params/a": torch.ones(1)}}.items():
         save_file(tensors, tmp_path / name)
-        with pytest.raises(UserError, match="not an anchor's"):
+        with pytest.raises(UserError, match="is not an anchor"):
             load_anchor(tmp_path / name)
     (tmp_path / "text").write_text("hello")
     for name in ("text", "missing"):

@@ -1,1 +1,1 @@
-"""A whole run: configuration, data, stages, checkpoints, results and export."""
+"""A whole run: settings, data, stages, checkpoints, results and export."""

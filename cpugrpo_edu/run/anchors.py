@@ -1,4 +1,4 @@
-"""EWC anchors on disk."""
+"""Save and load the anchor of EWC."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def save_anchor(anchor: Anchor, path: str | Path) -> Path:
 
 
 def load_anchor(path: str | Path) -> Anchor:
-    """Read what ``save_anchor`` wrote. Raises ``UserError`` if it is not such a file."""
+    """Read what ``save_anchor`` wrote; UserError if the file is not an anchor."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -36,7 +36,7 @@ def load_anchor(path: str | Path) -> Anchor:
         parts.setdefault(part, {})[name] = tensor
     if len(parts) != 2 or parts["params"].keys() != parts["fisher"].keys():
         raise UserError(
-            f"{path} holds tensors that are not an anchor's; allowed are params/<name> and "
-            "fisher/<name> in pairs: give a file that save_anchor wrote"
+            f"{path} is not an anchor: its tensors must be params/<name> and fisher/<name> in "
+            "pairs; give a file that save_anchor wrote"
         )
     return Anchor(**parts)

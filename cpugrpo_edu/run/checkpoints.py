@@ -1,4 +1,4 @@
-"""The checkpoints of a run: list them, and delete old ones, never the last good one."""
+"""List the checkpoints of a run, and delete old ones, but never the last good one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from cpugrpo_edu.errors import UserError
 
 MARK = "complete.json"
-"""Written last into a checkpoint within a stage: with it, everything is on disk."""
+"""Written last into a checkpoint within a stage, so where it is, everything else is too."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder from which a run goes on; ``kind`` is "stage" (after one) or "step" (within)."""
+    """A folder to resume from; ``kind`` is "stage" (after one) or "step" (within one)."""
 
     kind: str
     name: str
@@ -38,11 +38,11 @@ class Checkpoint:
 
 
 def list_checkpoints(run: str | Path) -> list[Checkpoint]:
-    """Every checkpoint of a run, oldest first; the final ``model`` is none of them."""
+    """Every checkpoint of a run, oldest first. The final ``model`` is not a checkpoint."""
     run = Path(run)
     if not (run / "state.json").exists():
         raise UserError(f"{run} holds no run (no state.json); give the output folder of a run")
-    # Names that we give, by their numbers; links are not followed and nothing else is looked at.
+    # Only folders with names that we give: links are not followed, other files not touched.
     stages = sorted(_numbered(run / "stages", "*-*", 0))
     steps = sorted(
         (stage, step, path)
@@ -57,12 +57,12 @@ def list_checkpoints(run: str | Path) -> list[Checkpoint]:
 def prune(run: str | Path, keep: int = 1, *, dry_run: bool = False) -> list[Checkpoint]:
     """Delete all but the newest ``keep`` good checkpoints of each kind; return those deleted.
 
-    What cannot be used goes as well, but the newest good one of each kind always stays: a
-    run goes on from a stage's end and a step within the next. With ``dry_run`` nothing is
-    touched. Not for a run that is going on.
+    Damaged ones go as well. The newest good one of each kind always stays, because a run
+    resumes from the end of a stage and a step within the next. ``dry_run`` deletes nothing.
+    Do not use it while the run is running.
     """
     if keep < 1:
-        raise UserError(f"keep is {keep}; give at least 1, the last good checkpoint always stays")
+        raise UserError(f"keep is {keep}; give at least 1: the last good checkpoint always stays")
     found = list_checkpoints(run)
     kept: list[Checkpoint] = []
     for kind in ("stage", "step"):
@@ -94,7 +94,7 @@ def _look(kind: str, name: str, path: Path) -> Checkpoint:
 
 
 def _fault(path: Path, kind: str) -> str:
-    """What is wrong with a checkpoint: weights missing, a file cut short, or not complete."""
+    """What is wrong with a checkpoint: no weights, a damaged file, or not complete; else ""."""
     weights = list(path.rglob("*.safetensors"))
     if not weights:
         return "no weights"

@@ -1,4 +1,4 @@
-"""The problems of a run: generated ones, or those of a file, some of them held out."""
+"""The problems of a run, generated or from a file; some are held out for evaluation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from cpugrpo_edu.tasks.gsm8k import load_gsm8k
 
 
 def load_data(config: RunConfig) -> tuple[list[Problem] | None, list[Problem]]:
-    """Problems to train on (None: generate them) and held-out ones to evaluate on.
+    """Problems to train on (None: generate them) and held-out problems to evaluate on.
 
-    Data of the user's own is split by the hash of the question, so that no problem
-    is on both sides; GSM8K-format folders and hub ids have their own test split.
+    The user's own data is split by the hash of the question, so that no problem is on both
+    sides; GSM8K-format folders and hub ids have a test split. Raises UserError for data that
+    cannot be read, or has too few problems.
     """
     per_cell = max(1, config.per_cell)
     if config.data == "generated":
@@ -41,7 +42,7 @@ def load_data(config: RunConfig) -> tuple[list[Problem] | None, list[Problem]]:
 
 
 def load_local_file(path: Path) -> list[Problem]:
-    """A GSM8K-format file, or prompts with answers: whichever the first line looks like."""
+    """A GSM8K-format file, or prompts with answers, judged by the first line."""
     if path.suffix == ".parquet":
         return load_gsm8k(path)
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -50,6 +51,7 @@ def load_local_file(path: Path) -> list[Problem]:
 
 
 def divide(problems: list[Problem], per_cell: int) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems, by the hash of the question."""
     held_out = [p for p in problems if split_of(p.question) == "eval"]
     training = [p for p in problems if split_of(p.question) != "eval"]
     if not held_out or not training:
