@@ -1,4 +1,4 @@
-"""Kill -9 and resume: the small version of `make torture`; and disks that are full or read-only."""
+"""Kill -9 and resume, the small version of `make torture`; full and read-only disks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_killed_runs_end_as_if_they_had_not_been():
     arguments = ["--points", "2", "--only", "kill"]
     done = subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("as never killed") == 2
+    assert done.stdout.count("as if never killed") == 2
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
-"""Build the pip part of environment.yml from scratch, as Binder would, and use what it made.
+"""Build the pip part of environment.yml from scratch, as Binder would, and start what it installed.
 
     python tools/binder.py
 
-conda itself is not needed: what it would install before pip runs (torch and numpy) is put into
-a fresh virtual environment by pip. Then the pip lines run as they are written, pip checks that
-all versions agree, and the package and JupyterLab start. The environment is deleted afterwards.
+This needs no conda: pip installs what conda would have installed first (torch and numpy) into a
+fresh virtual environment. Then the pip lines run as written, pip checks that all versions agree,
+and the package and JupyterLab start. The environment is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from install import ROOT, check_cpu_build, create, install_torch, pip
 
 
 def parts(environment: dict) -> tuple[dict[str, str], list[str]]:
-    """What conda installs, name to version, and pip's lines."""
+    """What conda installs (name to version), and the lines for pip."""
     conda: dict[str, str] = {}
     lines: list[str] = []
     for entry in environment["dependencies"]:

@@ -1,13 +1,13 @@
-"""Make a virtual environment and install the project into it, with the CPU build of torch.
+"""Create a virtual environment and install the project into it, with the CPU build of torch.
 
     python tools/install.py [--venv .venv]
 
-Needs the standard library only, on Linux, macOS and Windows. When nothing has
-changed since the last time it returns at once.
+Needs only the standard library, on Linux, macOS and Windows. Returns at once when nothing has
+changed since the last time.
 
-Why not plain `pip install torch`: on Linux the usual index serves a build that
-brings several gigabytes of CUDA libraries. We ask pip what it *would* install;
-if that includes CUDA, we take the wheel from the PyTorch project's own CPU index.
+Why not plain `pip install torch`: on Linux the usual index serves a build that brings several
+gigabytes of CUDA libraries. We ask pip what it *would* install; if that includes CUDA, we take
+the wheel from the PyTorch project's own CPU index.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 EXTRAS = "notebooks,book,grading,export,dev"
-# PyTorch's documented channel for CPU builds; TORCH_INDEX names another one, e.g. a mirror.
+# PyTorch's documented channel for CPU builds; set TORCH_INDEX to use another one, e.g. a mirror.
 TORCH_INDEX = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
 CUDA = re.compile(r"^(nvidia|cuda|triton)", re.IGNORECASE)
 
@@ -46,7 +46,7 @@ def pinned_torch() -> str:
 
 
 def create(folder: Path) -> Path:
-    """Create the environment unless it is there; return its Python."""
+    """Create the environment unless it exists; return its Python."""
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         print(f"Creating {folder}", flush=True)
@@ -61,7 +61,7 @@ def create(folder: Path) -> Path:
 
 
 def pip(python: Path, *arguments: str, capture: bool = False) -> str:
-    """Run pip in the environment; its output when captured."""
+    """Run pip in the environment; return its output if ``capture``."""
     command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
     try:
         done = subprocess.run(
@@ -107,7 +107,7 @@ def check_cpu_build(python: Path) -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):  # noqa: UP036  an older Python may run this
+    if sys.version_info < (3, 11):  # noqa: UP036  people run this with whatever they have
         have = sys.version.split()[0]
         sys.exit(f"Python {have} is too old; use 3.11 or newer: make run PYTHON=python3.11")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -120,7 +120,7 @@ def main() -> None:
     stamp.unlink(missing_ok=True)
 
     python = create(folder)
-    print("Installing torch (this and the rest: some minutes, about 2 GB of disk)", flush=True)
+    print("Installing torch (all packages take some minutes and about 2 GB of disk)", flush=True)
     # 23.3: the first pip whose --dry-run reads metadata without downloading whole wheels
     pip(python, "install", "-qq", "pip>=23.3")
     install_torch(python, pinned_torch())

@@ -1,8 +1,8 @@
 """Write requirements.lock from pyproject.toml: one pin per package and Python version.
 
-Existing pins are kept where they still fit; `--upgrade` renews them all. The
-solver is uv, because it solves for every Python version and system at once. Only the extras
-that tools/install.py installs are pinned: "benchmark" builds llama.cpp from source.
+Keeps existing pins where they still fit; `--upgrade` renews them all. The solver is uv, because
+it solves for every Python version and system at once. Pins only the extras that tools/install.py
+installs: "benchmark" builds llama.cpp from source.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def copy_package(folder: Path) -> Path:
 
 
 def caught(mutation: Mutation) -> tuple[bool, str]:
-    """Whether the notebook fails on the broken package, and how."""
+    """Whether the notebook fails by an assertion on the broken package, and the error."""
     with tempfile.TemporaryDirectory() as folder:
         mutation.apply(copy_package(Path(folder)))
         shutil.copytree(ROOT / "records", Path(folder) / "records")

@@ -1,11 +1,11 @@
-"""Check or execute the notebooks, each in a process of its own, and say what they took.
+"""Check or execute the notebooks, each in its own process, and print what they took.
 
     python tools/notebooks.py                  # nbval over all: the table of `make notebooks`
-    python tools/notebooks.py 03 07            # some, by the beginning of their names
+    python tools/notebooks.py 03 07            # those whose names begin like this
     python tools/notebooks.py --execute 03     # execute in place, clean, keep the measurement
 
-`--execute` is for authors: it stores fresh outputs and writes records/notebooks/NAME.json,
-from which the notebook's head takes its time and memory. Measure on an idle machine.
+`--execute` is for authors: it stores fresh outputs and writes records/notebooks/NAME.json, which
+the notebook's head quotes for time and memory. Measure on an idle machine.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def exercises(notebook: Any) -> int:
 
 
 def measure(command: list[str]) -> tuple[int, float, int, str]:
-    """Exit code, seconds, peak RSS of the whole process tree, and output of a command."""
+    """Exit code, seconds, peak resident bytes of the process tree, and output of a command."""
     start = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -88,7 +88,7 @@ def measure(command: list[str]) -> tuple[int, float, int, str]:
 
 
 def check(path: Path) -> Result:
-    """Execute with nbval: every cell runs, marked cells give their stored output."""
+    """Execute with nbval: every cell must run, marked cells must reproduce their stored output."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov"]
     command += ["--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT}"]
     code, seconds, peak, output = measure([*command, str(path)])
@@ -96,7 +96,7 @@ def check(path: Path) -> Result:
 
 
 def execute(path: Path) -> Result:
-    """Execute in place, clean the metadata and record what it took."""
+    """Execute in place, record what it took and clean the metadata."""
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
     command += ["--ExecutePreprocessor.record_timing=False"]
     command += [f"--ExecutePreprocessor.timeout={CELL_TIMEOUT}"]
@@ -121,7 +121,7 @@ def record(result: Result) -> None:
 
 
 def clean(path: Path) -> None:
-    """Keep what a reader needs: outputs, alternative texts, tags; nothing of the session."""
+    """Keep what a reader needs (outputs, alternative texts, tags) and drop the session's traces."""
     notebook = nbformat.read(path, 4)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -139,7 +139,7 @@ def clean(path: Path) -> None:
             cell.metadata["jupyter"] = {"source_hidden": True}  # JupyterLab folds it
         if cell.cell_type != "code":
             continue
-        if "hide-input" in tags:  # a quiz: its source gives the answers away
+        if "hide-input" in tags:  # a quiz, whose source gives the answers away
             cell.metadata["jupyter"] = {"source_hidden": True}
         if solving:
             cell.metadata["jupyter"]["outputs_hidden"] = True
@@ -149,8 +149,8 @@ def clean(path: Path) -> None:
             if "execution_count" in output:
                 output.execution_count = number
             data = output.get("data", {})
-            data.pop(WIDGET, None)  # a page without a kernel shows the HTML beside it
-            if "application/javascript" in data:  # JupyterLab does not run it unasked
+            data.pop(WIDGET, None)  # without a kernel the page shows the HTML beside it
+            if "application/javascript" in data:  # JupyterLab does not run stored scripts
                 data["text/plain"] = "Run this cell to take the quiz."
             alt = output.get("metadata", {}).get("image/png", {}).get("alt")
             if alt:
@@ -164,9 +164,9 @@ def clean(path: Path) -> None:
 
 
 def merge_streams(outputs: list[Any]) -> list[Any]:
-    """Join neighbouring pieces of the same stream, which a kernel cuts at random.
+    """Join neighbouring pieces of the same stream, which a kernel splits at random.
 
-    Of a progress bar, which writes its line again and again, only the last state stays.
+    A progress bar rewrites its line again and again; only its last state stays.
     """
     merged: list[Any] = []
     for output in outputs:

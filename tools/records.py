@@ -1,8 +1,8 @@
-"""Do the headline runs again and keep their records: ``make records``.
+"""Repeat the headline runs and keep their records: ``make records``.
 
-Five seeds, each with and without EWC, all else the default. Takes about a quarter of an hour
-on two cores; nothing else should run meanwhile, since the records hold times. Records
-that are there are kept, so the command can be interrupted and given again; --fresh measures all.
+Five seeds, each with and without EWC, otherwise with default settings. Takes about a quarter of
+an hour on two cores; run nothing else meanwhile, since the records hold times. Existing records
+are kept, so you can interrupt the command and repeat it; --fresh measures all again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VARIANTS = {"ewc": [], "no-ewc": ["--ewc", "0"]}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--fresh", action="store_true", help="do all runs again")
+    parser.add_argument("--fresh", action="store_true", help="repeat all runs")
     arguments = parser.parse_args()
     for variant, options in VARIANTS.items():
         for seed in range(arguments.seeds):
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def keep_record(name: str, seed: int, options: list[str], fresh: bool) -> None:
-    """Run into ``runs/`` and keep the record, unless there is one."""
+    """Run into ``runs/`` and keep the record, unless it exists."""
     record = ROOT / "records" / f"{name}.json"
     if record.exists() and not fresh:
         return

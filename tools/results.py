@@ -75,7 +75,8 @@ def habit(records: Sequence[RunRecord]) -> str:
     for side in ("before", "after"):
         values = [100 * working[side]["share_with_working"] for working in found]
         shares.append(f"{sum(values) / len(values):.1f} % {side}")
-    return f"Completions that show their working: {', '.join(shares)} (mean of all recorded runs).\n"
+    shown = ", ".join(shares)
+    return f"Completions that show their working: {shown} (mean of all recorded runs).\n"
 
 
 def headline(table: str) -> str:

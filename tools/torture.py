@@ -1,15 +1,15 @@
-"""Kill runs, starve them and feed them nonsense; nothing may be lost.
+"""Kill runs, starve them of memory and feed them nonsense; nothing may be lost.
 
-    python tools/torture.py                              every check, runs killed at 3 points
-    python tools/torture.py --points 50 --default --only kill   the default run, 50 points
+    python tools/torture.py                                     # all checks; 3 kills
+    python tools/torture.py --points 50 --default --only kill   # the default run; 50 kills
 
-* kill: runs are killed with SIGKILL at random moments and resumed. Each must have done
-  the same steps, with one metric row each, no leftover and no unreadable file, and end
-  with the weights of the run that was never killed, bit for bit.
-* budget: runs of different models, group sizes and lengths under ``--memory-budget``.
-  The resident memory of the process and its children may exceed it by 5 % at most.
+* kill: SIGKILL ends runs at random moments, then they resume. Each must do the same steps with
+  one metric row each, leave no temporary and no unreadable file, and end with the weights of the
+  run that was never killed, bit for bit.
+* budget: runs of different models, group sizes and lengths under ``--memory-budget``. The resident
+  memory of the process and its children may exceed the budget by at most 5 %.
 * input: the table of malformed flags, files and data in tests/test_bad_input.py.
-* ranks: two processes train as one does (where tests/ has a test of it).
+* ranks: the tests that two processes train as one does.
 
 Prints one table; the exit code is 1 on any loss.
 """
@@ -48,13 +48,13 @@ def command(folder: Path, options: list[str]) -> list[str]:
 
 
 def finish(folder: Path, options: list[str]) -> str:
-    """Run or resume to the end; what went wrong, or nothing."""
+    """Run or resume to the end; returns the error, or an empty string."""
     done = subprocess.run(command(folder, options), capture_output=True, text=True)
     return "" if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr[-300:]}"
 
 
 def kill_after(seconds: float, folder: Path, options: list[str]) -> bool:
-    """Start the run and kill it; whether it was still going on."""
+    """Start the run and kill it; returns whether it was still running."""
     process = subprocess.Popen(
         command(folder, options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -68,7 +68,7 @@ def kill_after(seconds: float, folder: Path, options: list[str]) -> bool:
 
 
 def losses(folder: Path, reference: Path) -> list[str]:
-    """Everything in which a resumed run differs from the one that was never killed."""
+    """All differences between a resumed run and the one that was never killed."""
     found = []
     for path in folder.rglob("*"):
         try:
@@ -101,7 +101,7 @@ Row = tuple[str, str, str, str, bool]
 
 
 def kill_rows(points: int, seed: int, options: list[str], place: Path) -> Iterator[Row]:
-    """Runs that are killed at ``points`` random moments, each resumed to its end."""
+    """Kill a run at each of ``points`` random moments, and resume it to its end."""
     rng = random.Random(seed)
     reference = place / "reference"
     start = time.perf_counter()
@@ -122,7 +122,7 @@ def kill_rows(points: int, seed: int, options: list[str], place: Path) -> Iterat
             "kill",
             f"{point}: {when}",
             f"{rows} steps",
-            "; ".join(found) or "as never killed",
+            "; ".join(found) or "as if never killed",
             bool(found),
         )
 
@@ -132,7 +132,7 @@ def kill_rows(points: int, seed: int, options: list[str], place: Path) -> Iterat
 VERIFIER = """
 import zlib
 def grade(problem, completion):
-    return zlib.crc32(completion.encode()) % 100 / 100  # differs, so that there is a gradient
+    return zlib.crc32(completion.encode()) % 100 / 100  # grades differ, so there is a gradient
 """
 
 SHAPES = {  # hidden, layers, feed-forward, vocabulary
@@ -140,16 +140,18 @@ SHAPES = {  # hidden, layers, feed-forward, vocabulary
     "wide": (384, 4, 1536, 448),
     "wordy": (128, 2, 512, 16_000),
 }
+BUDGETS = {"bundled": "700MB", "deep": "850MB", "wide": "1000MB", "wordy": "900MB"}
 
 
 def make_shape(name: str, place: Path) -> str:
-    """A folder with a random Qwen2 of that shape and the bundled tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+    """Make a folder with a random Qwen2 of that shape and the bundled tokenizer."""
+    from transformers import AutoModelForCausalLM
 
-    from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
+    from cpugrpo_edu.models import load_policy
 
+    bundled = load_policy("bundled")
     hidden, layers, ffn, vocabulary = SHAPES[name]
-    config = Qwen2Config.from_pretrained(BUNDLED_MODEL.parent)
+    config = bundled.model.config
     config.update(
         {
             "hidden_size": hidden,
@@ -162,7 +164,7 @@ def make_shape(name: str, place: Path) -> str:
         }
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(place / name)
-    AutoTokenizer.from_pretrained(BUNDLED_MODEL.parent).save_pretrained(place / name)
+    bundled.tokenizer.save_pretrained(place / name)
     return str(place / name)
 
 
@@ -170,9 +172,7 @@ def budget_cases() -> list[tuple[str, str, int, int, str]]:
     """(budget, model, G, length, more options); 24 of them."""
     cases = [
         (budget, model, size, length, "")
-        for model, budget in (
-            *(("bundled", "700MB"), ("deep", "850MB"), ("wide", "1000MB"), ("wordy", "900MB")),
-        )
+        for model, budget in BUDGETS.items()
         for size, length in ((4, 64), (64, 64), (8, 256), (32, 256))
     ]
     for more in ("--lora 8", "--beta 0.1", "--checkpointing off", "--no-int8-rollouts"):
@@ -181,7 +181,7 @@ def budget_cases() -> list[tuple[str, str, int, int, str]]:
 
 
 def measure(arguments: list[str]) -> tuple[int, int, str]:
-    """(exit code, peak resident bytes of the process and its children, last words)."""
+    """Returns (exit code, peak resident bytes of the process and its children, last output)."""
     with tempfile.TemporaryFile("w+") as words:
         process = psutil.Popen(arguments, stdout=words, stderr=words)
         peak = 0
@@ -189,15 +189,15 @@ def measure(arguments: list[str]) -> tuple[int, int, str]:
             try:
                 own = process.memory_info()
                 others = [c.memory_info() for c in process.children(recursive=True)]
-                # A child just forked, before it becomes a program of its own, lives in its
-                # parent's memory, which would count twice.
+                # A child that was just forked still shares its parent's memory, which would
+                # count twice.
                 apart = [o.rss for o in others if abs(o.vms - own.vms) > 0.02 * own.vms]
                 peak = max(peak, own.rss + sum(apart))
             except psutil.Error:
-                pass  # one has just ended
+                pass  # a process has just ended
             pid, status, used = os.wait4(process.pid, os.WNOHANG)
             if pid:
-                # the kernel's own mark of the process, which no spike escapes
+                # the kernel's own high-water mark, which misses no spike
                 unit = 1 if sys.platform == "darwin" else 1024
                 words.seek(0)
                 code = os.waitstatus_to_exitcode(status)
@@ -206,7 +206,7 @@ def measure(arguments: list[str]) -> tuple[int, int, str]:
 
 
 def budget_rows(place: Path, compare: bool) -> Iterator[Row]:
-    """Every case under its budget, and with ``compare`` without one as well."""
+    """Run every case under its budget; with ``compare`` also without one."""
     place.mkdir()
     (place / "judge.py").write_text(VERIFIER)
     prompts = [json.dumps({"prompt": f"Compute {a} + {a + 1}."}) for a in range(40)]
@@ -247,10 +247,7 @@ def budget_rows(place: Path, compare: bool) -> Iterator[Row]:
 
 
 def test_rows(check: str, case: str, arguments: list[str]) -> Iterator[Row]:
-    """A part of the tests as one row."""
-    if not arguments:
-        yield check, case, "", "no such test here", False
-        return
+    """Run some of the tests; they make one row."""
     program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     root = Path(__file__).parents[1]
     done = subprocess.run(program, capture_output=True, text=True, cwd=root)
@@ -265,25 +262,20 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=3, help="moments to kill a run at")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--default", action="store_true", help="kill the default run, not a small one"
+        "--default", action="store_true", help="kill the default run instead of a small one"
     )
-    parser.add_argument("--compare", action="store_true", help="budget: without one as well")
+    parser.add_argument("--compare", action="store_true", help="budget: also run without one")
     parser.add_argument("--only", choices=("kill", "budget", "input", "ranks"))
     asked = parser.parse_args()
     options = ["--save-minutes", "0.1"] if asked.default else SMALL
     bad = 0
-    tests = Path(__file__).parents[1] / "tests"
-    having = [
-        str(f) for f in tests.glob("test_*.py") if "def test_two_ranks" in f.read_text("utf-8")
-    ]
-    two_ranks = [*having, "-k", "two_ranks"] if having else []
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         checks = {
             "kill": kill_rows(asked.points, asked.seed, options, place),
             "budget": budget_rows(place / "budget", asked.compare),
             "input": test_rows("input", "tests/test_bad_input.py", ["tests/test_bad_input.py"]),
-            "ranks": test_rows("ranks", "two ranks equal one", two_ranks),
+            "ranks": test_rows("ranks", "two ranks equal one", ["tests", "-k", "two_ranks"]),
         }
         print("| check | case | measured | result |\n|---|---|---|---|", flush=True)
         for check, rows in checks.items():
