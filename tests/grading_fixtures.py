@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import nbformat
+import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 HIDDEN = "assert mean([4.25, 9.75]) == 7.0, 'hidden word xylophone'"
@@ -105,3 +107,12 @@ def scores_of(course, assignment, student):
     with course.gradebook() as book:
         found = book.find_submission(assignment, student)
         return {grade.name: grade.score for nb in found.notebooks for grade in nb.grades}
+
+
+def skip_where_root_cannot_grade(course):
+    """Skip where neither bubblewrap nor another user can run a submission that root grades."""
+    from cpugrpo_edu.course.sandbox import Sandbox, strongest
+
+    level = strongest(Sandbox("none", 60001, course.root, course.limits())).level
+    if os.getuid() == 0 and level in ("limits", "none"):
+        pytest.skip("root needs bubblewrap to grade here, or a Python that other users can start")
