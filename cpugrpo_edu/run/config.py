@@ -106,7 +106,10 @@ class RunConfig:
     )
     cleanup: bool = setting(True, "Return freed memory to the system after each stage.")
     threads: int | None = setting(
-        None, "Threads; by default all cores, or fewer if those are faster."
+        None,
+        "Threads; by default all cores, or fewer if those are faster.",
+        least=1,
+        most=1024,
     )
     # Rollouts and INT8
     engine: str = setting(
