@@ -58,8 +58,8 @@ BY_HAND := --ignore tests/test_hostile.py --ignore tests/test_lab.py --ignore te
 coverage: venv ## all tests, the slow ones too (kills and resumes, whole books), with coverage
 	$(TESTS) $(BY_HAND) --cov --cov-report=term
 
-notebooks: venv ## execute every notebook with nbval and print what each took
-	$(BIN)/python tools/notebooks.py $(ARGS)
+notebooks: venv ## execute every notebook with nbval
+	$(BIN)/python tools/notebooks.py --jobs $(WORKERS) $(ARGS)
 
 mutations: venv ## break the package on purpose: a notebook must fail each time
 	$(BIN)/python tools/mutations.py

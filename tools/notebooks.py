@@ -11,11 +11,14 @@ the notebook's head quotes for time and memory. Measure on an idle machine.
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,11 +184,26 @@ def merge_streams(outputs: list[Any]) -> list[Any]:
     return merged
 
 
+def take_core(cores: Iterator[int]) -> None:
+    """Give this thread, and every process it starts, a core of its own.
+
+    Notebooks that run side by side with a thread for each core would wait for each other.
+    """
+    os.sched_setaffinity(0, {next(cores)})  # 0: the calling thread
+
+
+def pool(jobs: int) -> ThreadPoolExecutor:
+    if jobs == 1 or not hasattr(os, "sched_setaffinity"):
+        return ThreadPoolExecutor(jobs)
+    cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+    return ThreadPoolExecutor(jobs, initializer=take_core, initargs=(cores,))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", help="beginnings of notebook names; all by default")
     parser.add_argument("--execute", action="store_true", help="execute in place and record")
-    parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time, each on one core")
     arguments = parser.parse_args()
     paths = [
         path
@@ -197,8 +215,8 @@ def main() -> int:
     console = Console()
     table = Table("notebook", "", "seconds", "peak MiB", "cells", "exercises")
     results = []
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for result in pool.map(execute if arguments.execute else check, paths):
+    with pool(arguments.jobs) as workers:
+        for result in workers.map(execute if arguments.execute else check, paths):
             results.append(result)
             console.print(f"{len(results)}/{len(paths)} {' '.join(result.row()[:3])} s")
             if not result.ok:
