@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -13,55 +14,57 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cpugrpo_edu.cli import app, main
+from cpugrpo_edu.cli.bench import workload_of
 from cpugrpo_edu.engine import c_kernel, int8
-from cpugrpo_edu.record.run_record import new_record
+from cpugrpo_edu.engine.options import EngineOptions
+from cpugrpo_edu.engine.sizes import Architecture
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.lab import bench, bench_plots, peers, sweep
+from cpugrpo_edu.lab import bench, bench_plots, engines, sweep, workload
 from cpugrpo_edu.lab.bench import (
     ABLATIONS,
     PEERS,
-    WORKLOADS,
-    Options,
-    Workload,
-    ablate_rows,
     attempt,
-    b1_rows,
     bench_ablate,
     bench_b1,
     bench_rollout,
-    even_ids,
-    fallback_note,
-    make_model,
-    ours,
-    rollout_rows,
-    rollout_speed,
-    run_worker,
-    steady_seconds,
     step_floor,
-    stock,
-    workload_model,
 )
+from cpugrpo_edu.lab.contestants import Variant, bundled, ours, stock
+from cpugrpo_edu.lab.cost import StepSpec
+from cpugrpo_edu.lab.engines import rollout_speed
+from cpugrpo_edu.lab.floors import calibrate, machine_floors
+from cpugrpo_edu.lab.tables import (
+    ablate_rows,
+    b1_rows,
+    coefficient_rows,
+    fallback_note,
+    rollout_rows,
+    steady_seconds,
+    sweep_rows,
+    sweep_summary,
+    train_rows,
+)
+from cpugrpo_edu.lab.worker import run_worker
+from cpugrpo_edu.lab.workload import WORKLOADS, Workload, even_ids, make_model, workload_model
+from cpugrpo_edu.record.run_record import new_record
 
+SHAPE = Architecture("tiny", 2, 32, 48, 2, 1, 400, tied=True, qkv_bias=True)
 TINY = Workload(
-    "tiny",
-    steps=2,
-    tokens=5,
-    shortest_prompt=4,
-    longest_prompt=6,
-    layers=2,
-    hidden=32,
-    ffn=48,
-    heads=2,
-    kv_heads=1,
-    vocabulary=400,
-    stages=2,
+    "tiny", steps=2, tokens=5, shortest_prompt=4, longest_prompt=6, stages=2, architecture=SHAPE
 )
+FLOORS = {
+    "float32_gflops": 100.0,
+    "int8_gops": 200.0,
+    "compiled_gops": 200.0,
+    "read_gb_per_second": 20.0,
+    "int8_weight_gb_per_second": 20.0,
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "model"
-    make_model(asdict(TINY), str(folder))
+    make_model(SHAPE, folder)
     return folder
 
 
@@ -69,19 +72,16 @@ def folder(tmp_path_factory):
 def in_process(monkeypatch, folder):
     """Workers run here, on the tiny model; what a fresh process would do is tested once."""
 
-    def call(name, on_line=None, **arguments):
-        if name == "floors":
-            return {
-                "float32_gflops": 100.0,
-                "int8_gops": 200.0,
-                "compiled_gops": 200.0,
-                "read_gb_per_second": 20.0,
-                "int8_weight_gb_per_second": 20.0,
-            }
-        return bench.WORKERS[name](**arguments)
+    def call(function, *arguments, **named):
+        if function is machine_floors:
+            return FLOORS
+        if function is calibrate:
+            return {**FLOORS, "call_seconds": 1e-5}
+        return function(*arguments, **named)
 
-    monkeypatch.setattr(bench, "run_worker", call)
-    monkeypatch.setattr(bench, "workload_model", lambda *a: folder)
+    for module in (bench, sweep):
+        monkeypatch.setattr(module, "run_worker", call)
+        monkeypatch.setattr(module, "workload_model", lambda *a: folder)
 
 
 def test_the_workload_is_the_one_that_is_named():
@@ -106,11 +106,12 @@ def test_a_word_of_a_prompt_is_one_token(folder):
         assert tokenizer(prompt)["input_ids"] == [int(word[1:]) for word in prompt.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ours_does_the_whole_workload(folder, name):
-    options = asdict(replace(Options(), **ABLATIONS[name]))
-    result = ours(asdict(TINY), str(folder), options)
+    result = ours(TINY, folder, Variant(**ABLATIONS[name]))
     assert len(result["step_seconds"]) == len(result["reward"]) == 4
+    assert all(0 < r < s for r, s in zip(result["rollout_seconds"], result["step_seconds"]))
     assert result["weights_changed"]["changed"]
     assert result["weights_changed"]["relative_l2"] > 0
     assert result["kl"][0] == pytest.approx(0, abs=0.05) and max(result["kl"]) > 0
@@ -119,20 +120,22 @@ def test_ours_does_the_whole_workload(folder, name):
     assert all(value >= 0 for value in result["seconds"].values())
 
 
+@pytest.mark.slow
 def test_full_fine_tuning(folder):
-    result = ours(asdict(replace(TINY, stages=1)), str(folder), asdict(Options("full")))
+    result = ours(replace(TINY, stages=1), folder, Variant("full"))
     assert result["weights_changed"]["relative_l2"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_stock(folder, lora):
-    result = stock(asdict(TINY), str(folder), lora, steps=2)
+    result = stock(TINY, folder, lora, steps=2)
     assert len(result["step_seconds"]) == 2
 
 
-@pytest.mark.parametrize("engine", bench.ENGINES)
+@pytest.mark.parametrize("engine", engines.ENGINES)
 def test_rollout_engines(folder, engine):
-    result = rollout_speed(engine, str(folder), rows=2, tokens=4, prompt_tokens=5)
+    result = rollout_speed(engine, folder, rows=2, tokens=4, prompt_tokens=5)
     assert result["tokens_per_second"] == pytest.approx(8 / result["seconds"])
 
 
@@ -145,7 +148,7 @@ def test_the_floor_is_weights_over_bandwidth_and_operations_over_peak():
     rates |= {"int8_weight_gb_per_second": 9.0, "read_gb_per_second": 10.0}
     b1 = WORKLOADS["b1"]
     floor = step_floor(b1, rates)
-    blocks, head = b1.architecture.linear_parameters, b1.vocabulary * b1.hidden
+    blocks, head = b1.architecture.linear_parameters, b1.architecture.vocab * b1.architecture.hidden
     assert floor["decode"] == pytest.approx(64 * (blocks + head) / 10e9)
     assert floor["forward"] == pytest.approx(2 * (232 * blocks + 128 * head) / 100e9)
     assert floor["prefill"] == pytest.approx(2 * 104 * blocks / 100e9)
@@ -153,6 +156,7 @@ def test_the_floor_is_weights_over_bandwidth_and_operations_over_peak():
     assert many["decode"] == pytest.approx(2 * 64 * 64 * (blocks + head) / 100e9)
 
 
+@pytest.mark.slow
 def test_a_comparison_and_its_table(in_process, tmp_path):
     lines = []
     record = bench_b1(TINY, ("stock-lora",), peer_steps=2, say=lines.append)
@@ -167,6 +171,7 @@ def test_a_comparison_and_its_table(in_process, tmp_path):
         bench_b1(TINY, ("llama",))
 
 
+@pytest.mark.slow
 def test_a_peer_without_memory_or_that_fails_is_skipped(in_process, monkeypatch):
     monkeypatch.setattr(bench, "PEER_MEMORY", dict.fromkeys(PEERS, 2**60))
     record = bench_b1(TINY, ("stock",))
@@ -179,6 +184,7 @@ def test_a_peer_without_memory_or_that_fails_is_skipped(in_process, monkeypatch)
     assert attempt(0, fail) == {"skipped": "it broke"}
 
 
+@pytest.mark.slow
 def test_an_ablation_and_its_table(in_process):
     record = bench_ablate(TINY, names=("all on", "generate"))
     record.results["ablations"]["gone"] = {"skipped": "why"}
@@ -204,19 +210,20 @@ def test_rollout_comparison(in_process):
 
 
 def test_completions_of_another_length_are_no_measurement(folder, monkeypatch):
-    monkeypatch.setitem(peers.PEERS, "continuous", lambda *a: lambda tokens: [[1], [1, 2]])
+    monkeypatch.setitem(engines.PEERS, "continuous", lambda *a: lambda tokens: [[1], [1, 2]])
     with pytest.raises(UserError, match=r"completions of \[1, 2\] tokens instead of 4"):
-        rollout_speed("continuous", str(folder), rows=2, tokens=4)
+        rollout_speed("continuous", folder, rows=2, tokens=4)
 
 
 def test_continuous_batching(folder):
     try:
-        result = rollout_speed("continuous", str(folder), rows=2, tokens=5, prompt_tokens=5)
+        result = rollout_speed("continuous", folder, rows=2, tokens=5, prompt_tokens=5)
     except UserError as error:  # a library in motion: then the benchmark says so
         pytest.skip(str(error))
     assert result["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_llama_cpp_computes_the_same_model(folder, tmp_path):
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
@@ -225,27 +232,34 @@ def test_llama_cpp_computes_the_same_model(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder / "fp32")
     with torch.inference_mode():
         expected = model(torch.tensor([prompt])).logits[0, -1]
-    path = peers.write_gguf(tmp_path / "model" / "bf16", tmp_path / "model.gguf")
-    llama = peers.LlamaCpp(path, rows=2, length=16, threads=1)
+    path = engines.make_q8(tmp_path / "model" / "bf16", tmp_path / "model.gguf")
+    llama = engines.LlamaCpp(path, rows=2, length=16, threads=1)
     llama.feed(prompt, list(range(5)), [0] * 5)
-    found = torch.tensor(llama.logits(4, TINY.vocabulary))
+    found = torch.tensor(llama.logits(4, SHAPE.vocab))
     llama.close()
     assert float(torch.corrcoef(torch.stack([found, expected]))[0, 1]) > 0.999
-    result = rollout_speed("llama.cpp", str(tmp_path / "model"), rows=2, tokens=5, prompt_tokens=5)
+    result = rollout_speed("llama.cpp", tmp_path / "model", rows=2, tokens=5, prompt_tokens=5)
     assert result["tokens_per_second"] > 0
 
 
 def test_a_peer_that_is_not_installed_says_how_to_get_it(folder, monkeypatch):
-    for module in ("llama_cpp", "gguf"):
-        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(UserError, match="llama_cpp is not here .* pip install llama-cpp-python"):
-        rollout_speed("llama.cpp", str(folder), rows=2, tokens=4)
+        rollout_speed("llama.cpp", folder, rows=2, tokens=4)
 
 
-def test_names_of_tensors_in_gguf():
-    assert peers.gguf_name("model.embed_tokens.weight") == "token_embd.weight"
-    name = peers.gguf_name("model.layers.12.self_attn.q_proj.bias")
-    assert name == "blk.12.attn_q.bias"
+def test_the_q8_file_has_every_tensor_under_its_name_in_gguf(folder, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = engines.make_q8(folder / "bf16", tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert len(tensors) == 2 + 12 * SHAPE.layers
+    assert tensors["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.Q8_0
+    assert tensors["blk.1.attn_q.bias"].tensor_type == gguf.GGMLQuantizationType.F32
+    model = AutoModelForCausalLM.from_pretrained(folder / "fp32")
+    up = tensors["blk.1.ffn_up.weight"]
+    found = torch.from_numpy(gguf.quants.dequantize(up.data, up.tensor_type))
+    weight = model.model.layers[1].mlp.up_proj.weight
+    assert (found - weight).abs().max() <= weight.abs().max() / 127
 
 
 @pytest.mark.slow
@@ -255,15 +269,16 @@ def test_full_fine_tuning_of_ours_is_a_contestant(in_process):
     assert len(result["step_seconds"]) == 2 and result["weights_changed"]["relative_l2"] > 0
 
 
+@pytest.mark.slow
 def test_without_int8_instructions_ours_falls_back_and_says_so(folder, monkeypatch):
     monkeypatch.setattr(int8, "_kernel_works", lambda engine: False)
-    result = ours(asdict(replace(TINY, stages=1)), str(folder), asdict(Options()))
+    result = ours(replace(TINY, stages=1), folder)
     assert result["int8_kernel"] == "torch" and result["weights_changed"]["changed"]
     record = new_record(
         "bench-tiny", {**asdict(TINY)}, {"ours": result, "peers": {}, "step_floor": {}}
     )
     assert "no INT8 kernel" in fallback_note(record)
-    result["int8_kernel"] = "x86"
+    record.results["ours"]["int8_kernel"] = "x86"
     assert fallback_note(record) == ""
 
 
@@ -274,22 +289,27 @@ def test_the_first_step_warms_up():
 
 @pytest.mark.slow
 def test_a_fresh_process_and_its_failure(tmp_path):
-    shape = replace(TINY, layers=1)
-    assert run_worker("make_model", workload=asdict(shape), folder=str(tmp_path / "m"))
-    with pytest.raises(UserError, match="exit code 1"):
-        run_worker("unheard_of")
+    run_worker(make_model, replace(SHAPE, layers=1), tmp_path / "m")
+    assert (tmp_path / "m" / "fp32" / "model.safetensors").exists()
+    with pytest.raises(UserError, match="unknown workload"):
+        run_worker(workload_of, "b9")
+    with pytest.raises(UserError, match="_exit failed in its own process: BrokenProcessPool"):
+        run_worker(os._exit, 3)
 
 
 def test_the_model_is_made_once(tmp_path, monkeypatch):
     calls = []
 
-    def make(name, **arguments):
-        calls.append(name)
-        (tmp_path / "workload-2x32").mkdir()
+    def make(function, shape, place):
+        calls.append(function)
+        if len(calls) == 1:
+            raise UserError("interrupted")
 
-    monkeypatch.setattr(bench, "run_worker", make)
-    assert workload_model(TINY, tmp_path) == workload_model(TINY, tmp_path)
-    assert calls == ["make_model"]
+    monkeypatch.setattr(workload, "run_worker", make)
+    with pytest.raises(UserError, match="interrupted"):
+        workload_model(SHAPE, tmp_path)
+    assert workload_model(SHAPE, tmp_path) == workload_model(SHAPE, tmp_path)
+    assert calls == [make_model, make_model] and (tmp_path / "workload-2x32").is_dir()
 
 
 def command(*arguments):
@@ -298,8 +318,9 @@ def command(*arguments):
     return CliRunner().invoke(app, ["bench", *arguments])
 
 
+@pytest.mark.slow
 def test_commands(in_process, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "WORKLOADS", {"b1": TINY, "b3": TINY})
+    monkeypatch.setattr(workload, "WORKLOADS", {"b1": TINY, "b3": TINY})
     path = tmp_path / "record.json"
     shown = command("b1", "--output", str(path), "--quiet")
     assert shown.exit_code == 0 and "| ours |" in shown.stdout
@@ -314,6 +335,7 @@ def test_commands(in_process, monkeypatch, tmp_path):
     assert "all on" in command("ablate", "--steps", "1", "--quiet").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel, name",
     [
@@ -326,20 +348,21 @@ def test_commands(in_process, monkeypatch, tmp_path):
     ],
 )
 def test_weights_that_do_not_change_fail_the_command(in_process, monkeypatch, kernel, name):
-    monkeypatch.setattr(bench, "WORKLOADS", {"b1": TINY})
-    good = ours(asdict(TINY), str(bench.workload_model(TINY)), asdict(Options()))
+    monkeypatch.setattr(workload, "WORKLOADS", {"b1": TINY})
+    good = ours(TINY, bench.workload_model())
     still = {**good, "weights_changed": {"changed": False, "relative_l2": 0.0}}
 
-    def worker(options, **_):
-        return still if options["kernel"] == kernel else good
+    def worker(workload, folder, variant=None):
+        return still if (variant or Variant()).kernel == kernel else good
 
-    monkeypatch.setitem(bench.WORKERS, "ours", worker)
+    monkeypatch.setattr(bench, "ours", worker)
     shown = command("b1", "--quiet")
     assert shown.exit_code == 1 and f"weights of {name} did not change" in shown.stderr
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_command_says_so(in_process, monkeypatch):
-    monkeypatch.setattr(bench, "WORKLOADS", {"b1": TINY})
+    monkeypatch.setattr(workload, "WORKLOADS", {"b1": TINY})
     monkeypatch.setattr(c_kernel, "library", lambda: (None, "it needs a compiler"))
     shown = command("b1")
     assert shown.exit_code == 0 and "ours-compiled" not in shown.stdout
@@ -350,8 +373,8 @@ def test_without_a_compiler_the_command_says_so(in_process, monkeypatch):
     "arguments, words",
     [
         (["--workload", "b9"], "'b9'; allowed are b1, b2, b3"),
-        (["--steps", "0"], "--steps is 0"),
-        (["--peer-steps", "0"], "--peer-steps is 0"),
+        (["--steps", "0"], "'--steps': Input should be greater than or equal to 1"),
+        (["--peer-steps", "0"], "'--peer-steps': Input should be greater than or equal to 1"),
         (["--peers", "llama"], "allowed are stock, stock-lora, ours-compiled, ours-full"),
     ],
 )
@@ -364,41 +387,45 @@ def test_bad_input(arguments, words, monkeypatch, capsys):
 
 # The sweep
 
-SMALL = sweep.Shape(2, 32, 64, 2, 1, 400)
 FEW_POINTS = (
-    *(sweep.Point(SMALL, 2, tokens, steps=2) for tokens in (2, 4, 6)),
-    sweep.Point(SMALL, 2, 4, frozen=False, steps=2),
-    sweep.Point(None, 2, 3, prompts=2, steps=2),
+    *(StepSpec(SHAPE, group=2, tokens=tokens, reference=True) for tokens in (2, 4, 6)),
+    StepSpec(SHAPE, group=2, tokens=4, frozen=False, reference=True),
+    StepSpec(SHAPE, 2, 2, tokens=3, frozen=False, lora_rank=0, int8_rollouts=True),
 )
 
 
-@pytest.fixture
-def sweep_in_process(in_process, monkeypatch):
-    monkeypatch.setitem(bench.WORKERS, "evaluation", lambda: sweep.measure_evaluation(per_cell=1))
+def test_the_points_of_the_sweep():
+    points = sweep.sweep_points()
+    names = [sweep.name_of(point) for point in points]
+    assert len(set(names)) == len(names) == 31
+    assert "8 layers of 512, INT8, 1 x G 4, 32 tokens" in names
+    assert "24 layers of 896, compiled INT8, 1 x G 8, 32 tokens" in names
+    assert "4 layers of 512, float32, 1 x G 4, 32 tokens" not in names
+    assert "bundled model, 16 x G 8, 32 tokens" in names
 
 
 @pytest.mark.slow
-def test_a_sweep_is_fitted_shown_and_resumed(sweep_in_process, monkeypatch, tmp_path):
-    partial, lines = tmp_path / "partial.json", []
-    real = bench.WORKERS["sweep"]
+def test_a_sweep_is_fitted_shown_and_resumed(in_process, monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "STEPS", 2)
+    lines, real = [], sweep.measure
 
-    def interrupted(**arguments):
-        if arguments["point"]["tokens"] == 6:
+    def interrupted(step, folder):
+        if step.tokens == 6:
             raise KeyboardInterrupt
-        return real(**arguments)
+        return real(step, folder)
 
-    monkeypatch.setitem(bench.WORKERS, "sweep", interrupted)
+    monkeypatch.setattr(sweep, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweep.bench_sweep(FEW_POINTS, say=lines.append, partial=partial)
-    assert len(json.loads(partial.read_text())["done"]) == 3  # the floors and two points
+        sweep.bench_sweep(FEW_POINTS, tmp_path, lines.append)
+    assert len(list(tmp_path.glob("sweep/*/pieces/*"))) == 3  # the floors and two points
     calls = []
-    monkeypatch.setitem(bench.WORKERS, "sweep", lambda **a: calls.append(1) or real(**a))
-    record = sweep.bench_sweep(FEW_POINTS, say=lines.append, partial=partial)
-    assert len(calls) == len(FEW_POINTS) - 2 and not partial.exists()
-    rows = sweep.sweep_rows(record)
+    monkeypatch.setattr(sweep, "measure", lambda *a: calls.append(1) or real(*a))
+    record = sweep.bench_sweep(FEW_POINTS, tmp_path, lines.append)
+    assert len(calls) == len(FEW_POINTS) - 2 and not list(tmp_path.glob("sweep/*"))
+    rows = sweep_rows(record)
     assert len(rows) == len(FEW_POINTS) and all(row[3].endswith("%") for row in rows)
-    assert len(sweep.coefficient_rows(record)) == 21
-    assert "points left out of the fit, 5 points" in sweep.sweep_summary(record)
+    assert len(coefficient_rows(record)) == 14  # kinds of work: none of it compiled here
+    assert "points left out of the fit, 5 points" in sweep_summary(record)
     first = record.results["points"][0]
     assert 0 < first["rollout_seconds"] < first["step_seconds"]
     assert first["step"]["prompt_tokens"] == 64
@@ -410,17 +437,28 @@ def test_a_sweep_is_fitted_shown_and_resumed(sweep_in_process, monkeypatch, tmp_
 
 
 @pytest.mark.slow
-def test_a_point_that_fails_is_left_out(sweep_in_process, monkeypatch):
-    real = bench.WORKERS["sweep"]
+def test_a_point_that_fails_is_left_out(in_process, monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "STEPS", 2)
 
-    def fail(**arguments):
-        if arguments["point"]["shape"] is None:
-            raise UserError("too little memory")
-        return real(**arguments)
+    def fail(*arguments, **named):
+        raise UserError("too little memory")
 
-    monkeypatch.setitem(bench.WORKERS, "sweep", fail)
-    record = sweep.bench_sweep(FEW_POINTS)
-    assert record.results["skipped"] == {FEW_POINTS[-1].name: "too little memory"}
+    monkeypatch.setattr(sweep, "bundled", fail)
+    record = sweep.bench_sweep(FEW_POINTS, tmp_path)
+    assert record.results["skipped"] == {sweep.name_of(FEW_POINTS[-1]): "too little memory"}
+
+
+@pytest.mark.slow
+def test_steps_of_the_bundled_model(in_process):
+    options = EngineOptions(stop_at_eos=False, patience=0)
+    sizes = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4}
+    result = bundled(2, options, **sizes)
+    assert len(result["step_seconds"]) == 2
+    seconds = sum(result["step_seconds"])
+    assert result["tokens_per_second"] == pytest.approx(2 * 2 * 2 * 4 / seconds)
+    rewarded = bundled(1, EngineOptions(patience=0), "correct_answer=1", **sizes)
+    record = new_record("bench-train", {}, {"engines": {"fast": rewarded}})
+    assert train_rows(record)[0][0] == "fast"
 
 
 def result(seconds, peak=2e9):

@@ -14,14 +14,15 @@ from command_line import invoke
 from lab_fixtures import ARGUMENTS, CHROMIUM, needs_browser
 
 from cpugrpo_edu.engine import hardware
-from cpugrpo_edu.record.run_record import new_record
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.pieces import Pieces, read_packed
 from cpugrpo_edu.lab.studies import ablations, common, cpu_or_gpu, generalisation, quantization
-from cpugrpo_edu.lab.studies.common import Pieces, Setting
 from cpugrpo_edu.lab.studies.registry import STUDIES
+from cpugrpo_edu.lab.studies.setting import Setting
+from cpugrpo_edu.lab.worker import silent
 from cpugrpo_edu.models.load import load_policy
-from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.run import pipeline, prepare
+from cpugrpo_edu.record.run_record import RunRecord, new_record
+from cpugrpo_edu.run import prepare
 from cpugrpo_edu.run.config import check_settings
 from cpugrpo_edu.tasks import make_problems
 
@@ -80,7 +81,7 @@ def test_list_names_every_study_and_mistakes_end_with_a_sentence():
         (("nothing",), "allowed are quantization"),
         (("cpu-or-gpu", "--seeds", 2), "takes no --seeds"),
         (("ablations", "--model", "x"), "takes no --model"),
-        (("ablations", "--seeds", 0), "at least 1"),
+        (("ablations", "--seeds", 0), "greater than or equal to 1"),
         (("ablations", "--only", "weather"), "allowed are order, ewc"),
     ):
         code, out, err = invoke("study", "run", *arguments)
@@ -190,7 +191,7 @@ def test_a_predictor_is_judged_on_models_that_it_has_not_seen():
 @pytest.mark.slow
 def test_reduced_quantization(tmp_path):
     record, path = run_reduced("quantization", tmp_path)
-    items = common.read_packed(path.with_name("study-quantization.items.json.gz"))
+    items = read_packed(path.with_name("study-quantization.items.json.gz"))
     table = items["formats"]
     assert {len(set(table["domains"])), len(set(table["difficulties"]))} == {4, 3}
     found = accuracies(table)
@@ -202,9 +203,8 @@ def test_reduced_quantization(tmp_path):
     assert set(record.results["rollouts"]) == set(quantization.ARMS)
     changed = [r["runs"][0]["after"] for r in record.results["rollouts"].values()]
     assert all(0 <= share <= 1 for share in changed)
-    assert quantization.is_made(
-        quantization.member_folder(quantization.TINY[0], tmp_path / "cache")
-    )
+    made = quantization.member_folder(quantization.TINY[0], tmp_path / "cache")
+    assert (made / "pretraining.json").exists()
 
 
 def test_the_estimate_counts_only_models_that_are_missing(tmp_path):
@@ -389,12 +389,12 @@ def test_every_condition_trains_as_long_as_the_others():
 @pytest.mark.slow
 def test_reduced_ablations_and_their_resumption(tmp_path, monkeypatch):
     record, path = run_reduced("ablations", tmp_path)
-    table = common.read_packed(path.with_name("study-ablations.items.json.gz"))
+    table = read_packed(path.with_name("study-ablations.items.json.gz"))
     found = accuracies(table)
     for row in record.results["runs"]:
         assert row["accuracy"] == pytest.approx(found[f"{row['arm']} | seed {row['seed']}"])
     assert len({row["completions"] for row in record.results["runs"]}) == 1
-    monkeypatch.setattr(pipeline, "run", lambda *a, **k: pytest.fail("a finished run ran again"))
+    monkeypatch.setattr(common, "run", lambda *a, **k: pytest.fail("a finished run ran again"))
     again, _ = run_reduced("ablations", tmp_path)
     assert again.results == record.results
 
@@ -402,7 +402,7 @@ def test_reduced_ablations_and_their_resumption(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_reduced_generalisation(tmp_path):
     record, path = run_reduced("generalisation", tmp_path)
-    table = common.read_packed(path.with_name("study-generalisation.items.json.gz"))
+    table = read_packed(path.with_name("study-generalisation.items.json.gz"))
     found = accuracies(table)
     start = record.results["before"]["domain"]
     assert sum(start.values()) / len(start) == pytest.approx(found["before"])
@@ -416,13 +416,11 @@ def test_reduced_generalisation(tmp_path):
 def test_a_run_in_a_process_of_its_own_goes_on_and_tells_mistakes(tmp_path):
     config = ablations.config_of(ablations.ARMS[3], 0, True)  # no EWC
     config = replace(config, steps=(1, 0, 0), fisher_examples=0, threads=1)
-    record = common.run_or_resume(config, tmp_path / "run", common.silent, apart=True)
+    record = common.run_or_resume(config, tmp_path / "run", silent, apart=True)
     assert record.results["peak_rss_bytes"] > 0
     assert {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()} == {"evaluations"}
     with pytest.raises(UserError, match="unknown order"):
-        common.run_or_resume(
-            replace(config, order="odd"), tmp_path / "odd", common.silent, apart=True
-        )
+        common.run_or_resume(replace(config, order="odd"), tmp_path / "odd", silent, apart=True)
 
 
 # --- the book -------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_a_run_takes_the_fastest_number_and_keeps_it_when_it_goes_on(tmp_path, m
         raise Interrupted("stopped")
 
     monkeypatch.setattr("cpugrpo_edu.run.pipeline.run", stop)
-    monkeypatch.setattr("cpugrpo_edu.engine.hardware.usable_cores", lambda *_: 4)
+    monkeypatch.setattr("cpugrpo_edu.cli.run.usable_cores", lambda *_: 4)
     monkeypatch.setattr(T, "fastest_threads", lambda model: 2)
     assert invoke("run", "--output", tmp_path / "a")[0] == 130
     assert invoke("run", "--output", tmp_path / "a", "--threads", 3)[0] == 130

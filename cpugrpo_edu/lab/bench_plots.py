@@ -1,15 +1,17 @@
 """Pictures of benchmark records, each with a text that says what it shows.
 
-Colours are those of Okabe and Ito; nothing is told by colour alone.
+Colours are those of Okabe and Ito; nothing is shown by colour alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.lab.bench import steady_seconds
+from cpugrpo_edu.lab.cost import CostModel, StepSpec, fit_sweep
+from cpugrpo_edu.lab.tables import steady_seconds
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
 
@@ -118,31 +120,34 @@ def plot_train(record: RunRecord) -> Plot:
 
 def plot_sweep(record: RunRecord) -> Plot:
     """Measured against predicted seconds, with the line of no error; and time over tokens."""
-    points, model = record.results["points"], record.results["model"]
+    points, model = record.results["points"], fit_sweep(record.results)
     figure = new_figure(7.4, 3.6)
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    kinds = (("INT8 base", BLUE, "o"), ("float32 base", ORANGE, "s"), ("bundled", GREEN, "^"))
-    errors = model["steps"]["errors"]
-    for label, colour, marker in kinds:
-        chosen = [(p, e) for p, e in zip(points, errors) if kind_of(p) == label]
+    for label, colour, marker in (
+        ("INT8 base", BLUE, "o"),
+        ("float32 base", ORANGE, "s"),
+        ("bundled", GREEN, "^"),
+    ):
+        chosen = [(p, e) for p, e in zip(points, model.steps.errors) if kind_of(p) == label]
         measured = [p["step_seconds"] for p, _ in chosen]
         predicted = [p["step_seconds"] * (1 + e) for p, e in chosen]
         left.plot(measured, predicted, marker, color=colour, label=label, ls="")
-    ends = [f([p["step_seconds"] for p in points]) for f in (min, max)]
-    left.plot(ends, ends, color=GREY, lw=1)
-    left.plot(ends, [1.2 * e for e in ends], color=GREY, lw=1, ls=":")
-    left.plot(ends, [0.8 * e for e in ends], color=GREY, lw=1, ls=":")
+    ends = [f(p["step_seconds"] for p in points) for f in (min, max)]
+    for factor, style in ((1, "-"), (1.2, ":"), (0.8, ":")):
+        left.plot(ends, [factor * end for end in ends], color=GREY, lw=1, ls=style)
     left.set_xscale("log")
     left.set_yscale("log")
     left.legend(frameon=False, fontsize=8)
     tidy(left, "Left out of the fit (dotted: ± 20 %)", x="measured s a step", y="predicted s")
-    series = by_tokens(record)
-    right.plot(*zip(*[(t, m) for t, m, _ in series]), "o", color=BLUE, label="measured")
-    right.plot(*zip(*[(t, p) for t, _, p in series]), color=VERMILLION, label="fitted")
+    shared, series = longest_series(points, model)
+    tokens = [t for t, _, _ in series]
+    right.plot(tokens, [m for _, m, _ in series], "o", color=BLUE, label="measured")
+    right.plot(tokens, [fitted for _, _, fitted in series], color=VERMILLION, label="fitted")
     right.set_ylim(bottom=0)
     right.legend(frameon=False, fontsize=8)
-    tidy(right, series_title(record), x="tokens of a completion", y="s a step")
-    sizes = sorted(map(abs, errors))
+    title = f"{shared.architecture.layers} layers, G = {shared.group}"
+    tidy(right, title, x="tokens of a completion", y="s a step")
+    sizes = sorted(map(abs, model.steps.errors))
     return Plot(
         figure,
         f"Left: predicted against measured seconds a step of {len(points)} points, each predicted "
@@ -159,34 +164,19 @@ def kind_of(point: dict[str, Any]) -> str:
     return "float32 base" if point["step"]["lora_rank"] else "bundled"
 
 
-def same_but_length(point: dict[str, Any]) -> str:
-    step = {k: v for k, v in point["step"].items() if k not in ("tokens", "micro_batches")}
-    return str(sorted(step.items(), key=lambda item: item[0]))
-
-
-def longest_series(record: RunRecord) -> list[dict[str, Any]]:
-    """The points that differ in completion length alone, where most of them are."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for point in record.results["points"]:
-        groups.setdefault(same_but_length(point), []).append(point)
-    most = max(groups.values(), key=lambda series: len(series))
-    return sorted(most, key=lambda point: point["step"]["tokens"])
-
-
-def by_tokens(record: RunRecord) -> list[tuple[float, float, float]]:
-    """(tokens, measured seconds, fitted seconds) of the longest series."""
-    from cpugrpo_edu.lab.cost import CostModel, Step
-
-    model = CostModel.from_json(record.results["model"])
-    return [
-        (p["step"]["tokens"], p["step_seconds"], model.step_seconds(Step.from_json(p["step"])))
-        for p in longest_series(record)
-    ]
-
-
-def series_title(record: RunRecord) -> str:
-    step = longest_series(record)[0]["step"]
-    return f"{step['architecture']['layers']} layers, G = {step['group']}"
+def longest_series(
+    points: list[dict[str, Any]], model: CostModel
+) -> tuple[StepSpec, list[tuple[float, float, float]]]:
+    """The largest set of points that differ only in the tokens of a completion: what they share,
+    and (tokens, measured seconds, fitted seconds) of each."""
+    series: dict[StepSpec, list[tuple[float, float, float]]] = {}
+    for point in points:
+        step = StepSpec.from_json(point["step"])
+        shared = replace(step, tokens=0, architecture=replace(step.architecture, name=""))
+        times = (step.tokens, point["step_seconds"], model.step_seconds(step))
+        series.setdefault(shared, []).append(times)
+    shared, found = max(series.items(), key=lambda item: len(item[1]))
+    return shared, sorted(found)
 
 
 PLOTS: dict[str, Callable[[RunRecord], Plot]] = {

@@ -1,7 +1,7 @@
-"""Hand a trained model over: merged weights, the adapter, INT8, or GGUF, each checked.
+"""Export a trained model: merged weights, the adapter, INT8, or GGUF, each checked.
 
-An export counts only once it was loaded back, by the means that its reader would use, and
-gave the answers of the model it came from. What agreed is written into its model card.
+An export is kept only if, loaded back as its reader would load it, it gives the answers of the
+model it came from. Its model card says how many agreed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from cpugrpo_edu.evaluate import held_out_problems
 from cpugrpo_edu.models.load import Policy, load_policy
 from cpugrpo_edu.record.files import check_output_folder, replacing
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.run.gguf_layout import describe_qwen2
+from cpugrpo_edu.run.gguf_file import write_gguf
 from cpugrpo_edu.sample import Sampling, rollout
 from cpugrpo_edu.tasks.answers import answers_match, extract_answer
 
 LEAST_AGREEMENT = {"merged": 1.0, "adapter": 0.95, "int8": 0.8, "gguf": 1.0}
-"""Share of greedy completions that must agree. The same weights give the same text; an
-adapter beside its base rounds differently, and INT8 is another model, whose *answers* count."""
+"""Least share of greedy completions that must agree. The same weights give the same text; an
+adapter beside its base rounds differently; INT8 is another model, so only its *answers* count."""
 
 INT8_FORMAT = "int8 weights, one float32 scale a row: w = q * scale"
 
@@ -39,9 +39,9 @@ INT8_FORMAT = "int8 weights, one float32 scale a row: w = q * scale"
 def export(run: str | Path, kind: str, output: str | Path, *, problems: int = 24) -> dict[str, Any]:
     """Write the run's model as ``kind`` into the new folder ``output``, checked.
 
-    ``run`` is the output folder of a complete run. Returns what was written and how many of
-    the greedy completions of held-out problems agree. Raises UserError, and leaves nothing
-    behind, where too few do.
+    ``run`` is the output folder of a complete run. Returns the folder, its bytes, and how many of
+    the greedy completions of held-out problems agree. If too few do, raises UserError and leaves
+    nothing behind.
     """
     run, output = Path(run), check_output_folder(output)
     if kind not in LEAST_AGREEMENT:
@@ -78,7 +78,7 @@ def export(run: str | Path, kind: str, output: str | Path, *, problems: int = 24
 
 
 def trained_policy(run: Path, record: RunRecord) -> Policy:
-    """The model at the end of a run; an adapter of a frozen base on the float base."""
+    """The model at the end of a run; an adapter is merged into the float base."""
     folder, system = run / "model", record.config.get("system")
     if (folder / "config.json").exists():
         return load_policy(folder, system=system)
@@ -98,7 +98,7 @@ def with_adapter(adapter: Path, record: RunRecord, merge: bool = False) -> Polic
 
 
 def answers(policy: Policy, count: int) -> list[str]:
-    """Greedy completions of some held-out problems of every kind, by transformers' ``generate``."""
+    """Greedy completions of ``count`` held-out problems, by transformers' ``generate``."""
     problems = held_out_problems(-(-count // 12))
     problems = problems[:: max(1, len(problems) // count)][:count]
     policy = replace(policy, sampler=partial(sample, options=EngineOptions("generate")))
@@ -106,7 +106,7 @@ def answers(policy: Policy, count: int) -> list[str]:
     return [group.episodes[0].text for group in groups]
 
 
-# --- the ways: how each is written, and read back ----------------------------------------
+# How each kind is written, and read back
 
 
 def write_merged(policy: Policy, run: Path, record: RunRecord, folder: Path) -> None:
@@ -134,7 +134,7 @@ def read_adapter(folder: Path, original: Policy, record: RunRecord) -> Policy:
 
 
 def write_int8(policy: Policy, run: Path, record: RunRecord, folder: Path) -> None:
-    """Every matrix as int8 with one scale a row; the rest as it is."""
+    """Every matrix as int8 with one scale a row; other tensors unchanged."""
     tensors = {}
     tied = policy.model.config.tie_word_embeddings
     for name, tensor in policy.model.state_dict().items():
@@ -160,7 +160,7 @@ def load_int8(folder: str | Path, system: str | None = None) -> Policy:
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("format") != INT8_FORMAT:
-                raise ValueError("the format is another")
+                raise ValueError("it has another format")
         stored = load_file(path)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         weights = {
@@ -189,61 +189,14 @@ def read_int8(folder: Path, original: Policy, record: RunRecord) -> Policy:
     return load_int8(folder, original.system)
 
 
-def write_gguf(policy: Policy, run: Path, record: RunRecord, folder: Path) -> None:
-    """One float32 GGUF file with its tokenizer (Qwen2's layout), by the ``gguf`` package."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError(
-            "GGUF needs the package gguf; run: pip install 'cpugrpo-edu[export]'"
-        ) from error
-    config, tokenizer = policy.model.config, policy.tokenizer
-    if config.model_type != "qwen2":
-        raise UserError(
-            f"GGUF export knows qwen2 models, not {config.model_type}; export --to merged and use "
-            "the converter of the program that shall run it"
-        )
-    writer = gguf.GGUFWriter(folder / "model.gguf", "qwen2")
-    writer.add_name(run.name)
-    describe_qwen2(writer, config)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    names = {index: token for token, index in tokenizer.get_vocab().items()}
-    special = set(tokenizer.all_special_ids)
-    tokens = [names.get(index, f"[unused {index}]") for index in range(config.vocab_size)]
-    kinds = [
-        gguf.TokenType.UNUSED
-        if index not in names
-        else gguf.TokenType.CONTROL
-        if index in special
-        else gguf.TokenType.NORMAL
-        for index in range(config.vocab_size)
-    ]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    merges = vocabulary["merges"]
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
-    names_of = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, tensor in policy.model.state_dict().items():
-        if config.tie_word_embeddings and name == "lm_head.weight":
-            continue
-        stored = names_of.get_name(name, (".weight", ".bias"))
-        if stored is None:
-            raise UserError(f"GGUF has no place for the tensor {name}; export --to merged")
-        writer.add_tensor(stored, tensor.detach().float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def write_float_gguf(policy: Policy, run: Path, record: RunRecord, folder: Path) -> None:
+    """One float32 GGUF file with its tokenizer, by the ``gguf`` package."""
+    model, target = policy.model, folder / "model.gguf"
+    write_gguf(target, model.config, model.state_dict().items(), policy.tokenizer, name=run.name)
 
 
 def read_gguf(folder: Path, original: Policy, record: RunRecord) -> Policy:
-    """By the reader in ``transformers``, weights and tokenizer both."""
+    """Weights and tokenizer both by the reader in ``transformers``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -260,7 +213,7 @@ WAYS: dict[str, tuple[Writer, Reader]] = {
     "merged": (write_merged, read_merged),
     "adapter": (write_adapter, read_adapter),
     "int8": (write_int8, read_int8),
-    "gguf": (write_gguf, read_gguf),
+    "gguf": (write_float_gguf, read_gguf),
 }
 
 HOW_TO_LOAD = {
@@ -272,7 +225,7 @@ HOW_TO_LOAD = {
 
 
 def model_card(record: RunRecord, kind: str, agree: int, compared: int) -> str:
-    """What this model is and how it came about, from the run's record."""
+    """What this model is and how it was made, from the run's record."""
     from cpugrpo_edu.show.report import headline
 
     what = "answers" if kind == "int8" else "completions"
@@ -296,7 +249,7 @@ def model_card(record: RunRecord, kind: str, agree: int, compared: int) -> str:
             f"Load it with `{HOW_TO_LOAD[kind]}`.",
             "",
             "Trained and measured on the built-in arithmetic tasks or the data named below; "
-            "nothing is known of it beyond that.",
+            "nothing beyond that is known about it.",
             "",
             "## Settings",
             "",

@@ -1,8 +1,8 @@
-"""Study: which part of the recipe earns what, at equal compute.
+"""Study: what each part of the recipe contributes, at equal compute.
 
-One factor at a time is changed against the default run. Every arm samples as many completions
-and makes as many optimizer steps as any other; what differs in time and memory is reported, not
-held equal. Hypotheses and analysis stand in ``docs/LOG.md``, written before any run.
+One factor at a time differs from the default run. Every arm samples the same number of completions
+and makes the same number of optimizer steps; time and memory are reported, not held equal.
+Hypotheses and analysis were written into ``docs/LOG.md`` before any run.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from statistics import fmean
 from typing import Any
 
 from cpugrpo_edu.data import DIFFICULTIES
-from cpugrpo_edu.engine.hardware import new_record
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab.pieces import Pieces
 from cpugrpo_edu.lab.studies.common import (
-    Outcome,
-    Pieces,
-    Setting,
     decided_by,
     expected,
     holm,
@@ -28,11 +25,14 @@ from cpugrpo_edu.lab.studies.common import (
     run_or_resume,
     signed,
 )
-from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.lab.studies.setting import Setting, StudyResult, Table
+from cpugrpo_edu.record.run_record import RunRecord, new_record
+from cpugrpo_edu.run.config import RunConfig
+from cpugrpo_edu.show.palette import BLUE, GREY, Plot, new_figure, tidy
 
 SEEDS = 5
 COMPLETIONS = 128
-"""A step's, in every arm: prompts times G."""
+"""Of a step, in every arm: prompts times G."""
 BASE = "default"
 
 
@@ -41,12 +41,12 @@ class Arm:
     factor: str
     name: str
     change: dict[str, Any] = field(default_factory=dict)
-    """Fields of ``pipeline.RunConfig``."""
+    """Fields of ``RunConfig``."""
 
 
 FISHERS = ("rollout_score", "sample", "empirical", "batched", "lightning")
-"""EXACT is left out: a backward pass for every word of the vocabulary at every token would take
-many times the compute of all else in the run."""
+"""Without "exact": a backward pass for every word of the vocabulary at every token would take many
+times the compute of everything else in the run."""
 STRENGTHS = (0.1, 1.0)
 REWARDS = {
     "answer": "correct_answer=1",
@@ -82,10 +82,8 @@ ARMS = (
 FACTORS = tuple(dict.fromkeys(arm.factor for arm in ARMS[1:]))
 
 
-def config_of(arm: Arm, seed: int, reduced: bool) -> Any:
-    """The run of an arm. Reduced it keeps the arm's change at a fraction of the compute."""
-    from cpugrpo_edu.run.config import RunConfig
-
+def config_of(arm: Arm, seed: int, reduced: bool) -> RunConfig:
+    """The run of an arm; reduced, the same change at a fraction of the compute."""
     config = replace(RunConfig(per_cell=100, int8_evaluation=False), seed=seed, **arm.change)
     if reduced:
         config = replace(
@@ -135,8 +133,8 @@ def measure_arm(arm: Arm, seed: int, setting: Setting, pieces: Pieces) -> dict[s
     }
 
 
-def run(setting: Setting) -> Outcome:
-    """Every arm with every seed, each kept when it is done."""
+def run(setting: Setting) -> StudyResult:
+    """Every arm with every seed; each finished run is kept."""
     arms = chosen_arms(setting)
     seeds = setting.seeds or (1 if setting.reduced else SEEDS)
     setting.say(
@@ -161,12 +159,12 @@ def run(setting: Setting) -> Outcome:
         },
         {"runs": rows, "arms": summarize(rows)},
     )
-    return Outcome(record, items)
+    return StudyResult(record, items)
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each arm against the default, paired by seed: accuracy (primary, Holm over all arms),
-    forgetting (secondary), and what it took."""
+    forgetting (secondary), time and memory."""
     by_arm: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_arm.setdefault(row["arm"], []).append(row)
@@ -203,10 +201,10 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-# Shown
+# Tables, findings and plot
 
 
-def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(record: RunRecord) -> list[Table]:
     rows = []
     for each in record.results["arms"]:
         change, forgot = each.get("accuracy_difference"), each.get("forgetting_difference")
@@ -241,7 +239,7 @@ def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def matrix_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The forgetting matrix of every arm, a line of it in a cell: ``20, 41, 40, 38``."""
+    """The forgetting matrix of every arm, one column of it a cell: ``20, 41, 40, 38``."""
     found = []
     for name in dict.fromkeys(row["arm"] for row in runs):
         matrices = [row["forgetting_matrix"] for row in runs if row["arm"] == name]
@@ -262,7 +260,7 @@ def findings(record: RunRecord) -> list[str]:
     arms = [each for each in record.results["arms"] if each["arm"] != BASE]
     tested = [e for e in arms if "p_holm" in e["accuracy_difference"]]
     if not tested:
-        return ["One seed: no arm can be told from the default."]
+        return ["One seed: no arm can be distinguished from the default."]
     clear = [each for each in tested if each["accuracy_difference"]["p_holm"] < 0.05]
     said = [
         f"{len(clear)} of {len(tested)} arms differ from the default in accuracy after correction "
@@ -272,10 +270,8 @@ def findings(record: RunRecord) -> list[str]:
     return said
 
 
-def plot(record: RunRecord) -> Any:
+def plot(record: RunRecord) -> Plot:
     """The difference in accuracy of every arm, with its interval over seeds."""
-    from cpugrpo_edu.show.palette import BLUE, GREY, Plot, new_figure, tidy
-
     arms = [each for each in record.results["arms"] if each["arm"] != BASE]
     figure = new_figure(7, 1 + 0.28 * len(arms))
     axes = figure.add_subplot()

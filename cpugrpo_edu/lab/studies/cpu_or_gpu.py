@@ -1,8 +1,8 @@
-"""Study: what a class needs in time, energy and money, and when a GPU would pay.
+"""Study: what a class needs in time, energy and money, and when a GPU would pay off.
 
-A calculator over assumptions that are all in one list, ``ASSUMPTIONS``: each has a source or
-says that it is one to edit. What is measured is the run on a CPU, from the records. No GPU was
-measured: instead of its speed the calculator gives the speed from which it would pay.
+A calculator over assumptions that are all in one list, ``ASSUMPTIONS``: each names its source or
+says that it is to be edited. Only the run on a CPU is measured, in the records. No GPU was
+measured: instead of its speed the calculator gives the speed from which it would pay off.
 
 The same formulas, in JavaScript, are in ``book/_static/calculator.js``; a test compares them.
 """
@@ -16,10 +16,11 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from cpugrpo_edu.engine.hardware import new_record
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.lab.studies.common import Outcome, Setting, recorded_runs
-from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.lab.recorded import completion_lengths, recorded_runs
+from cpugrpo_edu.lab.studies.setting import Setting, StudyResult, Table
+from cpugrpo_edu.record.run_record import RunRecord, new_record
+from cpugrpo_edu.show.palette import BLUE, ORANGE, VERMILLION, Plot, new_figure, tidy
 
 EDIT = "assumption, edit it"
 
@@ -30,7 +31,7 @@ Values = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Assumption:
-    """One input of the calculator; ``value`` None is for the user to give."""
+    """One input of the calculator; the user gives those whose ``value`` is None."""
 
     key: str
     label: str
@@ -59,7 +60,7 @@ ASSUMPTIONS = (
         "Cloud GPU: speed",
         None,
         "x the recorded machine",
-        "not measured: give yours, or read the speed from which it pays",
+        "not measured: give yours, or read the speed from which it pays off",
         0.001,
     ),
     Assumption("gpu_watts", "Cloud GPU: power with its host", 300, "W"),
@@ -70,8 +71,8 @@ ASSUMPTIONS = (
 
 
 def pay_off(hours: float, each: float, rate: float, setup: float) -> float | None:
-    """The speed (x the recorded machine) at which ``rate`` an hour of the GPU comes to ``each`` a
-    student; None if not even an infinitely fast one does, since its start alone costs more."""
+    """The speed (x the recorded machine) from which a GPU at ``rate`` an hour costs a student no
+    more than ``each``; None if its start alone costs more."""
     if rate <= 0:
         return 0.0
     left = each / rate - setup
@@ -79,12 +80,13 @@ def pay_off(hours: float, each: float, rate: float, setup: float) -> float | Non
 
 
 def calculate(values: Mapping[str, float | None]) -> dict[str, Any]:
-    """Time, energy and money of the class in each place, and when the GPU pays.
+    """Time, energy and money of the class in each place, and when the GPU pays off.
 
     ``{place: {"hours_each", "machine_hours", "wall_hours", "kwh", "money"} or None,
     "gpu_pays_from": {"money", "energy"}}``: hours that one student waits for the machine,
-    start included; hours of all machines; hours until the last student is done; None where no
-    speed is given. Against the cloud CPU, as multiples of the recorded machine's speed.
+    start included; hours of all machines; hours until the last student is done; None if no
+    speed is given. ``gpu_pays_from`` compares with the cloud CPU, in multiples of the recorded
+    machine's speed.
     """
     v = dict(values)
     students, hours = v["students"] or 0, (v["runs"] or 0) * (v["seconds"] or 0) / 3600
@@ -119,7 +121,7 @@ def calculate(values: Mapping[str, float | None]) -> dict[str, Any]:
 
 
 def check_values(given: Mapping[str, float]) -> None:
-    """UserError for an unknown key or a value below what makes sense."""
+    """UserError for an unknown key or a value that is too small."""
     known = {a.key: a for a in ASSUMPTIONS}
     for key, number in given.items():
         if key not in known:
@@ -129,7 +131,7 @@ def check_values(given: Mapping[str, float]) -> None:
 
 
 def assumptions(given: Mapping[str, float] | None = None) -> list[Assumption]:
-    """All inputs: the defaults, the recorded seconds of a run, and what is given instead."""
+    """All inputs: the defaults and the recorded seconds of a run, or what is given instead."""
     given = given or {}
     check_values(given)
     found = []
@@ -150,7 +152,7 @@ def values_of(inputs: list[Assumption]) -> Values:
 
 
 def recorded_seconds(each: Assumption) -> Assumption:
-    """The mean of the recorded runs. UserError where there are none."""
+    """The mean of the recorded runs. UserError without any."""
     runs = recorded_runs()
     if not runs:
         raise UserError(
@@ -168,7 +170,7 @@ def recorded_seconds(each: Assumption) -> Assumption:
 
 
 def error_row(run: RunRecord, predicted: float) -> dict[str, Any]:
-    """A recorded run's seconds beside a prediction of them."""
+    """A recorded run's seconds beside a prediction."""
     measured = run.results["seconds"]["total"]
     return {
         "seed": run.seed,
@@ -182,7 +184,7 @@ def error_row(run: RunRecord, predicted: float) -> dict[str, Any]:
 def repeat_errors(runs: list[RunRecord]) -> list[dict[str, Any]]:
     """Each recorded run's seconds predicted by the mean of the others; relative errors.
 
-    This is how well a *like* run on the *same* machine is foretold, and no more.
+    This says how well a *similar* run on the *same* machine is predicted, and no more.
     """
     rows = []
     for run in runs:
@@ -193,39 +195,39 @@ def repeat_errors(runs: list[RunRecord]) -> list[dict[str, Any]]:
 
 
 def model_errors(runs: list[RunRecord]) -> dict[str, Any]:
-    """The same runs predicted by the cost model, which was fitted to other work (the sweep) and
-    has seen no run; or why it cannot be asked."""
-    from cpugrpo_edu.lab.estimate import machine_name, recorded_model, run_parts
+    """The same runs predicted by the cost model, which was fitted to the sweep and has seen no
+    run; or why there is none."""
+    from cpugrpo_edu.lab.cost import fit_sweep  # here: the calculator needs no torch
+    from cpugrpo_edu.lab.estimate import recorded_sweep, run_parts
 
     try:
-        model = recorded_model()
+        sweep = recorded_sweep()
+        model = fit_sweep(sweep.results)
     except UserError as error:
         return {"rows": [], "why_none": str(error)}
-    there = replace(model, floors=model.sweep_floors)
     rows = []
     for run in runs:
-        results, config = run.results, SimpleNamespace(**run.config)
-        sampled = fmean(row["completion_length"] for row in results["steps"])
-        evaluated = fmean(e["table"]["overall"]["tokens"] for e in results["evaluations"])
-        predicted = sum(run_parts(config, there, sampled, evaluated)[1].values())
-        same = machine_name(run.machine) == model.machine
-        rows.append({**error_row(run, predicted), "same_machine": same})
+        parts = run_parts(SimpleNamespace(**run.config), model, *completion_lengths([run]))
+        same = all(run.machine[key] == sweep.machine[key] for key in ("cpu", "usable_cores"))
+        rows.append({**error_row(run, sum(parts.values())), "same_machine": same})
     return {"rows": rows, "why_none": ""}
 
 
 def arithmetic(run: RunRecord) -> dict[str, float]:
-    """Operations (2 a multiply-add) of a recorded run's rollouts and updates, and how many a
-    second that came to. Prompts are taken to have the cost model's usual length."""
-    from cpugrpo_edu.lab.cost import FLOORS, rollout_work, training_work
+    """Operations (2 a multiply-add) of a recorded run's rollouts and updates, in total and a
+    second of training."""
+    from cpugrpo_edu.lab.cost import rollout_work, training_work
     from cpugrpo_edu.lab.estimate import run_step
+    from cpugrpo_edu.lab.floors import FLOORS
 
     config = SimpleNamespace(**run.config)
-    step = run_step(config, fmean(row["completion_length"] for row in run.results["steps"]))
+    step = run_step(config, completion_lengths([run])[0])
     unit = dict.fromkeys(FLOORS, 1e-9)  # one operation a second: seconds are operations
-    sampled = rollout_work(step, unit)["operations"]
-    trained = training_work(step, unit)
-    updated = trained["float32 operations"] + trained["int8 operations"] + trained["head"]
-    total = sum(config.steps) * (sampled + updated)
+    works = (rollout_work(step, unit), training_work(step, unit))
+    each = sum(n for work in works for kind, n in work.items() if kind.endswith("operations"))
+    # The head, forward and backward, which the cost model leaves out
+    each += 2 * 2 * step.rows * step.tokens * step.architecture.vocab * step.architecture.hidden
+    total = sum(config.steps) * each
     return {
         "operations": total,
         "operations_per_second": total / run.results["seconds"]["train"],
@@ -236,10 +238,10 @@ def arithmetic(run: RunRecord) -> dict[str, float]:
 # The study
 
 
-def run(setting: Setting) -> Outcome:
-    """Calculate with the defaults, and hold the CPU side against the records.
+def run(setting: Setting) -> StudyResult:
+    """Calculate with the defaults, and compare the CPU side with the records.
 
-    Reduced it is the same: nothing is trained.
+    The reduced study is the same: nothing is trained.
     """
     runs = recorded_runs()
     inputs = assumptions()
@@ -257,10 +259,10 @@ def run(setting: Setting) -> Outcome:
     for rows in (validation["repeat"], validation["cost_model"]["rows"]):
         rows.sort(key=lambda row: (row["seed"], row["ewc"]))
     config = {"reduced": setting.reduced, "records": [f"run seed {r.seed}" for r in runs]}
-    return Outcome(new_record("study-cpu-or-gpu", config, results))
+    return StudyResult(new_record("study-cpu-or-gpu", config, results))
 
 
-# Shown
+# Tables, findings and plot
 
 
 def assumption_rows(inputs: list[dict[str, Any]]) -> list[list[str]]:
@@ -288,7 +290,7 @@ def class_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def pays_text(found: Mapping[str, Any]) -> str:
-    """From which speed the GPU pays, in one sentence."""
+    """From which speed the GPU pays off, in one sentence."""
 
     def say(what: str, value: float | None) -> str:
         if value is None:
@@ -305,19 +307,19 @@ def findings(record: RunRecord) -> list[str]:
     results = record.results
     work, model = results["arithmetic"], results["validation"]["cost_model"]
     said = [
-        f"{pays_text(results['class'])} All of this hangs on the assumptions above.",
-        f"Rollouts and updates of a recorded run are {work['operations'] / 1e12:.2f} Tera "
-        f"operations, done at {work['operations_per_second'] / 1e9:.1f} a nanosecond, all else of "
-        "training included.",
+        f"{pays_text(results['class'])} All of this depends on the assumptions above.",
+        f"Rollouts and updates of a recorded run are {work['operations'] / 1e12:.2f} trillion "
+        f"operations; over the time of training that is {work['operations_per_second'] / 1e9:.1f} "
+        "billion a second.",
     ]
     if not model["rows"]:
-        said.append(f"The cost model was not asked: {model['why_none']}.")
+        said.append(f"There is no prediction of the cost model: {model['why_none']}.")
     elif not all(row["same_machine"] for row in model["rows"]):
-        said.append("The cost model was fitted on another machine than the runs were made on.")
+        said.append("The cost model was fitted on another machine than the runs'.")
     return said
 
 
-def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(record: RunRecord) -> list[Table]:
     results = record.results
     rows = results["validation"]["repeat"]
     model = results["validation"]["cost_model"]
@@ -338,7 +340,7 @@ def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
         checked.append(["cost model, fitted to the sweep alone", "–", "–", "–"])
     return [
         (
-            "What is assumed; all of it can be changed",
+            "The assumptions; each can be changed",
             ["Assumption", "Value", "Unit", "Source"],
             assumption_rows(results["assumptions"]),
         ),
@@ -355,10 +357,8 @@ def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
     ]
 
 
-def plot(record: RunRecord) -> Any:
-    """Money and energy against the GPU's speed, with the CPU's for comparison."""
-    from cpugrpo_edu.show.palette import BLUE, ORANGE, VERMILLION, Plot, new_figure, tidy
-
+def plot(record: RunRecord) -> Plot:
+    """Money and energy against the GPU's speed, with the CPUs' for comparison."""
     values: Values = {a["key"]: a["value"] for a in record.results["assumptions"]}
     speeds = [10 ** (i / 20 - 0.5) for i in range(51)]
     found = [calculate({**values, "gpu_speed": speed}) for speed in speeds]

@@ -1,7 +1,7 @@
 """Study: does training on one domain, or one difficulty, help the others?
 
-Every condition makes the same number of GRPO steps; only what the problems are differs. Each
-trained model answers the same held-out problems of all domains and difficulties.
+Every condition makes the same number of GRPO steps; only the problems differ. Each trained model
+answers the same held-out problems of all domains and difficulties.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from statistics import fmean
 from typing import Any
 
 from cpugrpo_edu.data import DIFFICULTIES
-from cpugrpo_edu.engine.hardware import new_record
+from cpugrpo_edu.evaluate import evaluate, held_out_problems
+from cpugrpo_edu.lab.pieces import Pieces
 from cpugrpo_edu.lab.studies.common import (
-    Outcome,
-    Pieces,
-    Setting,
     decided_by,
     expected,
     holm,
@@ -29,7 +27,13 @@ from cpugrpo_edu.lab.studies.common import (
     signed,
     unpacked_evaluation,
 )
-from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.lab.studies.setting import Setting, StudyResult, Table
+from cpugrpo_edu.models.load import load_policy
+from cpugrpo_edu.record.run_record import RunRecord, new_record
+from cpugrpo_edu.record.stats import accuracy_table
+from cpugrpo_edu.run.config import RunConfig
+from cpugrpo_edu.sample import Sampling
+from cpugrpo_edu.show.palette import Plot, new_figure
 from cpugrpo_edu.tasks import DOMAINS
 
 SEEDS = 5
@@ -39,7 +43,7 @@ ALL = "everything"
 @dataclass(frozen=True)
 class Condition:
     kind: str
-    """domain, difficulty, or both for the control."""
+    """"domain", "difficulty", or "both" for the control."""
     name: str
     change: dict[str, Any] = field(default_factory=dict)
 
@@ -61,10 +65,8 @@ def conditions(reduced: bool) -> tuple[Condition, ...]:
     return tuple(found)
 
 
-def config_of(condition: Condition, seed: int, reduced: bool) -> Any:
-    """Without EWC and without evaluations of its own: those are the study's."""
-    from cpugrpo_edu.run.config import RunConfig
-
+def config_of(condition: Condition, seed: int, reduced: bool) -> RunConfig:
+    """Without EWC, and without evaluations of its own: the study makes those."""
     config = RunConfig(
         seed=seed,
         per_cell=0,
@@ -79,16 +81,12 @@ def config_of(condition: Condition, seed: int, reduced: bool) -> Any:
 
 
 def answers_of(source: str, per_cell: int, limit: int, label: str) -> dict[str, Any]:
-    from cpugrpo_edu.evaluate import evaluate, held_out_problems
-    from cpugrpo_edu.models.load import load_policy
-    from cpugrpo_edu.sample import Sampling
-
     problems = held_out_problems(per_cell)
     greedy = Sampling(limit, temperature=0.0)
     return packed_evaluation(evaluate(load_policy(source), problems, label, greedy))
 
 
-def run(setting: Setting) -> Outcome:
+def run(setting: Setting) -> StudyResult:
     """Train every condition with every seed, and test each on everything."""
     chosen = conditions(setting.reduced)
     seeds = setting.seeds or (1 if setting.reduced else SEEDS)
@@ -133,13 +131,11 @@ def run(setting: Setting) -> Outcome:
         for name, runs in after.items()
         for seed, each in enumerate(runs)
     }
-    return Outcome(record, item_table({"before": before, **labelled}))
+    return StudyResult(record, item_table({"before": before, **labelled}))
 
 
 def margins(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Accuracy by domain and by difficulty."""
-    from cpugrpo_edu.record.stats import accuracy_table
-
     table = accuracy_table(unpacked_evaluation(evaluation))
     return {
         kind: {name: row["accuracy"] for name, row in table[f"by_{kind}"].items()}
@@ -156,7 +152,7 @@ def summarize(
 
     ``{"before": {kind: {tested: accuracy}}, "gains": [{"kind", "trained", "tested", "own",
     "accuracy", "difference", "low", "high", "p_value", "p_holm"}]}``. ``own`` marks what was
-    trained itself; Holm corrects over all that was not.
+    trained on; Holm corrects over everything else.
     """
     start = margins(before)
     gains: list[dict[str, Any]] = []
@@ -183,17 +179,17 @@ def summarize(
     return {"before": start, "gains": gains}
 
 
-# Shown
+# Tables, findings and plot
 
 
 def in_order(kind: str, names: Iterable[str]) -> list[str]:
-    """As everywhere: domains as listed, difficulties from easy to hard."""
+    """The usual order: domains as listed, difficulties from easy to hard."""
     usual: tuple[str, ...] = DOMAINS if kind == "domain" else DIFFICULTIES
     there = set(names)
     return [*(name for name in usual if name in there), *sorted(there - set(usual))]
 
 
-def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(record: RunRecord) -> list[Table]:
     found = []
     for kind in ("domain", "difficulty"):
         start = record.results["before"][kind]
@@ -232,17 +228,16 @@ def findings(record: RunRecord) -> list[str]:
     if judged:
         clear = sum(row["p_holm"] < 0.05 for row in judged)
         said.append(
-            f"{clear} of {len(judged)} changes on what was not trained are clear after correction."
+            f"{clear} of {len(judged)} changes on what was not trained on are clear after "
+            "correction."
         )
     else:
-        said.append("One seed: no interval, so nothing can be told from chance.")
+        said.append("One seed: no interval, so nothing can be distinguished from chance.")
     return said
 
 
-def plot(record: RunRecord) -> Any:
+def plot(record: RunRecord) -> Plot:
     """The gains as two maps, trained by tested."""
-    from cpugrpo_edu.show.palette import Plot, new_figure
-
     figure = new_figure(7.4, 3.6)
     facts = []
     gains = record.results["gains"]

@@ -1,4 +1,4 @@
-"""Study: what fewer bits cost in accuracy, and whether the cost can be foretold.
+"""Study: what fewer bits cost in accuracy, and whether the cost can be predicted.
 
 A family of small models, and the bundled one before and after GRPO, answer the same held-out
 problems in six number formats. Two of the formats are *simulated*: weights are rounded to the
@@ -10,8 +10,8 @@ A second part trains with INT8 rollouts, with and without importance correction.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,14 +19,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from cpugrpo_edu.data import DIFFICULTIES
-from cpugrpo_edu.engine.hardware import new_record
+from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
+from cpugrpo_edu.engine.int8 import Int8Linear, quantize_for_rollout
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.evaluate import evaluate, held_out_problems
+from cpugrpo_edu.lab.pieces import Pieces, made_once
 from cpugrpo_edu.lab.studies.common import (
-    Outcome,
-    Pieces,
-    Say,
-    Setting,
     decided_by,
     expected,
     holm,
@@ -38,7 +40,16 @@ from cpugrpo_edu.lab.studies.common import (
     signed,
     unpacked_evaluation,
 )
-from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.lab.studies.setting import Say, Setting, StudyResult, Table
+from cpugrpo_edu.models.load import load_policy
+from cpugrpo_edu.models.pretrain import PretrainConfig, pretrain
+from cpugrpo_edu.record.files import cache_folder, write_text
+from cpugrpo_edu.record.run_record import RunRecord, new_record
+from cpugrpo_edu.record.stats import accuracy_table, compare
+from cpugrpo_edu.run.config import RunConfig
+from cpugrpo_edu.sample import Sampling
+from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
+from cpugrpo_edu.tasks import DOMAINS, make_problems
 
 GROUP = 32
 """Weights that share a scale in INT4, along a row."""
@@ -58,20 +69,19 @@ class Format:
 
 
 def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """The linear layers but for the head, which stays float in every integer format."""
-    from torch import nn
-
+    """The linear layers without the head, which stays float in every integer format."""
     head = model.get_output_embeddings()
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and layer is not head:
             yield name, layer
 
 
-def round_groups(weight: Any, bits: int, group: int | None = None) -> Any:
-    """The nearest values that ``bits`` can hold, float32 (out, in): symmetric, a scale for each
-    row, or for each ``group`` neighbours in it (Dettmers & Zettlemoyer 2023 use such blocks)."""
-    import torch
+def round_groups(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
+    """(out, in) weights rounded to the values of a symmetric ``bits`` format, as float32.
 
+    A scale is shared by a row, or by each ``group`` neighbours in it (such blocks: Dettmers &
+    Zettlemoyer 2023, arXiv 2212.09720).
+    """
     top = 2 ** (bits - 1) - 1
     parts = [weight.detach().float()] if group is None else weight.detach().float().split(group, 1)
     rounded = []
@@ -82,9 +92,7 @@ def round_groups(weight: Any, bits: int, group: int | None = None) -> Any:
 
 
 def simulate(model: Any, bits: int, group: int | None = None) -> Any:
-    """A float32 copy whose linear weights hold only values that the format has."""
-    import torch
-
+    """A float32 copy whose linear weights have only values of the format."""
     copied = copy.deepcopy(model).eval()
     with torch.no_grad():
         for _, layer in linear_layers(copied):
@@ -92,32 +100,18 @@ def simulate(model: Any, bits: int, group: int | None = None) -> Any:
     return copied
 
 
-def dynamic(model: Any, per_channel: bool) -> Any:
-    from cpugrpo_edu.engine.int8 import quantize_for_rollout
-
-    return quantize_for_rollout(model, per_channel=per_channel)
-
-
-def bfloat16(model: Any) -> Any:
-    import torch
-
-    return copy.deepcopy(model).to(torch.bfloat16).eval()
-
-
 FORMATS = (
     Format("fp32", lambda model: model),
-    Format("bf16", bfloat16, bits=16),
-    Format("INT8 dynamic, per tensor", lambda model: dynamic(model, False), bits=8),
-    Format("INT8 dynamic, per channel", lambda model: dynamic(model, True), bits=8),
+    Format("bf16", lambda model: copy.deepcopy(model).to(torch.bfloat16).eval(), bits=16),
+    Format("INT8 dynamic, per tensor", partial(quantize_for_rollout, per_channel=False), bits=8),
+    Format("INT8 dynamic, per channel", partial(quantize_for_rollout, per_channel=True), bits=8),
     Format("INT8 weight-only", lambda model: simulate(model, 8), simulated=True, bits=8),
     Format("INT4 weight-only", lambda model: simulate(model, 4, GROUP), simulated=True, bits=4),
 )
 
 
 def stored_bytes(model: Any, chosen: Format, changed: Any) -> int:
-    """Weights in the format, with their scales; of a simulated one what it would take."""
-    from cpugrpo_edu.engine.int8 import Int8Linear
-
+    """Bytes of the weights with their scales; of a simulated format, what they would take."""
     tensors = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in (*changed.parameters(), *changed.buffers())
@@ -132,20 +126,16 @@ def stored_bytes(model: Any, chosen: Format, changed: Any) -> int:
     return total
 
 
-# What might foretell the loss
+# What might predict the loss
 
 
 def layer_errors(policy: Any, changed: Any, problems: Sequence[Any]) -> dict[str, float]:
-    """How far the format is off, layer by layer, without a single answer being looked at.
+    """The format's error, layer by layer; no answer is looked at.
 
     ``output_error``: ||W x - W' x'|| / ||W x|| of a linear layer on its own float inputs x, over
     the tokens of worked training problems; ``weight_error``: ||W - W'|| / ||W||. Both are means
     over layers. Weights of a packed layer are read back.
     """
-    import torch
-
-    from cpugrpo_edu.engine.int8 import Int8Linear
-
     layers = dict(linear_layers(policy.model))
     wrong, size = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
 
@@ -189,8 +179,8 @@ def judge_predictors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Predict each model's accuracy losses from the other models' alone.
 
     ``rows`` have ``model``, ``format``, ``loss`` and the ``PREDICTORS``. Each predictor is one
-    number, loss = slope * error, fitted by least squares; beside them stand two that look at no
-    model: no loss at all, and the format's mean loss on the others. Returns the mean absolute
+    number, loss = slope * error, fitted by least squares. Two baselines look at no model: no loss
+    at all, and the format's mean loss on the others. Returns the mean absolute
     errors (fractions) and the rows with their predictions. UserError below two models.
     """
     models = sorted({row["model"] for row in rows})
@@ -232,53 +222,37 @@ FAMILY = (Member(80, 2), Member(120, 4), Member(160, 2), Member(160, 6), Member(
 TINY = (Member(40, 1, steps=30),)
 
 
-def pretraining_of(member: Member) -> Any:
-    """Like the bundled model's, but with working in nine of ten solutions to the end: a model
-    that blurts out bare answers has little accuracy to lose."""
-    from cpugrpo_edu.models.pretrain import PretrainConfig
-
+def pretraining_of(member: Member) -> PretrainConfig:
+    """Like the bundled model's, but nine of ten solutions show their working to the end: a model
+    that gives bare answers has little accuracy to lose."""
     config = PretrainConfig(steps=member.steps, hidden=member.hidden, layers=member.layers)
     return replace(config, bare_late=config.bare_early, warmup_steps=min(100, member.steps))
 
 
 def member_folder(member: Member, cache: Path | None) -> Path:
-    """Where the trained model is kept: a build product, named after all that decides it."""
-    import hashlib
-
-    from cpugrpo_edu.record.files import cache_folder
-
+    """Where the trained model is cached; the name depends on everything that decides it."""
     decides = json.dumps(asdict(pretraining_of(member)), sort_keys=True)
     name = f"{member.hidden}x{member.layers}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
     return (cache or cache_folder()) / "family" / name
 
 
-def is_made(folder: Path) -> bool:
-    return (folder / "pretraining.json").exists()
-
-
-def make_member(member: Member, folder: Path, say: Say) -> Path:
-    from cpugrpo_edu.models.pretrain import pretrain
-    from cpugrpo_edu.record.files import write_text
-
-    if is_made(folder):
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def make_member(member: Member, place: Path, say: Say) -> Path:
+    """The folder of the trained model, pretrained on first use."""
 
     def on_step(step: int, metrics: dict[str, float]) -> None:
         if step % max(1, member.steps // 10) == 0:
             say(f"  step {step} of {member.steps}, loss {metrics['loss']:.2f}")
 
-    summary = pretrain(pretraining_of(member), folder, on_step)
-    write_text(folder / "pretraining.json", json.dumps(summary, indent=1))
-    return folder
+    def make(folder: Path) -> None:
+        summary = pretrain(pretraining_of(member), folder, on_step)
+        write_text(folder / "pretraining.json", json.dumps(summary, indent=1))
+
+    return made_once(place, make)
 
 
 def pretraining_minutes(members: Sequence[Member]) -> tuple[float, str]:
-    """From the time that the bundled model's pretraining took, in proportion to the arithmetic;
-    and the processor that it was made on."""
-    from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
-
+    """Expected from the time that pretraining the bundled model took, in proportion to the
+    arithmetic; and the processor it was made on."""
     made = json.loads((BUNDLED_MODEL.parent / "pretraining.json").read_text(encoding="utf-8"))
 
     def work(config: Mapping[str, Any]) -> float:
@@ -292,20 +266,17 @@ def pretraining_minutes(members: Sequence[Member]) -> tuple[float, str]:
 
 # Rollouts in INT8
 
-
 ARMS: dict[str, dict[str, bool]] = {
     "float32 rollouts": {"int8_rollouts": False},
     "INT8, corrected": {"int8_rollouts": True, "importance_correction": True},
     "INT8, uncorrected": {"int8_rollouts": True, "importance_correction": False},
 }
 TRAINED = "INT8, corrected"
-"""The arm whose first run is the trained model of the first part: the default recipe."""
+"""The default recipe; the first run of this arm gives the trained model of the first part."""
 
 
-def run_config(reduced: bool, **more: Any) -> Any:
-    """The default run; reduced, one stage of two steps. One evaluation before, one after all."""
-    from cpugrpo_edu.run.config import RunConfig
-
+def run_config(reduced: bool, **more: Any) -> RunConfig:
+    """The default run; reduced, one stage of two steps."""
     config = RunConfig(per_cell=200, int8_evaluation=False)
     if reduced:
         config = replace(
@@ -326,7 +297,7 @@ def slug(text: str) -> str:
 
 
 def train_arms(setting: Setting, seeds: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """One run for each arm and seed; what each came to."""
+    """One run for each arm and seed: its accuracies, time and memory."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     for seed in range(seeds):
         for name, options in ARMS.items():
@@ -351,8 +322,6 @@ def train_arms(setting: Setting, seeds: int, folder: Path) -> dict[str, list[dic
 
 def compare_arms(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Each arm against float32 rollouts: paired by seed, and within each seed by problem."""
-    from cpugrpo_edu.record.stats import compare
-
     first = next(iter(arms))
     base = arms[first]
     found = {}
@@ -387,17 +356,17 @@ def plan(setting: Setting) -> tuple[tuple[Member, ...], int, int]:
 def estimate(setting: Setting) -> str:
     """One sentence before the work begins."""
     family, _, seeds = plan(setting)
-    missing = [m for m in family if not is_made(member_folder(m, setting.cache))]
+    missing = [m for m in family if not member_folder(m, setting.cache).exists()]
     minutes, cpu = pretraining_minutes(missing)
     return (
-        f"{len(missing)} of {len(family)} models of the family are to be trained: about "
+        f"{len(missing)} of {len(family)} models of the family must be trained: about "
         f"{minutes:.0f} min at the speed of the bundled model's ({cpu}); then {len(ARMS) * seeds} "
         f"GRPO runs{expected(len(ARMS) * seeds, run_config(False).per_cell)}, and the evaluations"
     )
 
 
-def run(setting: Setting) -> Outcome:
-    """Train what is missing, evaluate every model in every format, and judge the predictor."""
+def run(setting: Setting) -> StudyResult:
+    """Train missing models, evaluate every model in every format, and judge the predictors."""
     family, per_cell, seeds = plan(setting)
     setting.say(estimate(setting))
     decides = decided_by(setting, per_cell=per_cell, family=[asdict(member) for member in family])
@@ -440,19 +409,13 @@ def run(setting: Setting) -> Outcome:
         for arm, each_arm in arms.items()
         for each in each_arm
     }
-    return Outcome(record, {"formats": item_table(answers), "rollouts": item_table(trained)})
+    return StudyResult(record, {"formats": item_table(answers), "rollouts": item_table(trained)})
 
 
 def evaluate_formats(
     name: str, source: str, per_cell: int, pieces: Pieces, setting: Setting
 ) -> dict[str, dict[str, Any]]:
     """``{format: {"evaluation", "bytes", "output_error", "weight_error"}}`` of one model."""
-    from cpugrpo_edu.evaluate import evaluate, held_out_problems
-    from cpugrpo_edu.models.load import load_policy
-    from cpugrpo_edu.run.config import RunConfig
-    from cpugrpo_edu.sample import Sampling
-    from cpugrpo_edu.tasks import DOMAINS, make_problems
-
     problems = held_out_problems(per_cell)
     limit = 48 if setting.reduced else RunConfig().max_completion
     worked = [
@@ -491,8 +454,6 @@ def evaluate_formats(
 
 def summarize(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
     """Accuracy, loss against float32, bytes and speed of every model and format."""
-    from cpugrpo_edu.record.stats import accuracy_table, compare
-
     simulated = {chosen.name: chosen.simulated for chosen in FORMATS}
     rows, losses = [], []
     for model, forms in measured.items():
@@ -533,10 +494,10 @@ def summarize(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[s
     return {"problems": problems, "rows": rows, "predictor": judge_predictors(losses)}
 
 
-# Shown
+# Tables, findings and plot
 
 
-def tables(record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(record: RunRecord) -> list[Table]:
     results = record.results
     accuracy = []
     for row in results["rows"]:
@@ -616,19 +577,8 @@ def findings(record: RunRecord) -> list[str]:
     return said
 
 
-def plot(record: RunRecord) -> Any:
+def plot(record: RunRecord) -> Plot:
     """The difference to fp32 of every model and format, with intervals."""
-    from cpugrpo_edu.show.palette import (
-        BLUE,
-        GREEN,
-        GREY,
-        ORANGE,
-        VERMILLION,
-        Plot,
-        new_figure,
-        tidy,
-    )
-
     rows = [row for row in record.results["rows"] if "against_fp32" in row]
     models = list(dict.fromkeys(row["model"] for row in rows))
     names = list(dict.fromkeys(row["format"] for row in rows))

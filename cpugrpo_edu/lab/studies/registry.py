@@ -1,4 +1,4 @@
-"""The list of studies, for the command line and the book. Modules are imported when run."""
+"""The list of studies, for the command line and the book. A study's module is imported on use."""
 
 from __future__ import annotations
 
@@ -7,41 +7,40 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.lab.studies.common import Outcome, Setting
+from cpugrpo_edu.lab.studies.setting import Setting, StudyResult, Table
 from cpugrpo_edu.record.run_record import RunRecord
 
 
 @dataclass(frozen=True)
 class Study:
-    """``module`` has ``run(setting)``, and ``tables``, ``findings`` and ``plot`` of a record."""
+    """Its module has ``run(setting)``, and ``tables``, ``findings`` and ``plot`` of a record."""
 
     name: str
     question: str
-    module: str
     takes: tuple[str, ...] = ()
     """Which of the optional settings it understands: models, seeds, only."""
+
+    @property
+    def module(self) -> str:
+        return f"cpugrpo_edu.lab.studies.{self.name.replace('-', '_')}"
 
     def load(self) -> Any:
         return importlib.import_module(self.module)
 
-    def run(self, setting: Setting) -> Outcome:
-        for option, value in (
-            ("models", setting.models),
-            ("seeds", setting.seeds),
-            ("only", setting.only),
-        ):
-            if value and option not in self.takes:
-                name = option.removesuffix("s") if option == "models" else option
+    def run(self, setting: Setting) -> StudyResult:
+        """UserError for a setting that the study does not take."""
+        for field in ("models", "seeds", "only"):
+            if getattr(setting, field) and field not in self.takes:
+                option = "model" if field == "models" else field
                 raise UserError(
-                    f"the study {self.name} takes no --{name}; leave it out"
+                    f"the study {self.name} takes no --{option}; leave it out"
                     + (f", it takes --{', --'.join(self.takes)}" if self.takes else "")
                 )
-        outcome: Outcome = self.load().run(setting)
-        return outcome
+        result: StudyResult = self.load().run(setting)
+        return result
 
-    def tables(self, record: RunRecord) -> list[tuple[str, list[str], list[list[str]]]]:
-        """Title, header and rows of each table."""
-        found: list[tuple[str, list[str], list[list[str]]]] = self.load().tables(record)
+    def tables(self, record: RunRecord) -> list[Table]:
+        found: list[Table] = self.load().tables(record)
         return found
 
 
@@ -50,25 +49,21 @@ STUDIES = {
     for study in (
         Study(
             "quantization",
-            "What do fewer bits cost in accuracy, and can the cost be foretold?",
-            "cpugrpo_edu.lab.studies.quantization",
+            "What do fewer bits cost in accuracy, and can the cost be predicted?",
             ("models", "seeds"),
         ),
         Study(
             "cpu-or-gpu",
-            "What does a class need in time, energy and money, and when does a GPU pay?",
-            "cpugrpo_edu.lab.studies.cpu_or_gpu",
+            "What does a class need in time, energy and money, and when does a GPU pay off?",
         ),
         Study(
             "ablations",
-            "Which part of the recipe earns what, at equal compute?",
-            "cpugrpo_edu.lab.studies.ablations",
+            "What does each part of the recipe contribute, at equal compute?",
             ("seeds", "only"),
         ),
         Study(
             "generalisation",
             "Does training on one domain or difficulty help the others?",
-            "cpugrpo_edu.lab.studies.generalisation",
             ("seeds",),
         ),
     )
@@ -76,7 +71,7 @@ STUDIES = {
 
 
 def study_named(name: str) -> Study:
-    """The study, or UserError naming those there are."""
+    """The study, or UserError that lists them."""
     if name not in STUDIES:
         raise UserError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
     return STUDIES[name]

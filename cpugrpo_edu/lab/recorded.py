@@ -1,0 +1,21 @@
+"""The recorded default runs, and what they tell about the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.show.text import records_folder
+
+
+def recorded_runs() -> list[RunRecord]:
+    """The default runs in the folder of records, with and without EWC."""
+    return [RunRecord.load(path) for path in sorted(records_folder().glob("run-seed*.json"))]
+
+
+def completion_lengths(runs: Sequence[RunRecord]) -> tuple[float, float]:
+    """Mean tokens of the runs' completions: sampled in training, and greedy in evaluations."""
+    sampled = [step["completion_length"] for run in runs for step in run.results["steps"]]
+    tables = [each["table"] for run in runs for each in run.results["evaluations"]]
+    return fmean(sampled), fmean(table["overall"]["tokens"] for table in tables)

@@ -1,0 +1,107 @@
+"""Write a Qwen2 model as GGUF, the file format of llama.cpp."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cpugrpo_edu.errors import UserError
+
+BLOCK = 32
+"""Numbers of a row that share a scale in Q8_0."""
+
+
+def write_gguf(
+    target: Path,
+    config: Any,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: Any = None,
+    *,
+    name: str = "",
+    q8: bool = False,
+) -> None:
+    """Write ``tensors`` by their names in transformers, as float32, or matrices as INT8 (Q8_0).
+
+    Without a ``tokenizer`` the file takes and gives token ids only. UserError without the package
+    ``gguf``, and for another architecture than Qwen2.
+    """
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ImportError as error:
+        raise UserError(
+            "GGUF needs the package gguf; run: pip install 'cpugrpo-edu[export]'"
+        ) from error
+    if config.model_type != "qwen2":
+        raise UserError(
+            f"GGUF export knows qwen2 models, not {config.model_type}; export --to merged and use "
+            "the converter of the program that will run the model"
+        )
+    writer = gguf.GGUFWriter(target, "qwen2")
+    writer.add_name(name or target.stem)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    kind = gguf.LlamaFileType.MOSTLY_Q8_0 if q8 else gguf.LlamaFileType.ALL_F32
+    writer.add_file_type(kind)
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        add_tokenizer(writer, gguf, config, tokenizer)
+    add_tensors(writer, gguf, config, tensors, q8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_tokenizer(writer: Any, gguf: Any, config: Any, tokenizer: Any) -> None:
+    """The vocabulary, merges and chat template of a byte-level BPE tokenizer."""
+    names = {index: token for token, index in tokenizer.get_vocab().items()}
+    special = set(tokenizer.all_special_ids)
+    ids = range(config.vocab_size)
+    kinds = [
+        gguf.TokenType.UNUSED
+        if index not in names
+        else gguf.TokenType.CONTROL
+        if index in special
+        else gguf.TokenType.NORMAL
+        for index in ids
+    ]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([names.get(index, f"[unused {index}]") for index in ids])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def add_tensors(
+    writer: Any, gguf: Any, config: Any, tensors: Iterable[tuple[str, Tensor]], q8: bool
+) -> None:
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    q8_type = gguf.GGMLQuantizationType.Q8_0
+    for name, tensor in tensors:
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        stored = names.get_name(name, (".weight", ".bias"))
+        if stored is None:
+            raise UserError(f"GGUF has no place for the tensor {name}; export --to merged")
+        array = tensor.detach().float().numpy()
+        if q8 and array.ndim == 2 and array.shape[1] % BLOCK == 0:
+            writer.add_tensor(stored, gguf.quants.quantize(array, q8_type), raw_dtype=q8_type)
+        else:
+            writer.add_tensor(stored, array)
