@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
 from cpugrpo_edu.engine.int8_base import is_frozen, load_frozen
-from cpugrpo_edu.engine.sizes import ensure_fits, estimate_model_bytes
 from cpugrpo_edu.engine.options import EngineOptions
+from cpugrpo_edu.engine.sizes import ensure_fits, estimate_model_bytes
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.fetch import PACKAGED, fetch
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.machine import native_bfloat16
 
@@ -39,7 +41,8 @@ SYSTEM_PROMPT = (
 
 
 def resolve_source(name: str | Path) -> str:
-    """The folder or hub id that a model name means. "bundled" is the model that we ship."""
+    """The folder or hub id that a model name means. "bundled" is the model that we ship,
+    "smollm2" a chat model that is fetched on first use."""
     if not str(name).strip():
         raise UserError("the model name is empty; give a folder, a hub id, or bundled")
     if str(name) == "bundled":
@@ -49,6 +52,8 @@ def resolve_source(name: str | Path) -> str:
                 "or make it again with: cpugrpo pretrain"
             )
         return str(BUNDLED)
+    if str(name) in PACKAGED:
+        return str(fetch(str(name), lambda line: print(line, file=sys.stderr)))
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").exists():
