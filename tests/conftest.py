@@ -1,4 +1,4 @@
-"""What several test modules share: a random-weight Qwen2 of a few thousand parameters."""
+"""Shared by the test modules: a random-weight Qwen2 of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ torch.set_num_threads(1)
 
 
 def pytest_configure() -> None:
-    """A core of its own for each test process, and for all that it starts: runs in processes of
-    their own would take a thread for each core, and wait for each other's."""
+    """Give each test process, and all that it starts, a core of its own.
+
+    Otherwise every run that a test starts would take a thread for each core, and they would wait
+    for each other.
+    """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
@@ -42,7 +45,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """Nobody looks for cycles: an object ends with its last reference, or when the test looks."""
+    """Switch off the cycle collector, so that an object dies with its last reference."""
     gc.disable()
     yield
     gc.enable()

@@ -71,11 +71,10 @@ def small_book(folder, **environment):
             "/v2/gh/course/grpo/main",
             "/github/course/grpo/blob/main/notebooks/00_setup.ipynb",
         ),
-        pytest.param(
+        (
             "https://git.example.edu/course/grpo/",
             "/v2/git/https%3A%2F%2Fgit.example.edu%2Fcourse%2Fgrpo/main",
-            None,  # Colab opens GitHub alone
-            marks=pytest.mark.slow,
+            None,  # Colab opens GitHub only
         ),
     ],
 )
@@ -100,7 +99,7 @@ def test_launch_buttons_open_the_chapter_in_the_named_repository(
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_dockerfile_copies_what_is_there(path):
-    """Building takes minutes, so at least: files that exist and are not ignored, no root."""
+    """Building an image takes minutes; check at least what it copies."""
     lines = path.read_text().replace("\\\n", " ").splitlines()
     steps = [line.split() for line in lines if line and not line.startswith("#")]
     ignored = (ROOT / ".dockerignore").read_text().split()
@@ -112,7 +111,7 @@ def test_dockerfile_copies_what_is_there(path):
     ]
     assert "pyproject.toml" in copied
     for source in copied:
-        assert list(ROOT.glob(source)), f"{path.name} copies {source}, which is not there"
+        assert list(ROOT.glob(source)), f"{path.name} copies {source}, which does not exist"
         assert source not in ignored
     assert steps[0][0] == "FROM" and ":" in steps[0][1], "name the version of the base image"
     for word, *rest in steps:
@@ -121,7 +120,7 @@ def test_dockerfile_copies_what_is_there(path):
                 assert any(Path(name).is_relative_to(source) for source in copied), name
 
 
-def test_the_lab_in_a_container_is_not_run_by_root():
+def test_the_lab_in_a_container_does_not_run_as_root():
     lines = (ROOT / "Dockerfile.lab").read_text().splitlines()
     users = [line.split()[1] for line in lines if line.startswith("USER ")]
     assert users and users[-1] not in ("root", "0")
@@ -140,7 +139,7 @@ def test_first_terms_are_whole_words_of_the_glossary():
     first_terms = load(ROOT / "book" / "_ext" / "first_terms.py")
     entries = first_terms.terms((ROOT / "book" / "glossary.md").read_text())
     assert {"token", "KL divergence", "McNemar's test"} <= set(entries)
-    assert set(entries) >= first_terms.EVERYDAY, "an exception for a word that is no entry"
+    assert set(entries) >= first_terms.EVERYDAY, "an exception for a word without an entry"
     found = first_terms.pattern(entries).findall("Policies, tokens, a micro-batch and broken_token")
     assert found == [("token", "s"), ("micro-batch", "")]
     assert first_terms.is_use("Token", "token") and not first_terms.is_use("lora", "LoRA")
@@ -169,7 +168,7 @@ def test_bibliography_links_lead_to_well_formed_addresses():
         for name, value in re.findall(r"\b(eprint|doi|year)\s*=\s*\{([^}]*)\}", entry):
             form = {"eprint": r"\d{4}\.\d{4,5}", "doi": r"10\.\d{4,}/\S+", "year": r"\d{4}"}[name]
             assert re.fullmatch(form, value), f"{name} {value} in {entry[:60]}"
-            if name == "eprint":  # yymm of the first version; a paper may appear later, not before
+            if name == "eprint":  # yymm of the first version, which the paper cannot precede
                 [year] = re.findall(r"year=\{(\d{4})\}", entry)
                 assert 2000 + int(value[:2]) <= int(year), entry[:60]
                 assert 1 <= int(value[2:4]) <= 12, entry[:60]

@@ -1,7 +1,7 @@
-"""What we rely on inside TRL 1.16: versions, signatures, and equal losses.
+"""What we rely on inside TRL 1.16: version, signatures, and equal losses.
 
-TRL's underscored methods may change at any release, so this file fails first, and
-says what moved.
+TRL's underscored methods may change with any release; then this file fails first and says what
+moved.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every chapter must have: parts, solved exercises, words for pictures."""
+"""Every chapter has its parts, solved exercises, and words for its pictures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_chapter_has_its_parts(path):
     assert titles[-3:] == SECTIONS[1:] and SECTIONS[0] in titles
     code = [source(cell) for cell in cells(path, "code")]
     assert f'begin("{path.stem}", TIER)' in code[0] and 'TIER = "SMOKE"' in code[0]
-    assert any("explore(" in c for c in code), "a slider where moving something teaches"
+    assert any("explore(" in c for c in code), "a chapter needs a slider"
     assert any("quiz(" in c for c in code)
     assert text.count("**Predict") >= 3, "the reader bets before looking"
     assert "{cite}" in text.split("## Further reading")[1]
@@ -83,7 +83,7 @@ def test_every_cell_is_executed_and_short(path):
         wide = [line for line in source(cell).splitlines() if len(line) > WIDTH]
         assert not wide, f"over {WIDTH} columns: {wide[0]}"
         if "NBVAL_CHECK_OUTPUT" in source(cell):
-            assert cell["outputs"], f"nothing stored to compare with: {source(cell)}"
+            assert cell["outputs"], f"no stored output to compare with: {source(cell)}"
         for output in cell["outputs"]:
             assert output["output_type"] != "error", source(cell)
             text = "".join(output.get("text", ""))
@@ -96,7 +96,7 @@ def test_every_cell_is_executed_and_short(path):
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_quiz_hides_its_source_and_explains_itself(path):
     [asked] = [cell for cell in cells(path, "code") if "quiz(\n" in source(cell)]
-    assert asked["metadata"]["jupyter"]["source_hidden"], "the answers stand in the source"
+    assert asked["metadata"]["jupyter"]["source_hidden"], "the source gives the answers away"
     tree = ast.parse(source(asked))
     [call] = [
         node.value
@@ -111,7 +111,7 @@ def test_quiz_hides_its_source_and_explains_itself(path):
         assert all(len(why) >= 10 for _, why in answers), answers
 
 
-def test_the_clinic_has_broken_runs_enough():
+def test_the_clinic_has_enough_broken_runs():
     [code] = [
         source(c)
         for c in cells(ROOT / "notebooks" / "07_trl.ipynb", "code")

@@ -38,7 +38,7 @@ UNIT = (
 )
 RESULT = re.compile(rf"(?<![\w.$-])[+\u2212-]?\d[\d.,]*\s?{UNIT}", re.X)
 LEVEL = re.compile(r"(?:95|99|90|100|50|0|5|1|10|20|80)\s?(?:%|percent)")
-"""Levels of intervals and tests, and shares that are meant, not measured."""
+"""Levels of intervals and tests, and shares that are chosen, not measured."""
 
 DEFINITIONS = {
     ("README.md", "3 GB"): "room for the installation: the size of the pinned packages",
@@ -46,7 +46,7 @@ DEFINITIONS = {
     ("11_int8.ipynb", "2 points"): "a margin that the reader chooses",
     ("09_memory.ipynb", "200 MiB"): "the size of a tensor in a question, given by its shape",
 }
-"""Numbers with a unit that define something, and why they are no measurement."""
+"""Numbers with a unit that define something, and why they are not measurements."""
 
 
 def without_code(text: str) -> str:
@@ -80,7 +80,7 @@ def prose(path: Path) -> str:
 
 
 def typed_results(text: str) -> list[str]:
-    """Figures with a unit that look measured: they belong in a record or a cell."""
+    """Figures with a unit that look measured; they belong in a record or a cell."""
     found = [match.group().strip() for match in RESULT.finditer(text)]
     return [words for words in found if not LEVEL.fullmatch(words)]
 
@@ -156,7 +156,7 @@ def test_the_role_reads_a_record(folder, monkeypatch):
 def test_plots_of_the_results_page_say_what_they_show(name):
     plot = pages.PLOTS[name]()
     if name in pages.BENCH_TABLES and name not in {record.kind for record in pages.benchmarks()}:
-        assert plot is None  # no picture of a measurement that is not there
+        assert plot is None  # not measured, so there is nothing to draw
         return
     assert len(plot.alt) > 60
     assert plot.figure.axes
