@@ -1,0 +1,141 @@
+"""The numeric paths on a real chat model, with its outliers: a toy cannot prove an engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cpugrpo_edu.data import Problem
+from cpugrpo_edu.engine.decode import sample as fast_sample
+from cpugrpo_edu.engine.fisher import estimate_fisher
+from cpugrpo_edu.engine.int8 import DRIFT_LIMIT, measure_drift, quantize_for_rollout
+from cpugrpo_edu.engine.shared_prefix import packed_log_probs
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.fisher import examples_from_groups
+from cpugrpo_edu.models import load_policy
+from cpugrpo_edu.models.fetch import fetch
+from cpugrpo_edu.policy import token_log_probs
+from cpugrpo_edu.sample import Sampling, rollout, sample
+from cpugrpo_edu.train import make_batch
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+QUESTIONS = (
+    "What is 12 + 7?",
+    "Tom has 3 boxes with 4 pens each and finds 5 more. How many pens does he have?",
+)
+PROBLEMS = [Problem(str(i), "", "", text, "") for i, text in enumerate(QUESTIONS)]
+
+
+@pytest.fixture(scope="module")
+def folder():
+    try:
+        return fetch("smollm2")
+    except UserError as error:
+        pytest.skip(f"the real model cannot be fetched here: {error}")
+
+
+@pytest.fixture(scope="module")
+def policy(folder):
+    return load_policy("smollm2", lora_rank=4, system="")
+
+
+@pytest.fixture(scope="module")
+def groups(policy):
+    return rollout(policy, PROBLEMS, 2, Sampling(16, 0.8, seed=1))
+
+
+def test_the_folder_is_a_plain_transformers_model(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.model_type == "llama" and model.num_parameters() == 134_515_008
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    written = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(written[0, ids["input_ids"].shape[1] :])
+    assert {"LICENSE", "README.md"} <= {path.name for path in folder.iterdir()}
+
+
+def test_both_samplers_write_the_same(policy):
+    prompts = [policy.encode_problem(problem) for problem in PROBLEMS]
+    greedy = Sampling(12, temperature=0.0)
+    ids = {"eos_ids": policy.eos_ids, "pad_id": policy.pad_id}
+    ours, plain = (f(policy.model, prompts, 1, greedy, **ids) for f in (fast_sample, sample))
+    for a, b in zip(ours, plain, strict=True):
+        assert a.episodes[0].completion_ids == b.episodes[0].completion_ids
+        torch.testing.assert_close(
+            torch.tensor(a.episodes[0].logprobs),
+            torch.tensor(b.episodes[0].logprobs),
+            atol=1e-3,
+            rtol=0,
+        )
+
+
+def test_log_probs_of_sampler_policy_and_packed_pass_agree(policy, groups):
+    for group in groups:
+        for episode in group.episodes:
+            episode.reward = float(len(episode.completion_ids))
+    batch = make_batch(groups, "group", policy.pad_id)
+    with torch.no_grad():
+        plain = token_log_probs(
+            policy.model, batch.prompt_ids, batch.completion_ids, batch.attention_mask, 0.8
+        )
+        packed, _ = packed_log_probs(
+            policy.model,
+            batch.prompt_ids,
+            batch.attention_mask[:, : batch.prompt_ids.shape[1]],
+            batch.completion_ids,
+            batch.mask,
+            0.8,
+        )
+    on = batch.mask.bool()
+    assert (plain - batch.old_log_probs)[on].abs().max() < 1e-3
+    assert (packed - plain)[on].abs().max() < 1e-3
+
+
+def test_the_gradient_through_a_shared_prefix_is_that_of_separate_sequences(policy, groups):
+    batch = make_batch(groups[:1], "none", policy.pad_id)
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    prompt_mask = batch.attention_mask[:, : batch.prompt_ids.shape[1]]
+    plain = token_log_probs(
+        policy.model, batch.prompt_ids, batch.completion_ids, batch.attention_mask, 0.8
+    )
+    packed, _ = packed_log_probs(
+        policy.model, batch.prompt_ids, prompt_mask, batch.completion_ids, batch.mask, 0.8
+    )
+    a, b = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(x.sum(), trained, allow_unused=True)])
+        for x in (plain, packed)
+    )
+    assert (a - b).norm() < 1e-3 * a.norm()
+
+
+def test_an_int8_copy_that_is_another_policy_is_recognised(policy, groups):
+    copy = quantize_for_rollout(policy.model)
+    drift = measure_drift(policy.model, copy, groups, 0.8)
+    assert drift.acceptable == (drift.kl <= DRIFT_LIMIT)
+    exact = measure_drift(policy.model, policy.model, groups, 0.8)
+    assert exact.acceptable and exact.kl < 1e-6 and exact.agreement == 1 and exact.outside == 0
+
+
+def test_fisher_of_lora_is_the_mean_square_of_the_scores(policy, groups):
+    examples = examples_from_groups(groups)[:2]
+    found = estimate_fisher(policy.model, examples, "rollout_score", batch_size=2)
+    trained = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+    total = {n: torch.zeros_like(p) for n, p in trained.items()}
+    for example in examples:
+        ids = torch.tensor([example.prompt_ids])
+        done = torch.tensor([example.completion_ids])
+        mask = torch.ones(1, ids.shape[1] + done.shape[1], dtype=torch.long)
+        score = torch.autograd.grad(
+            token_log_probs(policy.model, ids, done, mask).sum(), list(trained.values())
+        )
+        for name, gradient in zip(trained, score, strict=True):
+            total[name] += gradient.square() / len(examples)
+    a, b = (torch.cat([t.flatten() for t in x.values()]) for x in (found, total))
+    assert (a - b).norm() < 1e-3 * b.norm()
