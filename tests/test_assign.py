@@ -126,7 +126,7 @@ def test_collect_from_a_folder_and_a_zip(released, tmp_path):
 
 
 def packed_notebook(text, *more):
-    """A zip as a student makes one of the folder `small`."""
+    """A zip of the folder `small`, as a student packs it."""
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w") as archive:
         for name, content in [("small.ipynb", text), *more]:
@@ -328,6 +328,16 @@ def test_export_for_canvas_and_moodle(graded, tmp_path):
         "small": carol["small"],
     }
     assert [row["small"] for row in rows["plain"]] == ["5", "2", "4"]
+
+
+def test_export_subtracts_a_late_penalty(graded, tmp_path):
+    root = shutil.copytree(graded[0], tmp_path / "course")
+    with Course(root).gradebook() as book:
+        for notebook in book.find_submission("small", "alice").notebooks:
+            notebook.late_submission_penalty = 2
+        book.db.commit()
+    invoke("export", tmp_path / "late.csv", "--for", "plain", "--course", root)
+    assert (tmp_path / "late.csv").read_text().splitlines()[1] == "alice,3"
 
 
 def test_mistakes_get_one_sentence(released, tmp_path):

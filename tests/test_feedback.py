@@ -1,4 +1,4 @@
-"""Feedback pages keep the hints of visible tests and lose everything hidden."""
+"""Feedback pages keep the hints of visible tests and hide all the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Broken and hostile submissions: one batch grades them all, and each is looked at afterwards.
+"""Broken and hostile submissions: one batch grades them all, and then each result is checked.
 
 Nothing here can harm the machine even where a protection is missing: what the submissions try to
 delete or reach belongs to this test, and those that need a protection are left out without it.
@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Object of type <Submitted"),  # of nbgrader's queries
 ]
 
+CHECKOUT = sandbox.PACKAGE
 WRONG = "def mean(values):\n    return -1.0"
 FULL = 5.0  # 6 less the written question
 LIMITS = {
@@ -77,7 +78,9 @@ except sqlite3.Error:
 print('FOUND', found)
 """
     reach = f"""
-import socket
+import os, socket
+print('SEES', [path for path in {[str(CHECKOUT / "notebooks"), str(CHECKOUT / ".git")]!r}
+               if os.path.exists(path)])
 for address in (('127.0.0.1', {port}), ('192.0.2.1', 80)):
     try:
         socket.create_connection(address, 1).sendall(b'answers please')
@@ -138,7 +141,7 @@ print('HOME', home)
         "reads": (SHUT, {"mean": look + mean}),
         "network": (SPACES, {"mean": reach + mean}),
         "tampers": (None, {"mean": WRONG}),  # and its tests are rewritten below
-        "cuts": (None, {"mean": WRONG}),  # and its tests are taken out below
+        "cuts": (None, {"mean": WRONG}),  # and its tests are deleted below
         "output": (
             None,
             {"mean": "for _ in range(100):\n    print('x' * 1_000_000)" + mean},
@@ -178,6 +181,10 @@ print('HOME', home)
             None,
             {"double": "float = lambda x: 2.0\ndef double(x):\n    return 0"},
         ),
+        "redefines": (
+            None,
+            {"double": "def float(x):\n    return 2.0\ndef double(x):\n    return 0"},
+        ),
         "frames": (
             None,
             {"mean": "import sys\ndef mean(values):\n    sys._getframe(1)\n    return -1.0"},
@@ -199,7 +206,7 @@ def digests(*folders):
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
-    """One grading run of all that this machine can contain."""
+    """One grading run of all submissions that this machine can contain."""
     top = tmp_path_factory.mktemp("hostile")
     root = top / "course"
     grading.new_course(root)
@@ -277,7 +284,7 @@ def batch(tmp_path_factory):
 
 
 def table(outcomes, level, left_out):
-    """What became of each submission, for who runs this with ``-s``."""
+    """The result of each submission, which ``pytest -s`` shows."""
     lines = [
         f"hostile set, contained by: {level}",
         f"{'submission':12}{'points':>8}  status, reasons",
@@ -364,8 +371,9 @@ def test_the_rest_of_a_notebook_still_counts(batch, name):
     assert seen(batch, name).points["test-double"] == 2
 
 
-def test_shadowed_names_do_not_reach_a_test(batch):
-    assert seen(batch, "shadows").points["test-double"] == 0
+@pytest.mark.parametrize("name", ["shadows", "redefines"])
+def test_shadowed_names_do_not_reach_a_test(batch, name):
+    assert seen(batch, name).points["test-double"] == 0
 
 
 def test_hidden_tests_and_gradebook_are_out_of_reach(batch):
@@ -378,6 +386,10 @@ def test_no_network(batch):
     found = seen(batch, "network")
     assert "REACHED" not in found.text.replace("print('REACHED'", "") and not batch.reached
     assert found.status == "flagged" and "socket" in found.why
+
+
+def test_a_checkout_with_its_masters_is_out_of_sight(batch):
+    assert "SEES []" in seen(batch, "network").text
 
 
 def test_deletion_is_flagged_and_only_its_own_folder_is_writable(batch):

@@ -39,7 +39,7 @@ def test_items_are_in_form(bank):
 
 
 def test_the_key_gives_no_hint(bank):
-    """Neither a letter nor the length of a choice tells the right one."""
+    """Neither the letter nor the length of a choice gives the right one away."""
     keys = Counter(item.key for item in bank.items)
     assert max(keys.values()) <= 0.4 * len(bank.items)
     longest = [max(range(4), key=lambda k, item=item: len(item.choices[k])) for item in bank.items]
@@ -88,7 +88,7 @@ def sheets_of(bank, gain, students=60, seed=0):
 @pytest.mark.slow
 @pytest.mark.parametrize("gain", [0.0, 0.3, 0.7])
 def test_a_known_gain_is_recovered(bank, gain):
-    """In a large class closely; in small ones the interval covers it about as often as it says."""
+    """Closely in a large class; in small ones the interval covers it about as often as stated."""
     pre, post = inventory.matched(sheets_of(bank, gain, students=3000), bank)
     assert abs(inventory.normalised_gain(pre, post) - gain) < 0.03
     covered = 0
@@ -132,7 +132,7 @@ def test_kr20_of_students_who_guess_is_near_zero(bank):
 
 
 def test_a_misconception_is_found(bank):
-    """Who always chooses one misconception shows up with it, and with no other above it."""
+    """A student who always chooses one misconception is found to have that one and no other."""
     name = "mask-optional"
     sheets = [
         inventory.Sheet(
@@ -203,7 +203,7 @@ def test_mistakes_get_one_sentence(bank, tmp_path):
 
 @pytest.mark.slow
 def test_the_analysis_notebook_runs(tmp_path):
-    """As stored and, by its variable, on a folder of sheets."""
+    """The stored notebook runs without an error and shows simulated classes."""
     from nbclient import NotebookClient
 
     path = ROOT / "notebooks" / "instructor" / "concept_analysis.ipynb"

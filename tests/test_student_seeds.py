@@ -15,7 +15,7 @@ from cpugrpo_edu.errors import UserError
 
 
 def seed_of_a_process(**settings: str) -> tuple[int, str]:
-    """The seed that a fresh process draws, and what it still sees of the settings."""
+    """The seed that a new process draws, and the settings still in its environment."""
     code = (
         "import os; from cpugrpo_edu.course.student_seeds import student_seed as s; "
         "print(s('ps1-kl')); "

@@ -174,18 +174,18 @@ class RestoreCells(NbGraderPreprocessor):
     """
 
     def preprocess(self, nb: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
-        meta, review = resources["nbgrader"], self.parent.parent.outcome.review
+        meta, grader = resources["nbgrader"], self.parent.parent
         with Gradebook(meta["db_url"]) as book:
             source = book.find_notebook(meta["notebook"], meta["assignment"])
             points = {cell.name: cell.max_score for cell in source.grade_cells}
             solutions = {cell.name for cell in source.solution_cells}
+            # by the released version: a submission could define any builtin that a test uses
+            stubs = [cell.source for cell in source.source_cells if cell.name in solutions]
+            grader.exercise = [name for stub in stubs for name in execute.defined(stub)]
             place = 0
             for cell in source.source_cells:
-                same = [
-                    i
-                    for i, c in enumerate(nb.cells)
-                    if execute.nbgrader_of(c).get("grade_id") == cell.name
-                ]
+                ids = [execute.nbgrader_of(each).get("grade_id") for each in nb.cells]
+                same = [index for index, name in enumerate(ids) if name == cell.name]
                 place = same[0] + 1 if same else place
                 if not cell.locked and cell.name not in points:
                     continue
@@ -205,7 +205,7 @@ class RestoreCells(NbGraderPreprocessor):
                 } | ({"points": points[cell.name]} if cell.name in points else {})
                 nb.cells.insert(place, restored)
                 place += 1
-                review.append(f"deleted and put back: {cell.name}")
+                grader.outcome.review.append(f"deleted and put back: {cell.name}")
         nb.nbformat_minor = max(nb.nbformat_minor, 5)  # restored cells have ids
         return nb, resources
 
@@ -221,6 +221,7 @@ class ContainedExecute(NbGraderPreprocessor):
         job = asdict(grader.sandbox) | {
             "course": str(grader.sandbox.course),
             "notebook": nb,
+            "exercise": grader.exercise,
             "files": grader._format_dest(meta["assignment"], meta["student"]),
             "student": meta["student"],
             "key": grader.key,
@@ -258,7 +259,17 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 class ContainedAutograde(Autograde):
-    """nbgrader's ``Autograde`` with restored cells and contained execution."""
+    """nbgrader's ``Autograde`` with restored cells and contained execution.
+
+    ``exercise`` has the names that the assignment asks to define; ``lock`` is held by the thread
+    that works in nbgrader.
+    """
+
+    sandbox: Sandbox
+    key: str
+    outcome: Outcome
+    lock: threading.Lock
+    exercise: list[str]
 
     def _init_preprocessors(self) -> None:
         restored = {OverwriteCells: [RestoreCells, OverwriteCells], Execute: [ContainedExecute]}

@@ -109,21 +109,16 @@ def imported_modules(cells: list[NotebookNode]) -> list[str]:
     return sorted(names - {"__future__"})
 
 
-def defined_in_solutions(cells: list[NotebookNode]) -> set[str]:
-    """Functions and classes that the solution cells define."""
-    return {
-        statement.name
-        for cell in cells
-        if nbgrader_of(cell).get("solution")
-        for statement in parsed(cell.source)
-        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-    }
+def defined(source: str) -> list[str]:
+    """Names of the functions and classes that a cell defines."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return [statement.name for statement in parsed(source) if isinstance(statement, kinds)]
 
 
-def shadowed_builtins(test: str, own: set[str]) -> list[str]:
+def used_builtins(test: str, exercise: list[str]) -> list[str]:
     """Builtins that a test uses by name, except those that the exercise itself asks to define."""
     used = {node.id for top in parsed(test) for node in ast.walk(top) if isinstance(node, ast.Name)}
-    return sorted((used & set(dir(builtins))) - own)
+    return sorted((used & set(dir(builtins))).difference(exercise))
 
 
 def with_proof(source: str, word: str) -> str:
@@ -306,8 +301,8 @@ class Watch(threading.Thread):
 def execute(job: dict[str, Any]) -> dict[str, Any]:
     """Run a submission; returns its ``notebook`` with outputs, ``flags``, and ``review``.
 
-    ``job`` has the notebook, the folder ``files`` that it may read, the student's id and key, and
-    the fields of a :class:`Sandbox`.
+    ``job`` has the notebook, the names that its ``exercise`` asks to define, the folder ``files``
+    that it may read, the student's id and key, and the fields of a :class:`Sandbox`.
     """
     notebook = nbformat.from_dict(job["notebook"])
     limits = Limits(**job["limits"])
@@ -322,7 +317,7 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
         with client.setup_kernel(env=environment(job, box), cwd=str(work)):
             watch.pid = client.km.provisioner.pid  # type: ignore[union-attr]
             watch.start()
-            run_cells(client, notebook, flags, watch)
+            run_cells(client, notebook, job["exercise"], flags, watch)
             watch.kill()  # before nbclient asks the kernel to end, which it need not obey
     except Exception as problem:
         ended = isinstance(problem, DeadKernelError)
@@ -339,10 +334,12 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
     return {"notebook": notebook, "flags": flags, "review": review}
 
 
-def run_cells(client: Client, notebook: NotebookNode, flags: list[str], watch: Watch) -> None:
+def run_cells(
+    client: Client, notebook: NotebookNode, exercise: list[str], flags: list[str], watch: Watch
+) -> None:
     """Run all cells in order. nbclient stores what it ran in its own notebook, in the one slot."""
     cells = notebook.cells
-    modules, setup, own = imported_modules(cells), locked_setup(cells), defined_in_solutions(cells)
+    modules, setup = imported_modules(cells), locked_setup(cells)
     limit, client.timeout = client.timeout, 60  # the first import of torch takes a while
     clean = fingerprint(client, modules, import_all(modules))
     client.timeout = limit
@@ -361,7 +358,7 @@ def run_cells(client: Client, notebook: NotebookNode, flags: list[str], watch: W
                 flags.append(f"a cell took longer than {client.timeout} s")
             continue
         if not tampered:
-            drop = shadowed_builtins(with_proof(cell.source, ""), own)
+            drop = used_builtins(with_proof(cell.source, ""), exercise)
             restore = f"for _cg_n in {drop!r}:\n    globals().pop(_cg_n, None)\n{setup}"
             tampered = changes(client, clean, modules, restore)
         if not tampered:
