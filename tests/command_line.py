@@ -9,13 +9,11 @@ from cpugrpo_edu import cli
 
 
 def invoke(*arguments):
-    """Mistakes are turned into sentences; return code, stdout, stderr."""
+    """Run the command in this process; return its exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            with cli.failing_clearly():
-                cli.app(list(map(str, arguments)), prog_name="cpugrpo")
-            code = 0
+            cli.main(list(map(str, arguments)))
         except SystemExit as end:
             code = end.code or 0
     return code, out.getvalue(), err.getvalue()

@@ -6,8 +6,6 @@ into an empty folder first; afterwards that folder must hold just these, unchang
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 from dataclasses import asdict
@@ -15,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import invoke
 from safetensors.torch import load_file, save_file
 
-from cpugrpo_edu import cli
 from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.run.config import RunConfig, plain
@@ -39,17 +37,6 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def invoke(arguments: list[str]) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.main(arguments)
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return code, out.getvalue(), err.getvalue()
-
-
 def tree(folder: Path) -> dict[str, bytes | None]:
     return {
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
@@ -67,7 +54,7 @@ def write_files(folder: Path, files: dict[str, str | bytes]) -> None:
 def refused(words: str, arguments: list[str], folder: Path) -> str:
     """Run the command in the folder and look at how it ended."""
     before = tree(folder)
-    code, out, err = invoke(arguments)
+    code, out, err = invoke(*arguments)
     assert code == 2, (code, out, err)
     assert out == "" and "Traceback" not in err, (out, err)
     sentences = [line for line in err.splitlines() if line.startswith("cpugrpo: ")]
@@ -165,26 +152,26 @@ SETTINGS: list[Case] = [
         ("learning rates", ["--lr", "nan"]),
         ("learning rates", ["--lr", "inf"]),
         ("learning rates", ["--lr", "1e-4,-1e-4,1e-4"]),
-        ("seed is -1", ["--seed", "-1"]),
-        ("seed is 99999999999999999999", ["--seed", "99999999999999999999"]),
-        ("unknown order 'random'", ["--order", "random"]),
-        ("unknown order ''", ["--order", ""]),
-        ("replay is 1.0", ["--replay", "1"]),
-        ("replay is -0.1", ["--replay", "-0.1"]),
-        ("replay is nan", ["--replay", "nan"]),
-        ("prompts_per_step is 0", ["--prompts-per-step", "0"]),
-        ("prompts_per_step is -4", ["--prompts-per-step", "-4"]),
-        ("num_generations is 1; give at least 2", ["--num-generations", "1"]),
-        ("num_generations is 0", ["--num-generations", "0"]),
-        ("num_generations is -8", ["--num-generations", "-8"]),
-        ("max_completion is 0", ["--max-completion", "0"]),
-        ("max_completion is -1", ["--max-completion", "-1"]),
-        ("temperature is 0.0", ["--temperature", "0"]),
-        ("temperature is -1.0", ["--temperature", "-1"]),
-        ("temperature is nan", ["--temperature", "nan"]),
-        ("temperature is inf", ["--temperature", "inf"]),
-        ("beta is -0.1", ["--beta", "-0.1"]),
-        ("beta is nan", ["--beta", "nan"]),
+        ("--seed is -1", ["--seed", "-1"]),
+        ("--seed is 99999999999999999999", ["--seed", "99999999999999999999"]),
+        ("unknown --order 'random'", ["--order", "random"]),
+        ("unknown --order ''", ["--order", ""]),
+        ("--replay is 1.0", ["--replay", "1"]),
+        ("--replay is -0.1", ["--replay", "-0.1"]),
+        ("--replay is nan", ["--replay", "nan"]),
+        ("--prompts-per-step is 0", ["--prompts-per-step", "0"]),
+        ("--prompts-per-step is -4", ["--prompts-per-step", "-4"]),
+        ("--num-generations is 1; give at least 2", ["--num-generations", "1"]),
+        ("--num-generations is 0", ["--num-generations", "0"]),
+        ("--num-generations is -8", ["--num-generations", "-8"]),
+        ("--max-completion is 0", ["--max-completion", "0"]),
+        ("--max-completion is -1", ["--max-completion", "-1"]),
+        ("--temperature is 0.0", ["--temperature", "0"]),
+        ("--temperature is -1.0", ["--temperature", "-1"]),
+        ("--temperature is nan", ["--temperature", "nan"]),
+        ("--temperature is inf", ["--temperature", "inf"]),
+        ("--beta is -0.1", ["--beta", "-0.1"]),
+        ("--beta is nan", ["--beta", "nan"]),
         ("unknown loss type 'ppo'", ["--loss-type", "ppo"]),
         ("unknown importance level 'word'", ["--importance-level", "word"]),
         ("cannot read the reward ''", ["--rewards", ""]),
@@ -197,34 +184,34 @@ SETTINGS: list[Case] = [
         ("all reward weights are zero", ["--rewards", "correct_answer=0"]),
         ("is given twice", ["--rewards", "correct_answer=1,correct_answer=1"]),
         ("cannot read the reward", ["--rewards", "correct_answer=1,"]),
-        ("lora_rank is -1", ["--lora", "-1"]),
-        ("unknown dtype 'float8'", ["--dtype", "float8"]),
-        ("unknown dtype ''", ["--dtype", ""]),
-        ("unknown kernel 'cuda'", ["--kernel", "cuda"]),
+        ("--lora is -1", ["--lora", "-1"]),
+        ("unknown --dtype 'float8'", ["--dtype", "float8"]),
+        ("unknown --dtype ''", ["--dtype", ""]),
+        ("unknown --kernel 'cuda'", ["--kernel", "cuda"]),
         ("leave out --no-int8-rollouts", ["--kernel", "compiled", "--no-int8-rollouts"]),
         ("add --lora", ["--dtype", "int8"]),
-        ("unknown checkpointing 'maybe'", ["--checkpointing", "maybe"]),
-        ("micro_batch is 0", ["--micro-batch", "0"]),
+        ("unknown --checkpointing 'maybe'", ["--checkpointing", "maybe"]),
+        ("--micro-batch is 0", ["--micro-batch", "0"]),
         ("a memory budget of '0'", ["--memory-budget", "0"]),
         ("a memory budget of '-2'", ["--memory-budget", "-2"]),
         ("a memory budget of 'nan'", ["--memory-budget", "nan"]),
         ("a memory budget of 'inf'", ["--memory-budget", "inf"]),
         ("a memory budget of 'much'", ["--memory-budget", "much"]),
         ("needs about", ["--memory-budget", "1MB"]),
-        ("threads is 0", ["--threads", "0"]),
-        ("threads is -3", ["--threads", "-3"]),
-        ("threads is 100000", ["--threads", "100000"]),
-        ("unknown engine 'warp'", ["--engine", "warp"]),
-        ("unknown fisher 'guess'", ["--fisher", "guess"]),
-        ("fisher_examples is -1", ["--fisher-examples", "-1"]),
-        ("ewc_strength is -1.0", ["--ewc", "-1"]),
-        ("ewc_strength is nan", ["--ewc", "nan"]),
-        ("ewc_strength is inf", ["--ewc", "inf"]),
-        ("per_cell is -1", ["--per-cell", "-1"]),
-        ("per_cell is 1000000", ["--per-cell", "1000000"]),
-        ("patience is -1", ["--patience", "-1"]),
-        ("save_minutes is -1.0", ["--save-minutes", "-1"]),
-        ("save_minutes is nan", ["--save-minutes", "nan"]),
+        ("--threads is 0", ["--threads", "0"]),
+        ("--threads is -3", ["--threads", "-3"]),
+        ("--threads is 100000", ["--threads", "100000"]),
+        ("unknown --engine 'warp'", ["--engine", "warp"]),
+        ("unknown --fisher 'guess'", ["--fisher", "guess"]),
+        ("--fisher-examples is -1", ["--fisher-examples", "-1"]),
+        ("--ewc is -1.0", ["--ewc", "-1"]),
+        ("--ewc is nan", ["--ewc", "nan"]),
+        ("--ewc is inf", ["--ewc", "inf"]),
+        ("--per-cell is -1", ["--per-cell", "-1"]),
+        ("--per-cell is 1000000", ["--per-cell", "1000000"]),
+        ("--patience is -1", ["--patience", "-1"]),
+        ("--save-minutes is -1.0", ["--save-minutes", "-1"]),
+        ("--save-minutes is nan", ["--save-minutes", "nan"]),
         ("unknown domains poetry", ["--domains", "poetry"]),
         ("unknown domains poetry", ["--domains", "lists,poetry"]),
         ("unknown domains", ["--domains", ""]),
@@ -426,22 +413,22 @@ OTHERS: list[Case] = [
     ("the prompt is empty", ["generate", ""], {}),
     ("the prompt is empty", ["generate", " \n"], {}),
     ("--n is 0", ["generate", "a", "--n", "0"], {}),
-    ("temperature is -1.0", ["generate", "a", "--model", "TINY", "--temperature", "-1"], {}),
-    ("temperature is nan", ["generate", "a", "--model", "TINY", "--temperature", "nan"], {}),
-    ("max_new_tokens is 0", ["generate", "a", "--model", "TINY", "--max-completion", "0"], {}),
-    ("seed is -1", ["generate", "a", "--model", "TINY", "--seed", "-1"], {}),
+    ("--temperature is -1.0", ["generate", "a", "--model", "TINY", "--temperature", "-1"], {}),
+    ("--temperature is nan", ["generate", "a", "--model", "TINY", "--temperature", "nan"], {}),
+    ("--max-completion is 0", ["generate", "a", "--model", "TINY", "--max-completion", "0"], {}),
+    ("--seed is -1", ["generate", "a", "--model", "TINY", "--seed", "-1"], {}),
     ("no model folder at ./nowhere", ["generate", "a", "--model", "./nowhere"], {}),
     ("--per-cell is 0", ["evaluate", "--per-cell", "0"], {}),
     ("already exists", ["evaluate", "--output", "kept.json.gz"], {"kept.json.gz": "mine"}),
     ("already exists", ["evaluate", "--output", "kept/x.json.gz"], {"kept": "a file"}),
     ("nowhere.jsonl", ["evaluate", "--data", "nowhere.jsonl"], {}),
     (
-        "temperature is -1.0",
+        "--temperature is -1.0",
         ["evaluate", "-q", "--model", "TINY", "--per-cell", "1", "--temperature", "-1"],
         {},
     ),
     (
-        "max_new_tokens is 0",
+        "--max-completion is 0",
         ["evaluate", "-q", "--model", "TINY", "--per-cell", "1", "--max-completion", "0"],
         {},
     ),
@@ -449,12 +436,12 @@ OTHERS: list[Case] = [
     ("--memory-gib is -1.0", ["models", "--memory-gib", "-1"], {}),
     ("--memory-gib is nan", ["models", "--memory-gib", "nan"], {}),
     ("--memory-gib is inf", ["models", "--memory-gib", "inf"], {}),
-    ("steps is 0", ["pretrain", "-q", "--steps", "0"], {}),
-    ("steps is -1", ["pretrain", "-q", "--steps", "-1"], {}),
-    ("layers is 0", ["pretrain", "-q", "--layers", "0", "--steps", "1"], {}),
+    ("--steps is 0", ["pretrain", "-q", "--steps", "0"], {}),
+    ("--steps is -1", ["pretrain", "-q", "--steps", "-1"], {}),
+    ("--layers is 0", ["pretrain", "-q", "--layers", "0", "--steps", "1"], {}),
     ("hidden is 7", ["pretrain", "-q", "--hidden", "7", "--steps", "1"], {}),
-    ("hidden is 0", ["pretrain", "-q", "--hidden", "0", "--steps", "1"], {}),
-    ("per_cell is 0", ["pretrain", "-q", "--per-cell", "0", "--steps", "1"], {}),
+    ("--hidden is 0", ["pretrain", "-q", "--hidden", "0", "--steps", "1"], {}),
+    ("--per-cell is 0", ["pretrain", "-q", "--per-cell", "0", "--steps", "1"], {}),
     ("already", ["pretrain", "-q", "--output", "old", "--steps", "1"], {"old/config.json": "{}"}),
     ("already exists", ["pretrain", "-q", "--output", "old", "--steps", "1"], {"old": "a file"}),
     ("unknown workload 'b7'", ["bench", "b1", "--workload", "b7"], {}),
@@ -513,7 +500,7 @@ FOLDERS: list[Case] = [
     ("already exists and is not empty", ["run", "-q", "--output", "."], {"x": "mine"}),
     ("File name too long", ["run", "-q", "--output", "x" * 300], {}),
     *[
-        ("is no state of a run", RESUME, {"out/state.json": content})
+        ("is not the state of a run", RESUME, {"out/state.json": content})
         for content in (
             "",
             "{",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -18,6 +20,8 @@ from cpugrpo_edu.engine.sizes import models_that_fit
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab import estimate
 from cpugrpo_edu.rewards import REWARDS
+from cpugrpo_edu.run.config import flag_of
+from cpugrpo_edu.run.pause import Interrupted
 
 COMMANDS = ("doctor", "run", "evaluate", "generate", "report", "pretrain", "models")
 
@@ -117,7 +121,7 @@ def test_models():
     assert code == 0 and rows["TinyLlama-1.1B-Chat"] == "too big"
     code, out, _ = invoke("models", "--memory-gib", 64)
     assert code == 0 and "64.0 GiB" in out
-    assert "Invalid value for '--memory-gib'" in refused("models", "--memory-gib", 0)
+    assert "--memory-gib is 0.0; give at least 0.01" in refused("models", "--memory-gib", 0)
 
 
 # Generating and evaluating
@@ -141,9 +145,9 @@ def test_generate(tiny_folder):
     ("arguments", "words"),
     [
         (["  "], "the prompt is empty"),
-        (["a", "--n", 0], "Invalid value for '--n': Input should be greater than or equal to 1"),
-        (["a", "--temperature", -1], "Invalid value for '--temperature'"),
-        (["a", "--max-completion", 0], "Invalid value for '--max-completion'"),
+        (["a", "--n", 0], "--n is 0; give at least 1"),
+        (["a", "--temperature", -1], "--temperature is -1.0"),
+        (["a", "--max-completion", 0], "--max-completion is 0"),
         (["a", "--model", "./nowhere"], "no model folder at ./nowhere"),
     ],
 )
@@ -162,7 +166,7 @@ def test_evaluate(tiny_folder, tmp_path):
     assert kept.read_bytes() == before
     code, out, _ = invoke(*common, "--int8")
     assert code == 0 and "INT8" in out and "Overall 0.0 (0.0–24.2), 12" in out
-    assert "Invalid value for '--per-cell'" in refused("evaluate", "--model", tiny_folder, "--per-cell", -1)
+    assert "--per-cell is -1" in refused("evaluate", "--model", tiny_folder, "--per-cell", -1)
 
 
 # Runs
@@ -220,7 +224,7 @@ def test_an_interrupted_run_says_how_to_go_on(tiny_run, tmp_path, monkeypatch):
         (["--model", "./nowhere"], "no model folder at ./nowhere"),
         (["--domains", "lists,poetry"], "unknown domains poetry"),
         (["--num-generations", 1], "--num-generations is 1; give at least 2"),
-        (["--threads", 0], "threads"),
+        (["--threads", 0], "--threads is 0"),
         (["--memory-budget", -1], "memory budget"),
         (["--data", "./nowhere.jsonl"], "nowhere.jsonl"),
         (["--verifier", "judge.py:judge"], "--data"),
@@ -324,8 +328,6 @@ def test_models_show_what_a_step_takes(monkeypatch):
     ],
 )
 def test_profiles_and_what_counts_more(monkeypatch, tmp_path, arguments, expected):
-    from cpugrpo_edu.run.pipeline import Interrupted
-
     asked = []
 
     def stop(config, folder, **named):
@@ -339,6 +341,51 @@ def test_profiles_and_what_counts_more(monkeypatch, tmp_path, arguments, expecte
         assert getattr(asked[0], name) == value
 
 
+def test_every_setting_has_a_flag_that_reaches_the_run(monkeypatch, tmp_path):
+    asked = []
+
+    def stop(config, folder, **named):
+        asked.append(config)
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr("cpugrpo_edu.run.pipeline.run", stop)
+    given = {
+        "model": "a/b", "seed": 1, "data": "c", "verifier": "d", "domains": ("lists", "parity"),
+        "system": "e", "order": "mixed", "steps": (1, 2, 3), "learning_rates": (0.1, 0.1, 0.1),
+        "replay": 0.5, "prompts_per_step": 2, "num_generations": 3, "max_completion": 4,
+        "temperature": 0.5, "beta": 0.25, "loss_type": "grpo", "importance_level": "sequence",
+        "epsilon": 0.125, "rewards": "good_format=1", "patience": 5, "lora_rank": 6,
+        "dtype": "bfloat16", "kernel": "compiled", "checkpointing": "off", "micro_batch": 7,
+        "memory_budget_gib": 3.5, "cleanup": False, "threads": 1, "engine": "generate",
+        "int8_rollouts": True, "int8_evaluation": False, "importance_correction": False,
+        "share_prefix": False, "fisher": "exact", "fisher_examples": 8, "ewc_strength": 0.75,
+        "ewc_decay": 0.5, "per_cell": 9, "save_minutes": 2.0,
+    }  # fmt: skip
+    written = {"learning_rates": "0.1", "memory_budget_gib": "3.5GiB"}
+    arguments = []
+    for name, value in given.items():
+        flag = flag_of(name)
+        if isinstance(value, bool):
+            arguments.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            arguments += [flag, written.get(name, text)]
+    assert invoke("run", "--quiet", "--output", tmp_path, *arguments)[0] == 130
+    assert dataclasses.asdict(asked[0]) == given
+
+
+def test_every_command_knows_json_and_quiet():
+    def commands(group):
+        for command in group.registered_commands:
+            yield inspect.signature(command.callback).parameters
+        for each in group.registered_groups:
+            if each.name != "assign":
+                yield from commands(each.typer_instance)
+
+    found = list(commands(cli.app))
+    assert len(found) > 15 and all({"as_json", "quiet"} <= set(names) for names in found)
+
+
 def test_an_unknown_profile():
     assert "unknown --profile 'hasty'; allowed are balanced, fast, frugal" in refused(
         "run", "--profile", "hasty"
@@ -349,4 +396,4 @@ def test_export_and_checkpoints_of_a_folder_that_holds_no_run(tmp_path):
     assert "cannot read a run record" in refused("export", tmp_path)
     assert "cannot export to 'pickle'" in refused("export", tmp_path, "--to", "pickle")
     assert "holds no run" in refused("checkpoints", "list", tmp_path)
-    assert "Invalid value for '--keep'" in refused("checkpoints", "prune", tmp_path, "--keep", 0)
+    assert "--keep is 0" in refused("checkpoints", "prune", tmp_path, "--keep", 0)

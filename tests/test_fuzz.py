@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cpugrpo_edu.cli import comma_numbers
+from cpugrpo_edu.cli.settings import three_numbers
 from cpugrpo_edu.curriculum import make_stages
 from cpugrpo_edu.data import Episode, Evaluation, Problem
 from cpugrpo_edu.engine.memory import parse_bytes
@@ -112,7 +112,7 @@ def test_data_files_of_any_bytes(tmp_path, content, suffix):
 @example("-" * 5000)
 def test_flags_of_any_text(text):
     for kind in (int, float):
-        read = result(comma_numbers, text, kind, "--steps")
+        read = result(three_numbers, text, kind, "--steps")
         assert isinstance(read, UserError) or len(read) == 3
     size = result(parse_bytes, text)
     assert isinstance(size, UserError) or size >= 0

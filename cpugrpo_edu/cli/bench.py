@@ -1,0 +1,207 @@
+"""``cpugrpo bench``: time and memory, beside peers and the machine's floors."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cpugrpo_edu.cli.command import Call, app, command, group, within
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.run_record import RunRecord
+
+bench = group("Time and memory on a 494M-parameter model, beside peers and the machine's floors.")
+app.add_typer(bench, name="bench")
+
+Record = Annotated[Path | None, typer.Option("--output", help="Where to write the record.")]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder for the random model (3 GB), made on first use.")
+]
+Steps = Annotated[
+    int | None, typer.Option(help="Steps per stage, instead of the workload's.", callback=within(1))
+]
+
+
+def comma_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def workload_of(name: str, steps: int | None = None) -> Any:
+    from cpugrpo_edu.lab.workload import WORKLOADS
+
+    if name not in WORKLOADS:
+        raise UserError(f"unknown workload {name!r}; allowed are {', '.join(WORKLOADS)}")
+    workload = WORKLOADS[name]
+    return workload if steps is None else replace(workload, steps=steps)
+
+
+def give(
+    call: Call,
+    record: RunRecord,
+    path: Path | None,
+    header: list[str],
+    rows: list[list[str]],
+    *more: str,
+) -> None:
+    """Write a benchmark's record, and print it or its table and what comes after that."""
+    from cpugrpo_edu.record.markdown import markdown_table
+
+    if path is not None:
+        record.save(path)
+        call.say(f"record: {path}")
+    call.give(asdict(record), markdown_table(header, rows), *more)
+
+
+@command(bench, "machine")
+def bench_machine(call: Call, output: Record = None) -> None:
+    """Measure what this machine can do at best: arithmetic and memory."""
+    from cpugrpo_edu.lab import bench as lab
+
+    record = lab.bench_machine()
+    rows = [[name, f"{value:.1f}"] for name, value in record.results["floors"].items()]
+    give(call, record, output, ["Floor", "Value"], rows)
+
+
+@command(bench, "b1")
+def bench_b1_command(
+    call: Call,
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="stock, stock-lora, ours-full, separated by commas; ours-compiled is added "
+            "where it can be compiled."
+        ),
+    ] = "",
+    workload: Annotated[str, typer.Option(help="b1, b2 (10 steps a stage) or b3 (G = 8).")] = "b1",
+    steps: Steps = None,
+    peer_steps: Annotated[int, typer.Option(help="Steps of each peer.", callback=within(1))] = 3,
+    cache: Cache = None,
+    output: Record = None,
+) -> None:
+    """Three stages of GRPO on the 494M-parameter shape: seconds, memory, ratios, floor.
+
+    Example: `cpugrpo bench b1 --peers stock,stock-lora`
+    """
+    from cpugrpo_edu.engine import c_kernel
+    from cpugrpo_edu.lab.bench import bench_b1
+
+    names = comma_names(peers)
+    shape = workload_of(workload, steps)
+    if "ours-compiled" not in names:
+        if c_kernel.available():
+            names = (*names, "ours-compiled")
+        else:
+            call.say(f"no compiled kernel here: {c_kernel.library()[1]}")
+    give_b1(call, bench_b1(shape, names, peer_steps, folder=cache, say=call.say), output)
+
+
+def give_b1(call: Call, record: RunRecord, output: Path | None) -> None:
+    """Give the record; exit with 1 if one of our own variants did not train."""
+    from cpugrpo_edu.lab.tables import B1_HEADER, b1_rows, fallback_note
+
+    give(call, record, output, B1_HEADER, b1_rows(record))
+    if note := fallback_note(record):
+        print(note, file=sys.stderr)
+    everyone = {"ours": record.results["ours"], **record.results["peers"]}
+    for name, result in everyone.items():
+        if not result.get("weights_changed", {"changed": True})["changed"]:
+            print(
+                f"cpugrpo: the weights of {name} did not change: no training took place",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
+
+
+@command(bench, "peers")
+def bench_peers(call: Call, cache: Cache = None, output: Record = None) -> None:
+    """Run `bench b1` with every peer."""
+    from cpugrpo_edu.lab.bench import PEERS, bench_b1
+
+    record = bench_b1(workload_of("b1"), tuple(PEERS), folder=cache, say=call.say)
+    give_b1(call, record, output)
+
+
+@command(bench, "ablate")
+def bench_ablate_command(
+    call: Call, steps: Steps = 3, cache: Cache = None, output: Record = None
+) -> None:
+    """What each fast path is worth: one stage of B1 with one of them off at a time."""
+    from cpugrpo_edu.lab.bench import bench_ablate
+    from cpugrpo_edu.lab.tables import ABLATE_HEADER, ablate_rows
+
+    record = bench_ablate(workload_of("b1", steps), folder=cache, say=call.say)
+    give(call, record, output, ABLATE_HEADER, ablate_rows(record))
+
+
+@command(bench, "rollout")
+def bench_rollout_command(
+    call: Call,
+    peers: Annotated[
+        str, typer.Option(help="llama.cpp and continuous, separated by commas; default: none.")
+    ] = "",
+    cache: Cache = None,
+    output: Record = None,
+) -> None:
+    """Tokens per second of the rollout engines on the 494M-parameter shape, for G = 2 and 8.
+
+    Example: `cpugrpo bench rollout --peers llama.cpp,continuous`
+    """
+    from cpugrpo_edu.lab.bench import bench_rollout
+    from cpugrpo_edu.lab.tables import ROLLOUT_HEADER, rollout_rows
+
+    record = bench_rollout(workload_of("b1"), comma_names(peers), folder=cache, say=call.say)
+    give(call, record, output, ROLLOUT_HEADER, rollout_rows(record))
+
+
+@command(bench, "sweep")
+def bench_sweep_command(call: Call, cache: Cache = None, output: Record = None) -> None:
+    """GRPO steps over G, completion length, layers and models, and the cost model fitted to them.
+
+    It takes some minutes; an interrupted sweep resumes where it stopped. `cpugrpo models` and
+    `cpugrpo run` predict from the record.
+
+    Example: `cpugrpo bench sweep --output records/bench-sweep.json`
+    """
+    from cpugrpo_edu.lab import tables
+    from cpugrpo_edu.lab.sweep import bench_sweep
+    from cpugrpo_edu.record.markdown import markdown_table
+
+    record = bench_sweep(folder=cache, say=call.say)
+    header, rows = tables.SWEEP_HEADER, tables.sweep_rows(record)
+    costs = markdown_table(tables.COEFFICIENT_HEADER, tables.coefficient_rows(record))
+    give(call, record, output, header, rows, f"\n{costs}", f"\n{tables.sweep_summary(record)}")
+
+
+@command(bench, "train")
+def bench_train(call: Call, output: Record = None) -> None:
+    """Steps of the bundled model's default run with each rollout engine."""
+    from cpugrpo_edu.lab import bench as lab
+    from cpugrpo_edu.lab.tables import TRAIN_HEADER, train_rows
+
+    record = lab.bench_train(say=call.say)
+    give(call, record, output, TRAIN_HEADER, train_rows(record))
+
+
+@command(bench, "plot")
+def bench_plot(
+    call: Call,
+    record: Annotated[Path, typer.Argument(help="A record that a bench command wrote.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The picture (.png); default: next to the record.")
+    ] = None,
+) -> None:
+    """Draw a benchmark's record, and describe the picture in words.
+
+    Example: `cpugrpo bench plot records/bench-b1.json`
+    """
+    from cpugrpo_edu.lab.bench_plots import plot_record
+
+    plot = plot_record(RunRecord.load(record))
+    path = output or record.with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(plot.png())
+    call.say(f"picture: {path}")
+    call.give({"picture": str(path), "alt": plot.alt}, plot.alt)

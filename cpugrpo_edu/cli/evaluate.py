@@ -1,0 +1,130 @@
+"""``cpugrpo evaluate`` and ``cpugrpo generate``: ask a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from cpugrpo_edu.cli.command import Call, Model, app, command, table, within
+from cpugrpo_edu.data import DIFFICULTIES, Problem
+from cpugrpo_edu.engine import hardware
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.files import check_output_folder
+from cpugrpo_edu.run.config import RunConfig
+
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", callback=within(0))]
+Longest = Annotated[int, typer.Option(help="Longest completion, in tokens.", callback=within(1))]
+Seed = Annotated[
+    int,
+    typer.Option(
+        help="Seed of sampling, if the temperature is not 0.", callback=within(0, 2**31 - 1)
+    ),
+]
+
+
+@command(app)
+def evaluate(
+    call: Call,
+    model: Model = "bundled",
+    per_cell: Annotated[
+        int, typer.Option(help="Problems per domain and difficulty.", callback=within(1))
+    ] = 100,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    data: Annotated[str, typer.Option(help="generated, or data as for run.")] = "generated",
+    verifier: Annotated[str | None, typer.Option(help="path/to/file.py:function.")] = None,
+    int8: Annotated[bool, typer.Option(help="Evaluate an INT8 copy.")] = False,
+    max_completion: Longest = 128,
+    output: Annotated[Path | None, typer.Option(help="Save every item (.json.gz).")] = None,
+) -> None:
+    """Measure a model on held-out problems, with 95 % Wilson intervals.
+
+    Example: `cpugrpo evaluate --model runs/first/model --per-cell 300`
+    """
+    hardware.configure_threads()
+    from cpugrpo_edu.engine.int8 import quantize_for_rollout
+    from cpugrpo_edu.evaluate import evaluate as measure
+    from cpugrpo_edu.models.load import check_policy, load_policy
+    from cpugrpo_edu.record.evaluations import save_evaluation
+    from cpugrpo_edu.record.stats import accuracy_table
+    from cpugrpo_edu.run.data import load_data
+    from cpugrpo_edu.sample import Sampling
+    from cpugrpo_edu.show.progress import ProgressDisplay
+
+    sampling = Sampling(max_completion, temperature, seed=seed)
+    if output is not None:
+        check_output_folder(output.parent)
+        if output.exists():
+            raise UserError(f"{output} already exists; give another --output")
+    _, problems = load_data(RunConfig(data=data, verifier=verifier, per_cell=per_cell))
+    policy = load_policy(model)
+    check_policy(policy)
+    if int8:
+        policy = replace(policy, model=quantize_for_rollout(policy.model))
+    with ProgressDisplay(quiet=call.quiet) as display:
+        bar = display.counter("evaluate", len(problems))
+        label = f"{model}, INT8" if int8 else model
+        result = measure(policy, problems, label, sampling, bar)
+    if output is not None:
+        save_evaluation(result, output)
+    found = accuracy_table(result)
+    overall = f"Overall {accuracy_text(found['overall'])}; {result.seconds:.1f} s"
+    call.give(found, accuracies(label, found), overall)
+
+
+def accuracy_text(row: dict[str, Any] | None) -> str:
+    """Accuracy and interval in percent, and the number of problems."""
+    if row is None:
+        return "–"
+    low, high = 100 * row["low"], 100 * row["high"]
+    return f"{100 * row['accuracy']:.1f} ({low:.1f}–{high:.1f}), {row['n']}"
+
+
+def accuracies(label: str, found: dict[str, Any]) -> Table:
+    names = [name for name in DIFFICULTIES if name in found["by_difficulty"]]
+    cells = {**found["cells"], "all": found["by_difficulty"]}
+    return table(
+        f"{label}: exact match in % (95 % Wilson interval), n per cell",
+        ["Domain", *names],
+        [[domain, *(accuracy_text(row.get(n)) for n in names)] for domain, row in cells.items()],
+    )
+
+
+@command(app)
+def generate(
+    call: Call,
+    prompt: Annotated[str, typer.Argument(help="The question for the model.")],
+    model: Model = "bundled",
+    n: Annotated[int, typer.Option(help="How many completions.", callback=within(1))] = 1,
+    temperature: Temperature = 0.0,
+    max_completion: Longest = 128,
+    seed: Seed = 0,
+) -> None:
+    """Try a prompt.
+
+    Example: `cpugrpo generate "Compute 12+7-5." --n 4 --temperature 1`
+    """
+    hardware.configure_threads()
+    from cpugrpo_edu.models.load import check_policy, load_policy
+    from cpugrpo_edu.sample import Sampling, rollout
+
+    if not prompt.strip():
+        raise UserError("the prompt is empty; give a question in quotes")
+    sampling = Sampling(max_completion, temperature, seed=seed)
+    policy = load_policy(model)
+    check_policy(policy)
+    [group] = rollout(policy, [Problem("prompt", "", "", prompt, answer="")], n, sampling)
+    found = [
+        {
+            "text": episode.text,
+            "log_prob": sum(episode.logprobs),
+            "tokens": len(episode.completion_ids),
+            "finished": episode.finished,
+        }
+        for episode in group.episodes
+    ]
+    call.give(found, "\n\n".join(episode.text for episode in group.episodes))

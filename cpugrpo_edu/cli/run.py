@@ -1,0 +1,181 @@
+"""``cpugrpo run``: its options are the fields of ``RunConfig``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+from cpugrpo_edu.cli.command import Call, app, command, within
+from cpugrpo_edu.cli.settings import with_settings
+from cpugrpo_edu.engine import hardware
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.machine import usable_cores
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.run.config import RunConfig, check_settings
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "balanced": {},
+    # recompute activations only where they would not fit
+    "fast": {"checkpointing": "auto"},
+    # leave the machine to others: one thread, little memory at a time, checkpoints more often
+    "frugal": {"threads": 1, "checkpointing": "on", "micro_batch": 4, "save_minutes": 0.5},
+}
+"""Settings of ``cpugrpo run --profile``; an option given beside it takes precedence."""
+
+
+@command(app)
+@with_settings
+def run(
+    call: Call,
+    context: typer.Context,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default: runs/TIME-seedN.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Resume the run in --output.")] = False,
+    profile: Annotated[
+        str, typer.Option(help="balanced, fast (more memory) or frugal (less, one thread).")
+    ] = "balanced",
+    nproc: Annotated[
+        int,
+        typer.Option(
+            help="Processes on this machine that share each step's prompts.",
+            callback=within(1, 1024),
+        ),
+    ] = 1,
+    report_to: Annotated[
+        str, typer.Option(help="none, tensorboard or wandb, besides metrics.jsonl.")
+    ] = "none",
+    **settings: Any,
+) -> None:
+    """Train a model with GRPO in three stages and measure what changed.
+
+    Examples:
+
+    `cpugrpo run` trains the bundled model in about a minute and evaluates it in another.
+
+    `cpugrpo run --seed 1 --ewc 0 --output runs/no-ewc`
+
+    `cpugrpo run --model Qwen/Qwen2-0.5B-Instruct --lora 16 --dtype int8 --data openai/gsm8k`
+    """
+    if profile not in PROFILES:
+        raise UserError(f"unknown --profile {profile!r}; allowed are {', '.join(PROFILES)}")
+    if resume and output is None:
+        raise UserError("--resume needs the --output folder of the interrupted run")
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = with_threads({**PROFILES[profile], **given}, output if resume else None, nproc)
+
+    from cpugrpo_edu.engine import ranks
+
+    launching = nproc > 1 and not ranks.joined()
+    ranks.join()
+    default = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed}"
+    folder = ranks.gather(output or default)[0]
+    if ranks.is_main() and ranks.LAUNCHED not in os.environ and not call.quiet:
+        from cpugrpo_edu.lab.estimate import estimate_text
+
+        call.say(estimate_text(config))
+    go_on = f"resume with the same command and --resume --output {folder}"
+    if launching:
+        ranks.prompts_per_process(config.prompts_per_step, nproc)
+        same_folder = [] if output else ["--output", str(folder)]
+        raise SystemExit(ranks.launch(nproc, [*context.obj, *same_folder], go_on))
+    record = train(call, config, folder, resume, report_to, go_on)
+    if ranks.is_main():
+        give_results(call, record, folder)
+
+
+def with_threads(settings: dict[str, Any], resumed: Path | None, nproc: int) -> RunConfig:
+    """The run's configuration, with torch given its threads.
+
+    Where no number was asked for, a resumed run keeps its own, and a new one takes what is
+    fastest here.
+    """
+    if "memory_budget_gib" in settings:  # pages of 2 MiB would round every tensor up
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
+    config = RunConfig(**settings)
+    check_settings(config)
+    hardware.configure_threads(config.threads)  # loads torch, which reads the environment
+    from cpugrpo_edu.engine import ranks
+
+    if config.threads is not None or nproc > 1 or ranks.joined():
+        return config
+    threads = threads_of(resumed) if resumed else fewer_threads(config.model)
+    return replace(config, threads=threads)
+
+
+def fewer_threads(model: str) -> int | None:
+    """Threads to use where fewer than all cores are faster, measured once; else None."""
+    from cpugrpo_edu.engine.threads import fastest_threads
+
+    try:
+        threads = fastest_threads(model)
+    except UserError:  # no model at all: the run itself will complain
+        return None
+    return threads if threads < usable_cores() else None
+
+
+def threads_of(folder: Path) -> int | None:
+    """The threads that the run in a folder was started with; None means all cores."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        found = state["config"]["threads"]
+        return found if isinstance(found, int) else None
+    return None
+
+
+def train(
+    call: Call, config: RunConfig, folder: Path, resume: bool, report_to: str, go_on: str
+) -> RunRecord:
+    """The run itself. One that was stopped says how to go on, and exits."""
+    from cpugrpo_edu.engine import ranks
+    from cpugrpo_edu.run import pipeline
+    from cpugrpo_edu.run.pause import Interrupted
+    from cpugrpo_edu.show.progress import ProgressDisplay
+
+    try:
+        return pipeline.run(
+            config,
+            folder,
+            resume=resume,
+            display=ProgressDisplay(quiet=call.quiet or not ranks.is_main()),
+            started=psutil.Process().create_time(),
+            report_to=report_to,
+        )
+    except (Interrupted, KeyboardInterrupt) as error:
+        if ranks.is_main():
+            reason = str(error) or "interrupted"
+            print(f"cpugrpo: {reason}; saved. {go_on[0].upper()}{go_on[1:]}", file=sys.stderr)
+        raise SystemExit(130) from error
+    except RuntimeError as error:
+        if not ranks.lost_peer(error):
+            raise
+        if ranks.LAUNCHED not in os.environ:
+            print(
+                "cpugrpo: another process of this run has disappeared, so this one stops too; "
+                f"what was complete is saved, {go_on}",
+                file=sys.stderr,
+            )
+        raise SystemExit(1) from error
+
+
+def give_results(call: Call, record: RunRecord, folder: Path) -> None:
+    from cpugrpo_edu.show.report import headline
+
+    data = {
+        "record": str(folder / "record.json"),
+        "report": str(folder / "report.html"),
+        "model": str(folder / "model"),
+        "seconds": record.results["seconds"],
+        "headline": headline(record),
+    }
+    text = f"{data['headline']}\nReport: {data['report']}\nRecord: {data['record']}"
+    call.give(data, text)

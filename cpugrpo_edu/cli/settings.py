@@ -1,0 +1,87 @@
+"""One option for each field of ``RunConfig``: its flag, type, default and help."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from cpugrpo_edu.engine.memory import parse_bytes
+from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.machine import GIB
+from cpugrpo_edu.run.config import RunConfig, flag_of
+
+
+def with_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's ``**settings`` by one option for each field.
+
+    The default of every option is None, "not given", so that a profile can set it; --help shows
+    the field's own.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    hints = get_type_hints(RunConfig)
+    for field in fields(RunConfig):
+        flag = flag_of(field.name)
+        kind, convert = reading(field.name, hints[field.name])
+        option = typer.Option(
+            f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+            help=field.metadata["help"],
+            show_default=shown(field.default),
+            callback=convert,
+        )
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return function
+
+
+def reading(name: str, hint: Any) -> tuple[type, Callable[[str | None], Any] | None]:
+    """The type that typer reads, and what makes the field's value of the text it reads."""
+    if name == "memory_budget_gib":
+        return str, lambda text: text and parse_bytes(text) / GIB
+    if get_origin(hint) is tuple:
+        kind = get_args(hint)[0]
+        if kind is str:
+            return str, lambda text: text if text is None else comma_names(text)
+        return str, lambda text: text if text is None else three_numbers(text, kind, flag_of(name))
+    for kind in (bool, int, float):
+        if kind in (hint, *get_args(hint)):
+            return kind, None
+    return str, None
+
+
+def shown(default: Any) -> str | bool:
+    """A default as the user would type it; False where there is none to show."""
+    if default is None:
+        return False
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def comma_names(text: str) -> tuple[str, ...]:
+    """Read ``lists, parity``; an empty name stays, so that the check of the names refuses it."""
+    return tuple(part.strip() for part in text.split(","))
+
+
+def three_numbers(text: str, kind: type, flag: str) -> tuple[Any, Any, Any]:
+    """Read ``16`` or ``16,16,16`` into three numbers."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) == 1:
+        values *= 3
+    if len(values) != 3:
+        raise UserError(f"cannot read {flag} {text!r}; give one number or three, such as 16,16,16")
+    return values[0], values[1], values[2]
