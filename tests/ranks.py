@@ -47,18 +47,20 @@ CASES = {
 class SameForEveryone(CPUGRPOTrainer):
     """Draws a prompt's completions from a seed of the prompt's own; keeps the gradient."""
 
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        ids, log_probs = [], []
-        for i in range(0, len(prompt_ids), GROUP):
-            block = prompt_ids[i : i + GROUP]
-            self.prompt_seed = zlib.crc32(repr(block[0]).encode())
-            new = super()._generate_single_turn(block, *args, **kwargs)
-            for tokens, values in zip(*new, strict=True):  # a random model seldom ends by itself
+    def rollout(self, prompts):
+        whole = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
+        for i in range(0, len(prompts), GROUP):
+            block = prompts[i : i + GROUP]
+            self.prompt_seed = zlib.crc32(repr(self.encode(block[0])).encode())
+            new = super().rollout(block)
+            whole["prompt_ids"] += new["prompt_ids"]
+            for tokens, values in zip(new["completion_ids"], new["logprobs"], strict=True):
+                # a random model seldom ends by itself
                 end = 1 + zlib.crc32(repr(tokens).encode()) % len(tokens)
-                ids.append(tokens[:end])
-                log_probs.append(values[:end])
-        self.tokens = sum(map(len, ids))
-        return ids, log_probs
+                whole["completion_ids"].append(tokens[:end])
+                whole["logprobs"].append(values[:end])
+        self.tokens = sum(map(len, whole["completion_ids"]))
+        return whole
 
     def rollout_seed(self):
         return self.prompt_seed

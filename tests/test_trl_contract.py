@@ -35,10 +35,6 @@ def test_version():
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        (
-            "_generate_single_turn",
-            ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
-        ),
         ("_prepare_inputs", ["generation_batch"]),
         ("_get_train_sampler", ["dataset"]),
         ("_compute_loss", ["model", "inputs"]),
@@ -46,6 +42,8 @@ def test_version():
         ("_generate_and_score_completions", ["inputs"]),
         ("training_step", ["model", "inputs", "num_items_in_batch"]),
         ("_calculate_rewards", ["inputs", "prompts", "completions", "completion_ids_list"]),
+        ("log", ["logs", "start_time"]),
+        ("train", ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
     ],
 )
 def test_signatures(method, expected):
@@ -219,13 +217,33 @@ def test_log_probs_entropy_and_kl_equal_trl(tmp_path):
     assert torch.allclose(k3, d.exp() - d - 1, atol=1e-6)
 
 
+def test_rollouts_can_be_ours(tmp_path):
+    """TRL hands over every prompt as often as it wants completions, and keeps the log-probs."""
+    asked = []
+
+    def rollout(prompts, trainer):
+        asked.append((prompts, trainer))
+        return {"prompt_ids": [[3]] * 8, "completion_ids": [[4, 5]] * 8, "logprobs": [[-1, -2]] * 8}
+
+    trainer = tiny_trainer(tmp_path)
+    trainer.rollout_func = rollout
+    prompts = ["ab"] * 4 + ["cd"] * 4
+    batch = trainer._generate_and_score_completions([{"prompt": p} for p in prompts])
+    assert asked == [(prompts, trainer)]
+    assert batch["prompt_ids"].tolist() == [[3]] * 8
+    assert batch["completion_ids"].tolist() == [[4, 5]] * 8
+    assert batch["sampling_per_token_logps"].tolist() == [[-1, -2]] * 8
+    assert "old_per_token_logps" not in batch  # so the ratio would be 1
+
+
 def test_trainer_attributes(tmp_path):
     trainer = tiny_trainer(tmp_path)
     assert trainer._step == 0
     assert trainer._buffered_inputs is None
     trainer._metrics["train"]["contract"].append(1.0)  # {mode: {name: [values]}}
     assert trainer._metrics["train"]["contract"] == [1.0]
-    trainer._step = 0
+    assert trainer.entropy_coef == 0.0 and not trainer.use_adaptive_entropy
+    assert {"prompt", "completion", "rewards"} <= set(trainer._logs)
     indices = list(trainer._get_train_sampler())
     assert indices[:4] == [indices[0]] * 4  # each prompt in one block of G
 

@@ -29,12 +29,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cpugrpo_edu.curriculum import stage_problems
 from cpugrpo_edu.engine.fisher import estimate_fisher
+from cpugrpo_edu.engine.guard import RolloutTally
 from cpugrpo_edu.engine.int8 import quantized_engine, usable_kernel
 from cpugrpo_edu.engine.int8_base import load_frozen, spares_memory
 from cpugrpo_edu.engine.memory import PeakMemory
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
-from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, RolloutTally, cpu_config
+from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
 from cpugrpo_edu.ewc import Anchor, merge_anchors, normalize_fisher, take_anchor
 from cpugrpo_edu.fisher import examples_from_groups
 from cpugrpo_edu.lab.workload import Workload, even_ids
@@ -43,6 +44,7 @@ from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.machine import native_bfloat16
 from cpugrpo_edu.rewards import parse_rewards
 from cpugrpo_edu.run.config import RunConfig
+from cpugrpo_edu.run.stage import grpo_arguments
 
 P = ParamSpec("P")
 
@@ -204,25 +206,25 @@ def make_trainer(
 
 
 @measured
-def bundled(steps: int, options: EngineOptions, rewards: str = "", **config: Any) -> dict[str, Any]:
-    """GRPO steps of the bundled model, all weights, on problems of the default run's first stage.
+def bundled(config: RunConfig, options: EngineOptions, rewards: str = "") -> dict[str, Any]:
+    """The first stage of a run of the bundled model, all weights.
 
-    ``config`` goes to ``cpu_config``. Without ``rewards`` (such as "correct_answer=1") they are
-    those of the random models.
+    Without ``rewards`` (such as "correct_answer=1") they are those of the random models.
     """
     seconds, start = {"import": process_seconds()}, time.perf_counter()
-    policy, run = load_policy("bundled"), RunConfig()
+    policy, stage = load_policy("bundled"), config.stages[0]
     seconds["load"] = time.perf_counter() - start
-    count = steps * config.get("prompts_per_step", run.prompts_per_step)
-    problems = stage_problems(run.stages[0], run.domains, count, seed=0)
-    functions: list[Any] = [even_ids]
+    problems = stage_problems(stage, config.domains, stage.steps * config.prompts_per_step, seed=0)
+    functions, weights = [even_ids], [1.0]
     if rewards:
         parsed = parse_rewards(rewards)
-        functions = trl_rewards(parsed, problems)
-        config["reward_weights"] = [reward.weight for reward in parsed]
+        functions, weights = trl_rewards(parsed, problems), [reward.weight for reward in parsed]
     with tempfile.TemporaryDirectory() as out:
+        checkpointing = config.checkpointing == "on"
+        arguments = grpo_arguments(
+            config, out, stage, gradient_checkpointing=checkpointing, reward_weights=weights
+        )
         data = to_dataset(problems, policy.system)
-        arguments = cpu_config(out, max_steps=steps, **config)
         trainer = CPUGRPOTrainer(policy, arguments, functions, data, options)
         clock = StepClock(trainer.tally)
         trainer.add_callback(clock)

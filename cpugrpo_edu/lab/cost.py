@@ -23,6 +23,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from cpugrpo_edu.engine.c_kernel import FEW_ROWS
+from cpugrpo_edu.engine.micro_batches import CACHE_BYTES
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.sizes import Architecture
 from cpugrpo_edu.errors import UserError
@@ -122,8 +123,6 @@ def memory_work(step: StepSpec) -> Work:
         kept = a.layers * (a.layer_activations - 4 * a.ffn)
         batch = 4 * kept * (step.prompt_tokens + step.group * step.tokens)
     else:
-        from cpugrpo_edu.engine.trl_trainer import CACHE_BYTES  # only here: trl takes seconds
-
         size, kept = 4, a.layers * a.layer_activations
         if step.checkpointing:
             kept = a.layers * a.hidden + a.layer_activations

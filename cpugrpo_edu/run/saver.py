@@ -12,8 +12,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from cpugrpo_edu.engine import ranks
+from cpugrpo_edu.engine.guard import Guard, RolloutTally
 from cpugrpo_edu.engine.memory import memory_alarm
-from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, Guard, RolloutTally
+from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.files import flush, write_text
 from cpugrpo_edu.run.checkpoints import MARK

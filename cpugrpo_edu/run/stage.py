@@ -12,9 +12,10 @@ from typing import Any
 
 from cpugrpo_edu.curriculum import Stage
 from cpugrpo_edu.engine import int8_base, ranks
+from cpugrpo_edu.engine.guard import RolloutTally
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.trl_data import message_text, to_dataset, trl_rewards
-from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, RolloutTally, cpu_config
+from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.load import fingerprint
 from cpugrpo_edu.run.config import RunConfig
@@ -190,7 +191,7 @@ def write_step(
 
 def sample_of(trainer: CPUGRPOTrainer) -> dict[str, Any] | None:
     """One completion of the last step, at another place in the batch each time."""
-    logs: Any = trainer._logs
+    logs = trainer.last_completions
     count = len(logs["completion"])
     if not count:
         return None

@@ -13,18 +13,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import trl_trainer as trainer_module
+from cpugrpo_edu.engine.guard import Guard, RolloutTally
+from cpugrpo_edu.engine.micro_batches import WORKING_SPACE, split_by_length
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
-from cpugrpo_edu.engine.trl_trainer import (
-    LOSS_TYPES,
-    WORKING_SPACE,
-    CPUGRPOTrainer,
-    Guard,
-    Offloaded,
-    RolloutTally,
-    cpu_config,
-    split_by_length,
-)
+from cpugrpo_edu.engine.trl_internals import Offloaded
+from cpugrpo_edu.engine.trl_trainer import LOSS_TYPES, CPUGRPOTrainer, cpu_config
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.ewc import Anchor
 from cpugrpo_edu.models.load import fingerprint, load_policy
@@ -226,9 +220,9 @@ def test_the_plan_follows_the_memory_says_so_and_keeps_the_gradient(trainer, bat
     assert trainer.tally.micro_batches[0] == 8 and trainer.tally.shrunk == 3
     assert len(said) == 2  # once each time it changes
     assert "micro-batches of 2 instead of 8" in said[0] and "of 1 instead of 8" in said[1]
-    assert trainer.plan(batch) == 1
+    assert trainer.micro_batch_size(batch) == 1
     monkeypatch.setattr(trainer, "options", EngineOptions(micro_batch=3))
-    assert trainer.plan(batch) == 3  # as asked
+    assert trainer.micro_batch_size(batch) == 3  # as asked
 
 
 def test_the_memory_limit_counts_what_is_held_and_what_will_come(trainer, monkeypatch):
@@ -253,7 +247,7 @@ def test_refused_memory_is_tried_again_in_halves(trainer, batch, monkeypatch, wh
     trainer.model.zero_grad()
     loss, whole = gradient(trainer, batch, monkeypatch, micro_batch=4)
     monkeypatch.setattr(trainer, "tally", RolloutTally())
-    monkeypatch.setattr(trainer, "most", None)
+    monkeypatch.setattr(trainer, "micro_batch_limit", None)
     said, calls = [], []
     monkeypatch.setattr(trainer, "say", said.append)
     owner, name = (
@@ -283,15 +277,15 @@ def test_refused_memory_is_tried_again_in_halves(trainer, batch, monkeypatch, wh
     ours = torch.cat([p.grad.flatten() for p in parameters])
     assert again.item() == pytest.approx(loss, abs=1e-6)
     torch.testing.assert_close(ours, whole, atol=1e-6, rtol=1e-5)
-    assert trainer.tally.refusals == 1 and trainer.most == 2
+    assert trainer.tally.refusals == 1 and trainer.micro_batch_limit == 2
     assert "trying again with 2" in said[0]
     added = {k: len(v) - rows.get(k, 0) for k, v in trainer._metrics["train"].items()}
     assert set(added.values()) <= {0, 3}  # 6 rows with signal in micro-batches of 2, counted once
-    assert trainer.plan(batch) == 2  # the next step begins smaller
+    assert trainer.micro_batch_size(batch) == 2  # the next step begins smaller
 
 
 def test_refused_memory_keeps_gradients_accumulated_before(trainer, batch, monkeypatch):
-    monkeypatch.setattr(trainer, "most", None)
+    monkeypatch.setattr(trainer, "micro_batch_limit", None)
     _, once = gradient(trainer, batch, monkeypatch, micro_batch=8)
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     original, calls = trainer._compute_loss, []
@@ -312,7 +306,7 @@ def test_memory_refused_for_one_completion_ends_with_a_sentence(trainer, batch, 
     def refuse(*arguments):
         raise RuntimeError(REFUSED)
 
-    monkeypatch.setattr(trainer, "most", None)
+    monkeypatch.setattr(trainer, "micro_batch_limit", None)
     monkeypatch.setattr(trainer, "_compute_loss", refuse)
     with pytest.raises(UserError, match="refused memory for a single completion"):
         gradient(trainer, batch, monkeypatch, micro_batch=8)
@@ -320,7 +314,7 @@ def test_memory_refused_for_one_completion_ends_with_a_sentence(trainer, batch, 
     def fail(*arguments):
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(trainer, "most", None)
+    monkeypatch.setattr(trainer, "micro_batch_limit", None)
     monkeypatch.setattr(trainer, "_compute_loss", fail)
     with pytest.raises(RuntimeError, match="shapes"):
         gradient(trainer, batch, monkeypatch, micro_batch=8)
@@ -344,15 +338,25 @@ def test_each_prompt_is_prefilled_once_and_answered_in_order(trainer, monkeypatc
         return groups
 
     monkeypatch.setattr(module, "sample", spy)
+    monkeypatch.setattr(trainer, "encode", list)
     prompts = [[50, 51, 52], [60], [70, 71]]
     repeated = [prompt for prompt in prompts for _ in range(2)]
-    ids, logps = trainer._generate_single_turn(repeated, None, None, 2)
+    answer = trainer.rollout(repeated)
     assert calls.pop() == (prompts, 2)
-    assert ids == [[p[0], i] for p in prompts for i in range(2)] and len(logps) == 6
+    assert answer["prompt_ids"] == repeated
+    assert answer["completion_ids"] == [[p[0], i] for p in prompts for i in range(2)]
+    assert len(answer["logprobs"]) == 6
     # A group cut in two (several processes): every prompt counts alone.
-    ids, _ = trainer._generate_single_turn(repeated[1:], None, None, 2)
+    answer = trainer.rollout(repeated[1:])
     assert calls.pop() == (repeated[1:], 1)
-    assert [i[0] for i in ids] == [p[0] for p in repeated[1:]]
+    assert answer["prompt_ids"] == repeated[1:]
+    assert [i[0] for i in answer["completion_ids"]] == [p[0] for p in repeated[1:]]
+
+
+def test_prompts_are_encoded_as_trl_does(trainer):
+    talks = [row["prompt"] for row in trainer.train_dataset]
+    assert [trainer.encode(talk) for talk in talks] == trainer._tokenize_prompts(talks)[0]
+    assert [trainer.encode(text) for text in PROMPTS] == trainer._tokenize_prompts(PROMPTS)[0]
 
 
 @pytest.mark.parametrize("correct", [True, False])
@@ -360,7 +364,7 @@ def test_int8_rollouts(tiny_policy, tmp_path, correct):
     options = EngineOptions(int8_rollouts=True, importance_correction=correct, patience=0)
     trainer = make(tiny_policy, tmp_path, options)
     rows = [r for i in range(2) for r in [trainer.train_dataset[i]] * 2]
-    output = trainer._generate_and_score_completions(rows)
+    output = trainer.with_old_log_probs(trainer._generate_and_score_completions(rows))
     assert "sampling_per_token_logps" not in output
     assert ("old_per_token_logps" in output) is correct
     if correct:
@@ -472,13 +476,13 @@ def test_a_stop_request_saves_a_checkpoint(tiny_policy, tmp_path):
 
     trainer = make(tiny_policy, tmp_path, on_step=stop, max_steps=3)
     seeds = {}
-    original = trainer._generate_single_turn
+    original = trainer.rollout
 
-    def spy(*args, **kwargs):
+    def spy(prompts):
         seeds[trainer.state.global_step] = trainer.rollout_seed()
-        return original(*args, **kwargs)
+        return original(prompts)
 
-    trainer._generate_single_turn = spy
+    trainer.rollout = spy
     trainer.train()
     assert trainer.state.global_step == 2
     assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()

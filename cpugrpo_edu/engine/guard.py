@@ -1,0 +1,82 @@
+"""What the trainer watches over a stage: whether anything can be learned, and what it did.
+
+Both survive a resume: checkpoints keep them beside TRL's own state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpugrpo_edu.errors import UserError
+
+
+@dataclass
+class Guard:
+    """Ends a run that learns nothing, with a sentence that says what to change.
+
+    ``patience`` is the number of steps in a row that it accepts; 0 accepts any number, but never
+    a NaN loss.
+    """
+
+    patience: int
+    without_signal: int = 0
+    truncated: int = 0
+
+    def check(self, metrics: dict[str, Any]) -> None:
+        """Look at one step's metrics, by TRL's names. Raises ``UserError`` to end the run."""
+        loss = metrics.get("loss")
+        if loss is not None and loss != loss:
+            raise UserError(
+                "the loss is NaN; lower the learning rate, or train in float32 instead of bfloat16"
+            )
+        if not self.patience:
+            return
+        equal = metrics.get("frac_reward_zero_std", 0.0) == 1.0
+        self.without_signal = self.without_signal + 1 if equal else 0
+        cut = metrics.get("completions/clipped_ratio", 0.0) == 1.0
+        self.truncated = self.truncated + 1 if cut else 0
+        if self.truncated >= self.patience:
+            raise UserError(
+                f"all completions were cut at the length limit in {self.truncated} steps in a row; "
+                "raise --max-completion, or check that the chat template and the end-of-text "
+                "token are those the model was trained with"
+            )
+        if self.without_signal >= self.patience:
+            raise UserError(
+                f"in {self.without_signal} steps in a row every group's rewards were all equal, so "
+                "nothing can be learned; choose easier problems, a denser reward such as "
+                "valid_steps, more generations or a higher temperature"
+            )
+
+
+@dataclass
+class RolloutTally:
+    """Counts over a stage: of rollouts, of completions trained on, and of memory shortages."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    """Spent in rollouts."""
+    skipped: int = 0
+    """Completions without an advantage, so without a gradient."""
+    rows: int = 0
+    """Completions, the skipped ones included."""
+    micro_batches: list[int] = field(default_factory=list)
+    """The size in each step."""
+    shrunk: int = 0
+    """Steps whose micro-batches were smaller than they would have been with more memory."""
+    refusals: int = 0
+    """Times the system refused memory, and the step was done again in smaller parts."""
+
+    @classmethod
+    def of_all(cls, tallies: list[RolloutTally]) -> RolloutTally:
+        """Sums over processes; the seconds are those of the slowest, since they run together."""
+        return cls(
+            tokens=sum(t.tokens for t in tallies),
+            seconds=max(t.seconds for t in tallies),
+            skipped=sum(t.skipped for t in tallies),
+            rows=sum(t.rows for t in tallies),
+            micro_batches=[size for t in tallies for size in t.micro_batches],
+            shrunk=sum(t.shrunk for t in tallies),
+            refusals=sum(t.refusals for t in tallies),
+        )
