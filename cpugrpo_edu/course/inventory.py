@@ -118,19 +118,13 @@ def write_student_version(bank: Bank, folder: Path) -> list[Path]:
         ],
     }
     write_text(questions, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+    # ids instead of random ones: the same file every time
+    text = nbformat.v4.new_markdown_cell(PAGE.format(count=len(bank.items)), id="cell-0")
+    code = 'from cpugrpo_edu.course.inventory import form\n\nform("concepts.json")'
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     page = nbformat.v4.new_notebook(
-        cells=[
-            nbformat.v4.new_markdown_cell(PAGE.format(count=len(bank.items))),
-            nbformat.v4.new_code_cell(
-                'from cpugrpo_edu.course.inventory import form\n\nform("concepts.json")'
-            ),
-        ],
-        metadata={
-            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
-        },
+        cells=[text, nbformat.v4.new_code_cell(code, id="cell-1")], metadata={"kernelspec": kernel}
     )
-    for index, cell in enumerate(page.cells):
-        cell.id = f"cell-{index}"  # instead of a random one: the same file every time
     notebook = folder / "concepts.ipynb"
     write_text(notebook, nbformat.writes(page) + "\n")
     return [notebook, questions]
@@ -299,12 +293,9 @@ def interval(
     seed: int = 0,
 ) -> Interval:
     """Percentile bootstrap over students, who are rows of every sample and are drawn together."""
-    rng = np.random.default_rng(seed)
-    students = len(samples[0])
-    drawn = []
-    for _ in range(resamples):
-        rows = rng.integers(students, size=students)
-        drawn.append(statistic(*(sample[rows] for sample in samples)))
+    rng, students = np.random.default_rng(seed), len(samples[0])
+    resampled = (rng.integers(students, size=students) for _ in range(resamples))
+    drawn = [statistic(*(sample[rows] for sample in samples)) for rows in resampled]
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(drawn, [tail, 1 - tail])
     return Interval(statistic(*samples), float(low), float(high))
