@@ -47,6 +47,7 @@ from cpugrpo_edu.lab.tables import (
 from cpugrpo_edu.lab.worker import run_worker
 from cpugrpo_edu.lab.workload import WORKLOADS, Workload, even_ids, make_model, workload_model
 from cpugrpo_edu.record.run_record import new_record
+from cpugrpo_edu.run.config import RunConfig
 
 SHAPE = Architecture("tiny", 2, 32, 48, 2, 1, 400, tied=True, qkv_bias=True)
 TINY = Workload(
@@ -450,13 +451,12 @@ def test_a_point_that_fails_is_left_out(in_process, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_steps_of_the_bundled_model(in_process):
-    options = EngineOptions(stop_at_eos=False, patience=0)
-    sizes = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4}
-    result = bundled(2, options, **sizes)
+    config = RunConfig(steps=(2, 0, 0), prompts_per_step=2, num_generations=2, max_completion=4)
+    result = bundled(config, EngineOptions(stop_at_eos=False, patience=0))
     assert len(result["step_seconds"]) == 2
     seconds = sum(result["step_seconds"])
     assert result["tokens_per_second"] == pytest.approx(2 * 2 * 2 * 4 / seconds)
-    rewarded = bundled(1, EngineOptions(patience=0), "correct_answer=1", **sizes)
+    rewarded = bundled(config, EngineOptions(patience=0), "correct_answer=1")
     record = new_record("bench-train", {}, {"engines": {"fast": rewarded}})
     assert train_rows(record)[0][0] == "fast"
 

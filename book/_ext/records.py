@@ -24,7 +24,9 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.lab import bench, bench_plots, sweep
+from cpugrpo_edu.lab import bench_plots
+from cpugrpo_edu.lab.tables import COEFFICIENT_HEADER, coefficient_rows, sweep_summary
+from cpugrpo_edu.lab.tables import TABLES as BENCH_TABLES
 from cpugrpo_edu.record.markdown import markdown_table
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import over_seeds
@@ -152,21 +154,6 @@ def table_class() -> str:
 
 NO_BENCHMARK = "No benchmark is recorded yet, so none is quoted."
 
-BENCH_TABLES: dict[str, tuple[str, list[str], Callable[[RunRecord], list[list[str]]]]] = {
-    "bench-b1": ("Three stages of five steps, groups of two.", bench.B1_HEADER, bench.b1_rows),
-    "bench-b2": ("Three stages of ten steps.", bench.B1_HEADER, bench.b1_rows),
-    "bench-b3": ("Three stages, groups of eight.", bench.B1_HEADER, bench.b1_rows),
-    "bench-rollout": ("Rollouts alone.", bench.ROLLOUT_HEADER, bench.rollout_rows),
-    "bench-ablate": ("One fast path off at a time.", bench.ABLATE_HEADER, bench.ablate_rows),
-    "bench-train": ("The bundled model.", bench.TRAIN_HEADER, bench.train_rows),
-    "bench-sweep": (
-        "The sweep, each point predicted by a fit without it.",
-        sweep.SWEEP_HEADER,
-        sweep.sweep_rows,
-    ),
-}
-"""Kind of record: what it is, the table's header and its rows; in the order of the page."""
-
 
 def benchmarks() -> list[RunRecord]:
     """The recorded benchmarks that the page shows, in its order."""
@@ -187,8 +174,8 @@ def table_benchmarks() -> str:
         parts.append(markdown_table(header, rows(record)))
         if record.kind == "bench-sweep":
             parts.append("How many times its floor each kind of work takes, as fitted:")
-            parts.append(markdown_table(sweep.COEFFICIENT_HEADER, sweep.coefficient_rows(record)))
-            parts.append(sweep.sweep_summary(record))
+            parts.append(markdown_table(COEFFICIENT_HEADER, coefficient_rows(record)))
+            parts.append(sweep_summary(record))
     return "\n\n".join(parts) or NO_BENCHMARK
 
 

@@ -176,15 +176,8 @@ def bench_rollout(
 
 def bench_train(steps: int = 3, say: Say = silent) -> RunRecord:
     """Steps of the bundled model's default run with each rollout engine, without INT8 copies."""
-    run, results = RunConfig(), {}
+    config, results = RunConfig(steps=(steps, 0, 0), checkpointing="off"), {}
     for engine in ("fast", "generate"):
         say(f"the bundled model, rollouts by {engine}")
-        results[engine] = run_worker(
-            bundled,
-            steps,
-            EngineOptions(engine),
-            run.rewards,
-            max_completion_length=run.max_completion,
-            learning_rate=run.learning_rates[0],
-        )
+        results[engine] = run_worker(bundled, config, EngineOptions(engine), config.rewards)
     return new_record("bench-train", {}, {"engines": results})

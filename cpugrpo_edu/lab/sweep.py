@@ -15,13 +15,14 @@ from cpugrpo_edu.engine.sizes import Architecture
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.contestants import Variant, bundled, ours
 from cpugrpo_edu.lab.cost import StepSpec, fit_sweep
-from cpugrpo_edu.lab.estimate import architecture_of
+from cpugrpo_edu.lab.estimate import run_step
 from cpugrpo_edu.lab.floors import calibrate
 from cpugrpo_edu.lab.pieces import Pieces
 from cpugrpo_edu.lab.worker import run_worker, silent
 from cpugrpo_edu.lab.workload import QWEN, Workload, workload_model
 from cpugrpo_edu.record.files import cache_folder
 from cpugrpo_edu.record.run_record import RunRecord, new_record
+from cpugrpo_edu.run.config import RunConfig
 
 STEPS = 4
 """Measured at each point; the first warms up."""
@@ -41,8 +42,7 @@ def sweep_points() -> list[StepSpec]:
     grid = [(replace(SHAPE, layers=layers), group, tokens) for layers, group, tokens in GRID]
     grid += [(QWEN, 2, 64), (QWEN, 8, 32)]
     int8 = [StepSpec(a, group=group, tokens=tokens, reference=True) for a, group, tokens in grid]
-    whole = StepSpec(architecture_of("bundled"), prompts=8, tokens=32, frozen=False, lora_rank=0)
-    whole = replace(whole, int8_rollouts=True, checkpointing=True)
+    whole = replace(run_step(RunConfig(), 32), prompts=8, longest=0)
     return [
         *int8,
         *(replace(step, compiled=True) for step in int8),
@@ -78,20 +78,15 @@ def measure(step: StepSpec, folder: Path) -> dict[str, Any]:
         model = workload_model(step.architecture, folder)
         found = run_worker(ours, workload, model, variant)
     else:
-        found = run_worker(
-            bundled,
-            STEPS,
-            EngineOptions(
-                int8_rollouts=step.int8_rollouts,
-                stop_at_eos=False,
-                skip_zero_advantage=False,
-                patience=0,
-            ),
+        config = RunConfig(
+            steps=(STEPS, 0, 0),
             prompts_per_step=step.prompts,
             num_generations=step.group,
-            max_completion_length=int(step.tokens),
-            gradient_checkpointing=step.checkpointing,
+            max_completion=int(step.tokens),
         )
+        options = EngineOptions(stop_at_eos=False, skip_zero_advantage=False, patience=0)
+        options = replace(options, int8_rollouts=config.int8_rollouts)
+        found = run_worker(bundled, config, options)
         step = replace(step, prompt_tokens=found["prompt_tokens"])
     times = list(zip(found["step_seconds"], found["rollout_seconds"]))[1:]
     rollout = min(rollout for _, rollout in times)

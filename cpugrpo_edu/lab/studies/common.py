@@ -15,11 +15,10 @@ from typing import Any
 
 from scipy import stats
 
-from cpugrpo_edu.data import Evaluation
 from cpugrpo_edu.lab.recorded import recorded_runs
 from cpugrpo_edu.lab.studies.setting import Say, Setting
 from cpugrpo_edu.lab.worker import run_worker
-from cpugrpo_edu.record.evaluations import evaluation_path, load_evaluation
+from cpugrpo_edu.record.evaluations import Evaluation, evaluation_path, load_evaluation
 from cpugrpo_edu.record.machine import describe_machine
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import over_seeds

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from cpugrpo_edu.data import DIFFICULTIES
-from cpugrpo_edu.evaluate import evaluate, held_out_problems
+from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.lab.pieces import Pieces
 from cpugrpo_edu.lab.studies.common import (
     decided_by,
@@ -34,7 +34,7 @@ from cpugrpo_edu.record.stats import accuracy_table
 from cpugrpo_edu.run.config import RunConfig
 from cpugrpo_edu.sample import Sampling
 from cpugrpo_edu.show.palette import Plot, new_figure
-from cpugrpo_edu.tasks import DOMAINS
+from cpugrpo_edu.tasks import DOMAINS, held_out_problems
 
 SEEDS = 5
 ALL = "everything"

@@ -26,7 +26,7 @@ from cpugrpo_edu.data import DIFFICULTIES
 from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
 from cpugrpo_edu.engine.int8 import Int8Linear, quantize_for_rollout
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.evaluate import evaluate, held_out_problems
+from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.lab.pieces import Pieces, made_once
 from cpugrpo_edu.lab.studies.common import (
     decided_by,
@@ -49,7 +49,7 @@ from cpugrpo_edu.record.stats import accuracy_table, compare
 from cpugrpo_edu.run.config import RunConfig
 from cpugrpo_edu.sample import Sampling
 from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
-from cpugrpo_edu.tasks import DOMAINS, make_problems
+from cpugrpo_edu.tasks import DOMAINS, held_out_problems, make_problems
 
 GROUP = 32
 """Weights that share a scale in INT4, along a row."""
