@@ -6,13 +6,10 @@ strict order forget, so each stage may replay a share of the other difficulties.
 
 from __future__ import annotations
 
-import math
-import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cpugrpo_edu.data import DIFFICULTIES, Difficulty, Problem
+from cpugrpo_edu.data import DIFFICULTIES, Problem
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks import make_problems
 
@@ -78,9 +75,7 @@ def stage_problems(stage: Stage, domains: Sequence[str], count: int, seed: int) 
         for domain in domains:
             if share > 0:
                 need = 2 + int(share * count / len(domains))
-                pools[domain, difficulty] = make_problems(
-                    domain, check_difficulty(difficulty), "train", need, seed
-                )
+                pools[domain, difficulty] = make_problems(domain, difficulty, "train", need, seed)
     debt = dict.fromkeys(pools, 0.0)
     problems: list[Problem] = []
     while len(problems) < count:
@@ -90,59 +85,3 @@ def stage_problems(stage: Stage, domains: Sequence[str], count: int, seed: int) 
         debt[cell] -= 1
         problems.append(pools[cell].pop())
     return problems
-
-
-def select_problems(
-    stage: Stage, problems: Sequence[Problem], count: int, offset: int = 0
-) -> list[Problem]:
-    """The same from a fixed set such as GSM8K: cycles through it if it is too small.
-
-    Difficulties that the set lacks give their share to the others. Another ``offset`` takes
-    others of the set, in another order.
-    """
-    if not problems:
-        raise UserError("the training data is empty; give at least one problem")
-    pools = {
-        difficulty: pool
-        for difficulty in stage.mixture
-        if (pool := [problem for problem in problems if problem.difficulty == difficulty])
-    }
-    total = sum(stage.mixture[difficulty] for difficulty in pools)
-    if not total:  # difficulties of another kind, or none that this stage asks for
-        pools, shares = {"any": list(problems)}, {"any": 1.0}
-    else:
-        shares = {difficulty: stage.mixture[difficulty] / total for difficulty in pools}
-    take = {difficulty: math.floor(share * count) for difficulty, share in shares.items()}
-    by_remainder = sorted(
-        take, key=lambda difficulty: take[difficulty] - shares[difficulty] * count
-    )
-    for difficulty in by_remainder[: count - sum(take.values())]:
-        take[difficulty] += 1
-    chosen = [
-        pool[(offset + i) % len(pool)]
-        for difficulty, pool in pools.items()
-        for i in range(take[difficulty])
-    ]
-    random.Random(offset).shuffle(chosen)  # else a "mixed" stage would go from easy to hard
-    return chosen
-
-
-def check_difficulty(name: str) -> Difficulty:
-    for difficulty in DIFFICULTIES:
-        if name == difficulty:
-            return difficulty
-    raise UserError(f"unknown difficulty {name!r}; allowed are {', '.join(DIFFICULTIES)}")
-
-
-def complexity(question: str) -> float:
-    """The ancestor project's sorting score: tokens + 2 operators + 1.5 numbers + 3 depth.
-
-    A heuristic on the text alone; tokens are words, depth is that of brackets.
-    """
-    depth = deepest = 0
-    for character in question:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    operators = len(re.findall(r"[-+*/=%]", question))
-    numbers = len(re.findall(r"\d+(?:\.\d+)?", question))
-    return len(question.split()) + 2 * operators + 1.5 * numbers + 3 * deepest

@@ -1,4 +1,4 @@
-"""The nouns of the package: what a problem, a rollout, an evaluation and a run are.
+"""The nouns of the package: what a problem, a task, a completion and its group are.
 
 Everything else is a function from some of these to others. Read this module
 first; it imports nothing from the package but the standard library.
@@ -6,7 +6,7 @@ first; it imports nothing from the package but the standard library.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Difficulty = Literal["basic", "intermediate", "advanced"]
@@ -46,7 +46,7 @@ class Task(Protocol):
     @property
     def name(self) -> str: ...
 
-    def generate(self, difficulty: Difficulty, rng: Any) -> Problem:
+    def generate(self, difficulty: str, rng: Any) -> Problem:
         """Draw one problem with its worked solution; ``rng`` is a ``random.Random``."""
         ...
 
@@ -121,32 +121,3 @@ class Group:
     prompt_ids: list[int]
     episodes: list[Episode]
     problem: Problem | None = None
-
-
-@dataclass
-class Evaluation:
-    """Per-item results of one model on one fixed set of problems.
-
-    All lists have one entry per problem and the same order, so that two
-    evaluations of the same set are paired. ``step_score`` lies in [0, 1].
-    """
-
-    label: str
-    seed: int
-    temperature: float
-    item_ids: list[str]
-    domains: list[str]
-    difficulties: list[str]
-    correct: list[bool]
-    step_score: list[float]
-    tokens: list[int]
-    finished: list[bool]
-    completions: list[str]
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Evaluation:
-        return cls(**data)

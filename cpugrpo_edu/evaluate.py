@@ -9,31 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from cpugrpo_edu.data import DIFFICULTIES, Evaluation, Problem
+from cpugrpo_edu.data import Problem
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.policy import Policy
+from cpugrpo_edu.record.evaluations import Evaluation
 from cpugrpo_edu.sample import Sampling, rollout
-from cpugrpo_edu.tasks import DOMAINS, make_problems
-
-EVALUATION_SEED = 2026
-"""The held-out problems are the same in every run; a run's own seed varies the training."""
-
 
 GREEDY = Sampling(max_new_tokens=128, temperature=0.0)
-
-
-def held_out_problems(
-    per_cell: int, domains: Sequence[str] = DOMAINS, seed: int = EVALUATION_SEED
-) -> list[Problem]:
-    """``per_cell`` problems of the evaluation split for each domain and difficulty."""
-    if per_cell < 1:
-        raise UserError(f"per_cell is {per_cell}; give at least 1 problem a cell")
-    return [
-        problem
-        for domain in domains
-        for difficulty in DIFFICULTIES
-        for problem in make_problems(domain, difficulty, "eval", per_cell, seed)
-    ]
 
 
 def evaluate(
@@ -69,25 +51,3 @@ def evaluate(
         completions=texts,
         seconds=time.perf_counter() - start,
     )
-
-
-def working_share(evaluation: Evaluation) -> dict[str, float | int | None]:
-    """How often the model shows its working, and how right it is with and without.
-
-    Tells a change of habit (working instead of a bare answer) from a change of skill.
-    """
-    worked = [
-        len([line for line in text.splitlines() if line.strip()]) > 1
-        for text in evaluation.completions
-    ]
-
-    def accuracy(which: bool) -> float | None:
-        chosen = [c for c, w in zip(evaluation.correct, worked, strict=True) if w is which]
-        return sum(chosen) / len(chosen) if chosen else None
-
-    return {
-        "n": len(worked),
-        "share_with_working": sum(worked) / len(worked),
-        "accuracy_with_working": accuracy(True),
-        "accuracy_bare": accuracy(False),
-    }

@@ -9,9 +9,8 @@ token's score has mean zero, so in expectation the cross terms vanish and
 
     F_i = E_q E_{o ~ pi} sum_t E_{v ~ pi(.|q, o_<t)} [ (d log pi(v|q, o_<t) / d theta_i)^2 ].
 
-All estimators below use this **one normalisation: summed over the tokens of a
-completion, averaged over completions** (natural logarithm). One strength lambda
-therefore means the same for each of them.
+All estimators below use this **one normalisation: summed over the tokens of a completion,
+averaged over completions**, so one EWC strength means the same for each of them.
 
 Terms as in van de Ven 2025, "On the computation of the Fisher information in continual
 learning" (arXiv 2502.11756); Kirkpatrick et al. 2017 (arXiv 1612.00796) use F in EWC.
@@ -48,11 +47,7 @@ class Example:
 
 def examples_from_groups(groups: Sequence[Group]) -> list[Example]:
     """The rollouts of a GRPO step as examples; rewards play no part in the Fisher."""
-    return [
-        Example(group.prompt_ids, episode.completion_ids)
-        for group in groups
-        for episode in group.episodes
-    ]
+    return [Example(g.prompt_ids, e.completion_ids) for g in groups for e in g.episodes]
 
 
 def trainable_parameters(model: Any) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from cpugrpo_edu.engine.c_kernel import FEW_ROWS
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.sizes import CATALOGUE, Architecture
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.evaluate import held_out_problems
 from cpugrpo_edu.lab import estimate, floors
 from cpugrpo_edu.lab.cost import (
     Fit,
@@ -30,6 +29,7 @@ from cpugrpo_edu.lab.tables import sweep_rows
 from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.run.config import RunConfig
+from cpugrpo_edu.tasks import held_out_problems
 
 RECORDS = Path(__file__).resolve().parent.parent / "records"
 

@@ -8,18 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpugrpo_edu.curriculum import (
-    Stage,
-    complexity,
-    make_stages,
-    select_problems,
-    stage_problems,
-)
+from cpugrpo_edu.curriculum import Stage, make_stages, stage_problems
 from cpugrpo_edu.data import DIFFICULTIES, Problem
 from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.rewards import parse_rewards
+from cpugrpo_edu.run.data import select_problems
 from cpugrpo_edu.tasks import DOMAINS, make_problems, split_of
+from cpugrpo_edu.tasks.complexity import complexity
 
 
 def test_curriculum_goes_up_and_reversed_goes_down():

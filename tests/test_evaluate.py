@@ -9,10 +9,11 @@ import pytest
 
 from cpugrpo_edu.data import DIFFICULTIES, Episode, Group
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
+from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.record.evaluations import load_evaluation, save_evaluation
+from cpugrpo_edu.record.stats import working_share
 from cpugrpo_edu.sample import Sampling
-from cpugrpo_edu.tasks import DOMAINS, split_of
+from cpugrpo_edu.tasks import DOMAINS, held_out_problems, split_of
 
 
 @pytest.fixture(scope="module")

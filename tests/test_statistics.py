@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cpugrpo_edu.data import Evaluation
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.evaluations import Evaluation
 from cpugrpo_edu.record.stats import (
     accuracy_table,
     compare,

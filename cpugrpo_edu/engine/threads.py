@@ -93,7 +93,7 @@ def sample_work(a: Architecture) -> Callable[[], None]:
 
 
 def time_threads(a: Architecture, counts: list[int], repeats: int = 6) -> dict[int, float]:
-    """Seconds of the sample work for each number of threads. Torch then gets its old number back."""
+    """Seconds of the sample work by number of threads; torch then gets its old number back."""
     import torch
 
     before, work = torch.get_num_threads(), sample_work(a)

@@ -269,10 +269,11 @@ def write_model_card(
     policy: Policy, summary: dict[str, Any], folder: str | Path, per_cell: int
 ) -> None:
     """README.md: what the model is, what it was trained on, how it scores, what it is not for."""
-    from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
+    from cpugrpo_edu.evaluate import evaluate
     from cpugrpo_edu.record.markdown import markdown_table
-    from cpugrpo_edu.record.stats import accuracy_table
+    from cpugrpo_edu.record.stats import accuracy_table, working_share
     from cpugrpo_edu.sample import Sampling
+    from cpugrpo_edu.tasks import held_out_problems
 
     config = summary["config"]
     problems = held_out_problems(per_cell)

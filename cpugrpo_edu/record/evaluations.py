@@ -5,11 +5,41 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from cpugrpo_edu.data import Evaluation
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.files import replacing
+
+
+@dataclass
+class Evaluation:
+    """Per-item results of one model on one fixed set of problems.
+
+    All lists have one entry per problem and the same order, so that two
+    evaluations of the same set are paired. ``step_score`` lies in [0, 1].
+    """
+
+    label: str
+    seed: int
+    temperature: float
+    item_ids: list[str]
+    domains: list[str]
+    difficulties: list[str]
+    correct: list[bool]
+    step_score: list[float]
+    tokens: list[int]
+    finished: list[bool]
+    completions: list[str]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Evaluation:
+        return cls(**data)
 
 
 def save_evaluation(evaluation: Evaluation, path: str | Path) -> Path:

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from cpugrpo_edu.data import DIFFICULTIES, Evaluation
+from cpugrpo_edu.data import DIFFICULTIES
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.evaluations import Evaluation
 
 Bools = NDArray[np.bool_]
 
@@ -379,4 +380,26 @@ def forgetting_matrix(
         "forgetting": forgetting,
         "mean_points": float(np.mean(known)) if known else None,
         "confidence": confidence,
+    }
+
+
+def working_share(evaluation: Evaluation) -> dict[str, float | int | None]:
+    """How often the model shows its working, and how right it is with and without.
+
+    Tells a change of habit (working instead of a bare answer) from a change of skill.
+    """
+    worked = [
+        len([line for line in text.splitlines() if line.strip()]) > 1
+        for text in evaluation.completions
+    ]
+
+    def accuracy(which: bool) -> float | None:
+        chosen = [c for c, w in zip(evaluation.correct, worked, strict=True) if w is which]
+        return sum(chosen) / len(chosen) if chosen else None
+
+    return {
+        "n": len(worked),
+        "share_with_working": sum(worked) / len(worked),
+        "accuracy_with_working": accuracy(True),
+        "accuracy_bare": accuracy(False),
     }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
+from cpugrpo_edu.curriculum import Stage
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.evaluate import held_out_problems
 from cpugrpo_edu.run.config import RunConfig
-from cpugrpo_edu.tasks import DOMAINS, split_of
+from cpugrpo_edu.tasks import DOMAINS, held_out_problems, split_of
 from cpugrpo_edu.tasks.custom import load_custom
 from cpugrpo_edu.tasks.gsm8k import load_gsm8k
 
@@ -60,3 +63,39 @@ def divide(problems: list[Problem], per_cell: int) -> tuple[list[Problem], list[
             "give at least a dozen"
         )
     return training, held_out[: 3 * per_cell]
+
+
+def select_problems(
+    stage: Stage, problems: Sequence[Problem], count: int, offset: int = 0
+) -> list[Problem]:
+    """``count`` problems of a fixed set such as GSM8K in the stage's mixture; it is cycled through
+    if it is too small.
+
+    Difficulties that the set lacks give their share to the others. Another ``offset`` takes
+    others of the set, in another order.
+    """
+    if not problems:
+        raise UserError("the training data is empty; give at least one problem")
+    pools = {
+        difficulty: pool
+        for difficulty in stage.mixture
+        if (pool := [problem for problem in problems if problem.difficulty == difficulty])
+    }
+    total = sum(stage.mixture[difficulty] for difficulty in pools)
+    if not total:  # difficulties of another kind, or none that this stage asks for
+        pools, shares = {"any": list(problems)}, {"any": 1.0}
+    else:
+        shares = {difficulty: stage.mixture[difficulty] / total for difficulty in pools}
+    take = {difficulty: math.floor(share * count) for difficulty, share in shares.items()}
+    by_remainder = sorted(
+        take, key=lambda difficulty: take[difficulty] - shares[difficulty] * count
+    )
+    for difficulty in by_remainder[: count - sum(take.values())]:
+        take[difficulty] += 1
+    chosen = [
+        pool[(offset + i) % len(pool)]
+        for difficulty, pool in pools.items()
+        for i in range(take[difficulty])
+    ]
+    random.Random(offset).shuffle(chosen)  # else a "mixed" stage would go from easy to hard
+    return chosen

@@ -21,12 +21,12 @@ from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.int8 import dequantize, quantize_tensor
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.evaluate import held_out_problems
 from cpugrpo_edu.models.load import Policy, load_policy
 from cpugrpo_edu.record.files import check_output_folder, replacing
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.run.gguf_file import write_gguf
 from cpugrpo_edu.sample import Sampling, rollout
+from cpugrpo_edu.tasks import held_out_problems
 from cpugrpo_edu.tasks.answers import answers_match, extract_answer
 
 LEAST_AGREEMENT = {"merged": 1.0, "adapter": 0.95, "int8": 0.8, "gguf": 1.0}

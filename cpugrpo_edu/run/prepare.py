@@ -11,7 +11,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from cpugrpo_edu.curriculum import select_problems, stage_problems
+from cpugrpo_edu.curriculum import stage_problems
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import c_kernel, ranks
 from cpugrpo_edu.engine.hardware import configure_threads
@@ -38,7 +38,7 @@ from cpugrpo_edu.record.metrics import MetricsLog
 from cpugrpo_edu.rewards import parse_rewards
 from cpugrpo_edu.run.anchors import load_anchor
 from cpugrpo_edu.run.config import RunConfig, check_settings, check_tracker
-from cpugrpo_edu.run.data import load_data
+from cpugrpo_edu.run.data import load_data, select_problems
 from cpugrpo_edu.run.pause import Control
 from cpugrpo_edu.run.stage import grpo_arguments
 from cpugrpo_edu.run.state import Learner, RunState, Session, load_state

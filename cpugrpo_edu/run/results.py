@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 
-from cpugrpo_edu.data import Evaluation, Problem
+from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import ranks
 from cpugrpo_edu.engine.int8 import quantization_report, quantize_for_rollout, usable_kernel
-from cpugrpo_edu.evaluate import evaluate, working_share
+from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.models.load import relative_change
-from cpugrpo_edu.record.evaluations import evaluation_path, load_evaluation, save_evaluation
+from cpugrpo_edu.record.evaluations import (
+    Evaluation,
+    evaluation_path,
+    load_evaluation,
+    save_evaluation,
+)
 from cpugrpo_edu.record.metrics import read_metrics
-from cpugrpo_edu.record.stats import accuracy_table, compare, forgetting_matrix
+from cpugrpo_edu.record.stats import accuracy_table, compare, forgetting_matrix, working_share
 from cpugrpo_edu.run.config import RunConfig
 from cpugrpo_edu.run.pause import Interrupted
 from cpugrpo_edu.run.state import Learner, Session

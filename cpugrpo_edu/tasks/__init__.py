@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
-from cpugrpo_edu.data import DIFFICULTIES, Difficulty, Problem, Split, Task
+from cpugrpo_edu.data import DIFFICULTIES, Problem, Split, Task
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks.algebra import Algebra
 from cpugrpo_edu.tasks.arithmetic import Arithmetic
@@ -25,6 +26,10 @@ DOMAINS: tuple[str, ...] = tuple(TASKS)
 """The generated domains, in the order tables show them."""
 
 SPLIT_SHARES: dict[Split, float] = {"pretrain": 0.70, "train": 0.15, "eval": 0.15}
+
+
+EVALUATION_SEED = 2026
+"""The held-out problems are the same in every run; a run's own seed varies the training."""
 
 
 def get_task(name: str) -> Task:
@@ -49,7 +54,7 @@ def split_of(question: str) -> Split:
 
 
 def make_problems(
-    domain: str, difficulty: Difficulty, split: Split, count: int, seed: int = 0
+    domain: str, difficulty: str, split: Split, count: int, seed: int = 0
 ) -> list[Problem]:
     """Draw ``count`` distinct problems of one cell from one split.
 
@@ -76,6 +81,20 @@ def make_problems(
             f"split, {count} were asked; ask for fewer"
         )
     return list(problems.values())
+
+
+def held_out_problems(
+    per_cell: int, domains: Sequence[str] = DOMAINS, seed: int = EVALUATION_SEED
+) -> list[Problem]:
+    """``per_cell`` problems of the evaluation split for each domain and difficulty."""
+    if per_cell < 1:
+        raise UserError(f"per_cell is {per_cell}; give at least 1 problem a cell")
+    return [
+        problem
+        for domain in domains
+        for difficulty in DIFFICULTIES
+        for problem in make_problems(domain, difficulty, "eval", per_cell, seed)
+    ]
 
 
 def prompt_messages(problem: Problem, system: str | None = None) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from cpugrpo_edu.data import Difficulty, Problem, StepReport
+from cpugrpo_edu.data import Problem, StepReport
 from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import check_equations, write_solution
 
@@ -23,7 +23,7 @@ FACTOR_LIMIT = 9
 class Arithmetic(ExactMatch):
     name: str = "arithmetic"
 
-    def generate(self, difficulty: Difficulty, rng: random.Random) -> Problem:
+    def generate(self, difficulty: str, rng: random.Random) -> Problem:
         operations, products, largest = SHAPES[difficulty]
         while True:
             numbers = [rng.randint(2, largest) for _ in range(operations + 1)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from cpugrpo_edu.data import DIFFICULTIES, Difficulty, Problem, StepReport
+from cpugrpo_edu.data import DIFFICULTIES, Problem, StepReport
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks.answers import exact_match, normalize_answer
 from cpugrpo_edu.tasks.gsm8k import check_prose, read_jsonl
@@ -78,7 +78,7 @@ class Custom:
     verifier: Verifier = exact_match
     name: str = "custom"
 
-    def generate(self, difficulty: Difficulty, rng: Any) -> Problem:
+    def generate(self, difficulty: str, rng: Any) -> Problem:
         raise UserError(f"{self.name} problems are not generated; load them from a file instead")
 
     def grade(self, problem: Problem, completion: str) -> float:

@@ -19,7 +19,6 @@ from typing import Any
 
 from cpugrpo_edu.data import (
     ANSWER_MARK,
-    Difficulty,
     Problem,
     Step,
     StepReport,
@@ -48,7 +47,7 @@ class GSM8K(ExactMatch):
 
     name: str = "gsm8k"
 
-    def generate(self, difficulty: Difficulty, rng: Any) -> Problem:
+    def generate(self, difficulty: str, rng: Any) -> Problem:
         raise UserError(f"{self.name} problems are not generated; load them from a file instead")
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:

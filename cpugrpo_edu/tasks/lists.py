@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from cpugrpo_edu.data import (
     ANSWER_MARK,
-    Difficulty,
     Problem,
     Step,
     StepReport,
@@ -38,7 +37,7 @@ LETTERS = "abcdefghijkl"
 class Lists(ExactMatch):
     name: str = "lists"
 
-    def generate(self, difficulty: Difficulty, rng: random.Random) -> Problem:
+    def generate(self, difficulty: str, rng: random.Random) -> Problem:
         length, count = SHAPES[difficulty]
         items = rng.sample(LETTERS, length)
         names = [rng.choice(list(OPERATIONS)) for _ in range(count)]

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cpugrpo_edu.data import Difficulty, Problem, StepReport
+from cpugrpo_edu.data import Problem, StepReport
 from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import check_equations, write_solution
 
@@ -124,7 +124,7 @@ TEMPLATES: dict[str, tuple[Template, ...]] = {
 class WordProblems(ExactMatch):
     name: str = "word_problems"
 
-    def generate(self, difficulty: Difficulty, rng: random.Random) -> Problem:
+    def generate(self, difficulty: str, rng: random.Random) -> Problem:
         question, steps = rng.choice(TEMPLATES[difficulty])(rng)
         solution, answer = write_solution(steps)
         return Problem("", self.name, difficulty, question, answer, solution)

@@ -289,16 +289,16 @@ def class_rows(found: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def saves_from(what: str, speed: float | None) -> str:
+    """From which speed the GPU saves money or energy; None for never."""
+    if speed is None:
+        return f"it saves no {what} at any speed, since its start alone takes more"
+    return f"it saves {what} from {speed:.1f} times the recorded machine's speed"
+
+
 def pays_text(found: Mapping[str, Any]) -> str:
     """From which speed the GPU pays off, in one sentence."""
-
-    def say(what: str, value: float | None) -> str:
-        if value is None:
-            return f"it saves no {what} at any speed, since its start alone takes more"
-        return f"it saves {what} from {value:.1f} times the recorded machine's speed"
-
-    pays = found["gpu_pays_from"]
-    parts = [say(name, pays[name]) for name in ("money", "energy")]
+    parts = [saves_from(name, found["gpu_pays_from"][name]) for name in ("money", "energy")]
     return f"The GPU against the cloud CPU: {'; '.join(parts)}."
 
 
