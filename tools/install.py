@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-EXTRAS = "notebooks,book,grading,export,dev"
+EXTRAS = "notebooks,book,grading,dev"
 # PyTorch's documented channel for CPU builds; set TORCH_INDEX to use another one, e.g. a mirror.
 TORCH_INDEX = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
 CUDA = re.compile(r"^(nvidia|cuda|triton)", re.IGNORECASE)

@@ -36,7 +36,10 @@ app = group("Learn GRPO by running it: reinforcement learning for language model
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Model = Annotated[
-    str, typer.Option(help="bundled, a model folder, or a hub id such as Qwen/Qwen2-0.5B-Instruct.")
+    str,
+    typer.Option(
+        help="bundled, smollm2, a model folder, or a hub id such as Qwen/Qwen2-0.5B-Instruct."
+    ),
 ]
 
 

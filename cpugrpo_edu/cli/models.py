@@ -1,11 +1,11 @@
-"""``cpugrpo models`` and ``cpugrpo pretrain``: which models fit here, and making one."""
+"""``cpugrpo models``, ``fetch`` and ``pretrain``: which models fit here, and how to get one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from cpugrpo_edu.cli.command import Call, app, command, table, within
 from cpugrpo_edu.engine import hardware
@@ -17,9 +17,7 @@ def models(
     call: Call,
     memory_gib: Annotated[
         float | None,
-        typer.Option(
-            help="Instead of this machine's available memory.", callback=within(0.01, 2**20)
-        ),
+        Option(help="Instead of this machine's available memory.", callback=within(0.01, 2**20)),
     ] = None,
 ) -> None:
     """Show which well-known small models fit into memory, and for what.
@@ -48,24 +46,34 @@ def models(
 
 
 @command(app)
+def fetch(
+    call: Call,
+    name: Annotated[str, Argument(help="smollm2: SmolLM2-135M-Instruct, a chat model.")],
+) -> None:
+    """Fetch a real chat model once; afterwards it works without a network.
+
+    Example: `cpugrpo fetch smollm2`, then `cpugrpo generate "What is 12 + 7?" --model smollm2`
+    """
+    hardware.configure_threads()
+    from cpugrpo_edu.models.fetch import fetch as fetch_model
+
+    folder = fetch_model(name, call.say)
+    call.give({"model": name, "folder": str(folder)}, str(folder))
+
+
+@command(app)
 def pretrain(
     call: Call,
-    output: Annotated[Path, typer.Option(help="Folder for the new model.")] = Path(
-        "runs/pretrained"
-    ),
-    steps: Annotated[int | None, typer.Option(help="Supervised steps.", callback=within(1))] = None,
+    output: Annotated[Path, Option(help="Folder for the new model.")] = Path("runs/pretrained"),
+    steps: Annotated[int | None, Option(help="Supervised steps.", callback=within(1))] = None,
     seed: Annotated[
-        int, typer.Option(help="Seed of the weights and the corpus.", callback=within(0))
+        int, Option(help="Seed of the weights and the corpus.", callback=within(0))
     ] = 0,
-    hidden: Annotated[int | None, typer.Option(help="Hidden size.", callback=within(1))] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="Number of layers.", callback=within(1))
-    ] = None,
+    hidden: Annotated[int | None, Option(help="Hidden size.", callback=within(1))] = None,
+    layers: Annotated[int | None, Option(help="Number of layers.", callback=within(1))] = None,
     per_cell: Annotated[
         int,
-        typer.Option(
-            help="Problems per domain and difficulty, for the model card.", callback=within(1)
-        ),
+        Option(help="Problems per domain and difficulty, for the model card.", callback=within(1)),
     ] = 300,
 ) -> None:
     """Make the bundled model again: tokenizer, supervised training, model card.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,15 +26,11 @@ def write_gguf(
 ) -> None:
     """Write ``tensors`` by their names in transformers, as float32, or matrices as INT8 (Q8_0).
 
-    Without a ``tokenizer`` the file takes and gives token ids only. UserError without the package
-    ``gguf``, and for another architecture than Qwen2.
+    Without a ``tokenizer`` the file takes and gives token ids only. UserError for another
+    architecture than Qwen2.
     """
-    try:
-        gguf: Any = importlib.import_module("gguf")
-    except ImportError as error:
-        raise UserError(
-            "GGUF needs the package gguf; run: pip install 'cpugrpo-edu[export]'"
-        ) from error
+    import gguf
+
     if config.model_type != "qwen2":
         raise UserError(
             f"GGUF export knows qwen2 models, not {config.model_type}; export --to merged and use "
