@@ -81,7 +81,7 @@ def test_list_names_every_study_and_mistakes_end_with_a_sentence():
         (("nothing",), "allowed are quantization"),
         (("cpu-or-gpu", "--seeds", 2), "takes no --seeds"),
         (("ablations", "--model", "x"), "takes no --model"),
-        (("ablations", "--seeds", 0), "greater than or equal to 1"),
+        (("ablations", "--seeds", 0), "at least 1"),
         (("ablations", "--only", "weather"), "allowed are order, ewc"),
     ):
         code, out, err = invoke("study", "run", *arguments)
@@ -419,7 +419,7 @@ def test_a_run_in_a_process_of_its_own_goes_on_and_tells_mistakes(tmp_path):
     record = common.run_or_resume(config, tmp_path / "run", silent, apart=True)
     assert record.results["peak_rss_bytes"] > 0
     assert {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()} == {"evaluations"}
-    with pytest.raises(UserError, match="unknown order"):
+    with pytest.raises(UserError, match="unknown --order 'odd'"):
         common.run_or_resume(replace(config, order="odd"), tmp_path / "odd", silent, apart=True)
 
 

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "records"
 
 REDUCED = (
-    "**This is the reduced version**, made in a minute: it shows that the study works, and "
-    "nothing about the question."
+    "**This is the reduced version**, made in a minute: it shows that the study works, but "
+    "answers nothing."
 )
 
 
@@ -39,19 +39,19 @@ def study_record(name: str) -> RunRecord | None:
 
 
 def only_reduced(record: RunRecord) -> bool:
-    """Whether a record answers nothing. A study that trains nothing is whole either way."""
+    """Whether a record answers nothing. A study that trains nothing has no reduced version."""
     return bool(record.config.get("reduced")) and record.kind != "study-cpu-or-gpu"
 
 
 def not_run(name: str) -> str:
     return (
-        f"**Not run yet.** This page shows the design; there is no result of it. "
+        f"**Not run yet.** This page shows the design; there is no result. "
         f"`cpugrpo study run {name} --output records/study-{name}.json` runs it."
     )
 
 
 def study_text(name: str) -> str:
-    """What is shown of a study, Markdown; that there is nothing, where there is no record."""
+    """A study's findings and tables as Markdown, or that it was not run."""
     study, record = study_named(name), study_record(name)
     if record is None:
         return not_run(name)
@@ -69,7 +69,7 @@ def study_text(name: str) -> str:
 
 
 def table_studies() -> str:
-    """The list of studies and what there is of each."""
+    """The list of studies, and whether each has a record."""
     rows = []
     for study in STUDIES.values():
         record = study_record(study.name)
@@ -82,7 +82,7 @@ def table_studies() -> str:
 
 
 def calculator_form() -> str:
-    """The form with the defaults filled in and their outcome, so that it reads without scripts."""
+    """The form with the defaults and what they give, so that it can be read without scripts."""
     inputs = cpu_or_gpu.assumptions()
     found = cpu_or_gpu.calculate(cpu_or_gpu.values_of(inputs))
     groups = {"": "The class", **cpu_or_gpu.PLACES}
@@ -117,13 +117,9 @@ def calculator_form() -> str:
         for place, name in cpu_or_gpu.PLACES.items()
     )
     head = "".join(f'<th scope="col">{name}</th>' for name in cpu_or_gpu.CLASS_HEADER)
-    pays = {}
-    for name, value in found["gpu_pays_from"].items():
-        pays[name] = (
-            f"it saves no {name} at any speed, since its start alone takes more"
-            if value is None
-            else f"it saves {name} from {value:.1f} times the recorded machine's speed"
-        )
+    pays = {
+        name: cpu_or_gpu.saves_from(name, value) for name, value in found["gpu_pays_from"].items()
+    }
     return (
         '<form class="calculator" aria-label="Calculator">'
         + "".join(fields)
