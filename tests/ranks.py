@@ -1,4 +1,4 @@
-"""Run by test_distributed.py, as one process or as several: ``ranks.py MODEL FOLDER``.
+"""Run by test_ranks.py, as one process or as several: ``ranks.py MODEL FOLDER``.
 
 Takes one optimizer step for every case, on completions that depend on the prompt alone, and
 saves the gradient and the facts that the tests compare.

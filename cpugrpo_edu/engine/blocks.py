@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.bf16 import product_of
 from cpugrpo_edu.engine.int8_base import is_frozen
 from cpugrpo_edu.engine.memory import trim_heap
@@ -233,17 +232,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def products(layer: Any, block: Block) -> dict[str, tuple[Any, Projection]]:
-    """C's name for each of a layer's products: its module, and the same as plain tensors."""
-    projections = (*block.query_key_value.each, block.output, *block.gate_up.each, block.down)
-    return {
-        name: (layer.get_submodule(path), projection)
-        for (name, path), projection in zip(c_kernel.LINEARS.items(), projections, strict=True)
-    }
-
-
-def base_layer(module: Any) -> Any:
-    """The layer that LoRA wraps, or the layer itself."""
-    return getattr(module, "base_layer", module)

@@ -1,11 +1,11 @@
 """The CPU decode engine: G completions for each prompt, with their log-probabilities.
 
-Generic generation prefills a prompt G times, copies the whole key/value cache at
-every token, and computes finished rows to the end. Here
+Generic generation prefills a prompt G times, copies the whole key/value cache at every token, and
+computes finished rows to the end. Here
 
-1. every prompt is prefilled once and its keys and values are expanded to G rows,
+1. every prompt is prefilled once, and its keys and values are expanded to G rows,
 2. the cache is allocated once and written in place,
-3. finished rows are retired, so that the batch shrinks as completions end,
+3. finished rows are retired, so the batch shrinks as completions end,
 4. the log-probability of every sampled token is kept: GRPO needs it anyway.
 
 Models built like Qwen2 and Llama go through ``blocks``; other architectures go through
@@ -16,27 +16,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cpugrpo_edu.data import Episode, Group
 from cpugrpo_edu.engine import c_kernel
-from cpugrpo_edu.engine.blocks import (
-    Block,
-    Projection,
-    base_layer,
-    causal_lm,
-    is_supported,
-    norm_of,
-    products,
-)
+from cpugrpo_edu.engine.blocks import Block, Projection, causal_lm, is_supported, norm_of
 from cpugrpo_edu.engine.memory import free_memory, retry_smaller
-from cpugrpo_edu.engine.options import ENGINES, EngineOptions
-from cpugrpo_edu.engine.sizes import rows_that_fit
-from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.engine.options import EngineOptions
+from cpugrpo_edu.engine.sizes import Architecture, rows_that_fit
 from cpugrpo_edu.sample import Sampling, draw, left_pad, regroup
 
 DEFAULTS = EngineOptions()
@@ -45,29 +39,29 @@ RETIRE_SHARE = 0.75
 """Compact the batch when fewer than this share of its rows is still running."""
 
 
+@dataclass
 class Cache:
-    """Keys and values of all layers, (rows, kv heads, positions, head dim) each, in place."""
+    """Keys and values of all layers, (rows, kv heads, capacity, head dim) each, in place.
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], mask: Tensor, length: int):
-        self.keys, self.values = keys, values
-        self.mask = mask  # (rows, capacity), True where a real token stands
-        self.length = length
+    ``mask`` is (rows, capacity), True where a real token stands; the first ``length`` positions
+    are filled.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+    length: int = 0
 
     @classmethod
     def empty(cls, lm: Any, rows: int, capacity: int) -> Cache:
-        attention = lm.model.layers[0].self_attn
-        shape = (rows, lm.config.num_key_value_heads, capacity, attention.head_dim)
+        head_dim = lm.model.layers[0].self_attn.head_dim
+        shape = (rows, lm.config.num_key_value_heads, capacity, head_dim)
         dtype = lm.model.norm.weight.dtype
-        layers = range(len(lm.model.layers))
-        return cls(
-            [torch.empty(shape, dtype=dtype) for _ in layers],
-            [torch.empty(shape, dtype=dtype) for _ in layers],
-            torch.zeros(rows, capacity, dtype=torch.bool),
-            0,
-        )
+        keys, values = ([torch.empty(shape, dtype=dtype) for _ in lm.model.layers] for _ in "kv")
+        return cls(keys, values, torch.zeros(rows, capacity, dtype=torch.bool))
 
     def select(self, rows: Tensor, capacity: int | None = None) -> Cache:
-        """A cache with the given rows (repeats allowed) and room for ``capacity`` positions."""
+        """A copy with the given rows (repeats allowed) and room for ``capacity`` positions."""
         capacity = capacity or self.mask.shape[1]
 
         def pick(old: Tensor) -> Tensor:
@@ -77,9 +71,7 @@ class Cache:
 
         mask = self.mask.new_zeros(len(rows), capacity)
         mask[:, : self.length] = self.mask[:, : self.length].index_select(0, rows)
-        return Cache(
-            [pick(k) for k in self.keys], [pick(v) for v in self.values], mask, self.length
-        )
+        return Cache(list(map(pick, self.keys)), list(map(pick, self.values)), mask, self.length)
 
 
 class Decoder:
@@ -94,7 +86,7 @@ class Decoder:
     def forward(self, ids: Tensor, positions: Tensor, valid: Tensor, cache: Cache) -> Tensor:
         """Run ``ids`` (rows, T) through the layers, appending to the cache.
 
-        ``positions`` are the rotary positions, ``valid`` is False on padding.
+        ``positions`` (rows, T) are the rotary positions, ``valid`` (rows, T) is False on padding.
         Returns the last position's hidden state (rows, hidden), after the final norm.
         """
         start, end = cache.length, cache.length + ids.shape[1]
@@ -103,22 +95,59 @@ class Decoder:
         hidden = self.lm.model.embed_tokens(ids)
         cos, sin = self.lm.model.rotary_emb(hidden, positions)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        bias = None
-        if not (ids.shape[1] == 1 and bool(cache.mask[:, :end].all())):
-            visible = cache.mask[:, None, None, :end]  # (rows, 1, 1, end)
-            if ids.shape[1] > 1:
-                causal = torch.ones(ids.shape[1], end, dtype=torch.bool).tril(start)
-                visible = visible & causal
-                # A padded query sees nothing; let it see itself, so that no softmax is empty.
-                visible = visible | torch.eye(ids.shape[1], end, dtype=torch.bool)
-            bias = torch.zeros(visible.shape, dtype=hidden.dtype)
-            bias.masked_fill_(~visible, -torch.inf)
+        bias = attention_bias(cache.mask[:, :end], ids.shape[1], hidden.dtype)
         for index, block in enumerate(self.blocks):
             normed = block.before_attention(hidden)
             keys, values = cache.keys[index], cache.values[index]
             hidden = hidden + attend(block, normed, cos, sin, bias, keys, values, start)
             hidden = hidden + block.mlp(block.before_mlp(hidden))
         return self.norm(hidden[:, -1])
+
+
+def attention_bias(mask: Tensor, new: int, dtype: torch.dtype) -> Tensor | None:
+    """What to add to the scores of the last ``new`` positions, (rows, 1, new, end), 0 or -inf.
+
+    ``mask`` (rows, end) is True on tokens. None if every query sees everything.
+    """
+    if new == 1 and bool(mask.all()):
+        return None
+    visible, end = mask[:, None, None], mask.shape[1]
+    if new > 1:
+        visible = visible & torch.ones(new, end, dtype=torch.bool).tril(end - new)
+        # A padded query sees nothing, and the softmax of nothing is NaN: let it see itself.
+        visible = visible | torch.eye(new, end, dtype=torch.bool)
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
+def attend(
+    block: Block,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    bias: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    start: int,
+) -> Tensor:
+    """One attention layer (rows, T, hidden) over the cache, which gets the new keys and values.
+
+    ``hidden`` is normalized; ``cos`` and ``sin`` are (rows, 1, T, head dim), ``bias`` is of
+    ``attention_bias``, ``keys`` and ``values`` are the layer's cache, filled up to ``start``.
+    """
+    rows, length, _ = hidden.shape
+    end = start + length
+    query, keys[:, :, start:end], values[:, :, start:end] = block.heads(hidden, cos, sin)
+    keys, values = keys[:, :, :end], values[:, :, :end]
+    if length == 1:
+        # Query heads that share keys take the place of positions: (rows, kv heads, heads of
+        # each, head dim). With ``enable_gqa`` torch would copy the whole cache for them.
+        query = query.reshape(rows, keys.shape[1], -1, block.head_dim)
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
+        mixed = mixed.reshape(rows, 1, -1)
+    else:
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, enable_gqa=True)
+        mixed = mixed.transpose(1, 2).reshape(rows, length, -1)
+    return block.output(mixed)
 
 
 class CompiledDecoder(Decoder):
@@ -130,8 +159,8 @@ class CompiledDecoder(Decoder):
         for ours, layer, block in zip(self.layers, self.lm.model.layers, self.blocks, strict=True):
             ours.before_attention = c_kernel.address(layer.input_layernorm.weight)
             ours.before_mlp = c_kernel.address(layer.post_attention_layernorm.weight)
-            for name, (module, projection) in products(layer, block).items():
-                linear = c_kernel.describe(base_layer(module), projection.down, projection.up)
+            for name, module, projection in products(layer, block):
+                linear = c_kernel.describe(module, projection.down, projection.up)
                 setattr(ours, name, linear)
         self.epsilon = self.lm.model.layers[0].input_layernorm.variance_epsilon
         self.cache: Cache | None = None
@@ -143,9 +172,9 @@ class CompiledDecoder(Decoder):
             norms = (layer.input_layernorm, layer.post_attention_layernorm)
             if block.activation is not None or any(n.weight.dtype != torch.float32 for n in norms):
                 return False
-            for module, projection in products(layer, block).values():
-                base = base_layer(module)
-                if getattr(base, "kernel", "") != "compiled" or projection.base != base.forward:
+            for _, module, projection in products(layer, block):
+                compiled = getattr(module, "kernel", "") == "compiled"
+                if not compiled or projection.base != module.forward:
                     return False
         return True
 
@@ -166,37 +195,19 @@ class CompiledDecoder(Decoder):
         cache.mask[:, start : cache.length] = valid
         hidden = self.lm.model.embed_tokens(ids)
         cos, sin = self.lm.model.rotary_emb(hidden, positions)
-        visible, bias = cache.mask[:, : cache.length], None
-        if not bool(visible.all()):
-            bias = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+        bias = attention_bias(cache.mask[:, : cache.length], 1, torch.float32)
+        bias = None if bias is None else bias.flatten(1)
         shape = cache.keys[0].shape
         c_kernel.decode(self.layers, self.room, hidden, shape, start, cos, sin, bias, self.epsilon)
         return self.norm(hidden[:, -1])
 
 
-def attend(
-    block: Block,
-    hidden: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    bias: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    start: int,
-) -> Tensor:
-    """One attention layer over the cache. Query heads that share keys go as one block."""
-    rows, length, _ = hidden.shape
-    end = start + length
-    query, keys[:, :, start:end], values[:, :, start:end] = block.heads(hidden, cos, sin)
-    keys, values = keys[:, :, :end], values[:, :, :end]
-    if length == 1:  # (rows, kv heads, queries of that head, dim): no copy of the cache
-        query = query.reshape(rows, keys.shape[1], -1, block.head_dim)
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
-        mixed = mixed.reshape(rows, 1, -1)
-    else:
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, enable_gqa=True)
-        mixed = mixed.transpose(1, 2).reshape(rows, length, -1)
-    return block.output(mixed)
+def products(layer: Any, block: Block) -> Iterator[tuple[str, Any, Projection]]:
+    """Each of a layer's linear maps: C's name, the module inside LoRA, and the plain tensors."""
+    projections = (*block.query_key_value.each, block.output, *block.gate_up.each, block.down)
+    for (name, path), projection in zip(c_kernel.LINEARS.items(), projections, strict=True):
+        module = layer.get_submodule(path)
+        yield name, getattr(module, "base_layer", module), projection
 
 
 def prefill(
@@ -204,7 +215,7 @@ def prefill(
 ) -> tuple[Tensor, Tensor, Cache]:
     """Left-pad and run the prompts once.
 
-    Returns the last hidden states (prompts, hidden), the lengths, and the cache.
+    Returns the last hidden states (prompts, hidden), the lengths (prompts,), and the cache.
     """
     ids, mask = left_pad(prompts, pad_id)
     valid = mask.bool()
@@ -229,47 +240,55 @@ def decode(
     hidden, lengths, prompt_cache = prefill(decoder, prompts, pad_id)
     rows = torch.arange(len(prompts)).repeat_interleave(copies)
     cache = prompt_cache.select(rows, prompt_cache.length + sampling.max_new_tokens)
-    del prompt_cache
+    del prompt_cache  # its memory is better spent on rows
     hidden, position = hidden[rows], lengths[rows]
-    total = len(rows)
-    tokens = torch.full((total, sampling.max_new_tokens), pad_id)
-    logprobs = torch.zeros(total, sampling.max_new_tokens)
-    counts = torch.zeros(total, dtype=torch.long)
-    ended = torch.zeros(total, dtype=torch.bool)
+    episodes = [Episode(finished=False) for _ in range(len(rows))]
     stop = torch.tensor(sorted(eos_ids), dtype=torch.long)
-    active = torch.arange(total)  # which original row each batch row is
-    running = torch.ones(total, dtype=torch.bool)
-    for t in range(sampling.max_new_tokens):
+    active = torch.arange(len(rows))  # the episode of each row of the batch
+    running = torch.ones(len(rows), dtype=torch.bool)
+    for step in range(sampling.max_new_tokens):
         token, logprob = draw(decoder.head(hidden), sampling, generator)
-        live = active[running]
-        tokens[live, t], logprobs[live, t] = token[running], logprob[running]
-        counts[live] = t + 1
-        finished = running & torch.isin(token, stop)
-        ended[active[finished]] = True
-        running = running & ~finished
+        ended = torch.isin(token, stop)
+        live = (active[running], token[running], logprob[running], ended[running])
+        for i, drawn, value, end in zip(*(x.tolist() for x in live), strict=True):
+            episodes[i].completion_ids.append(drawn)
+            episodes[i].logprobs.append(value)
+            episodes[i].finished = end
+        running &= ~ended
         alive = int(running.sum())
-        if alive == 0 or t + 1 == sampling.max_new_tokens:
+        if alive == 0 or step + 1 == sampling.max_new_tokens:
             break
+        # Finished rows are computed like the others, so it pays to drop them. Dropping copies the
+        # cache, so not after each.
         if alive < RETIRE_SHARE * len(active):
             keep = running.nonzero().squeeze(1)
             cache, active, token = cache.select(keep), active[keep], token[keep]
             position, running = position[keep], running[keep]
-        hidden = decoder.forward(
-            token[:, None],
-            position[:, None],
-            torch.ones(len(active), 1, dtype=torch.bool),
-            cache,
-        )
+        valid = torch.ones(len(active), 1, dtype=torch.bool)
+        hidden = decoder.forward(token[:, None], position[:, None], valid, cache)
         position = position + 1
-    episodes = [
-        Episode(ids[:n].tolist(), logps[:n].tolist(), bool(end))
-        for ids, logps, n, end in zip(tokens, logprobs, counts.tolist(), ended, strict=True)
-    ]
     return regroup(prompts, copies, episodes)
 
 
+class DrawInstead(LogitsProcessor):  # type: ignore[no-untyped-call]
+    """Draws each token itself, keeps its log-prob, and leaves ``generate`` no other choice.
+
+    So ``generate`` need not keep the scores of all steps, (rows, V) each: a token's log-prob is
+    all that is wanted of them.
+    """
+
+    def __init__(self, sampling: Sampling, generator: torch.Generator):
+        self.sampling, self.generator = sampling, generator
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token, logprob = draw(scores, self.sampling, self.generator)
+        self.logprobs.append(logprob)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+
+
 def decode_with_generate(
-    model: Any,
+    lm: Any,
     prompts: Sequence[Sequence[int]],
     copies: int,
     sampling: Sampling,
@@ -277,33 +296,28 @@ def decode_with_generate(
     pad_id: int,
     generator: torch.Generator,
 ) -> list[Group]:
-    """The reference: Hugging Face ``generate`` on left-padded prompts, each given G times."""
+    """The same by Hugging Face's ``generate``, on left-padded prompts, each given ``copies``
+    times."""
     ids, mask = left_pad([prompt for prompt in prompts for _ in range(copies)], pad_id)
-    greedy = sampling.temperature == 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-        output = model.generate(
+    drawn = DrawInstead(sampling, generator)
+    # ``generate`` takes whatever it is not told from the model's own generation config, which may
+    # hold min_p, beams or suppressed tokens: another distribution than the one asked for.
+    with mock.patch.object(lm, "generation_config", GenerationConfig()):
+        output = lm.generate(
             input_ids=ids,
             attention_mask=mask,
+            logits_processor=LogitsProcessorList([drawn]),
+            do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
-            do_sample=not greedy,
-            temperature=None if greedy else sampling.temperature,
-            top_p=None if greedy else sampling.top_p,
-            top_k=None if greedy else 0,
-            repetition_penalty=1.0,
             eos_token_id=sorted(eos_ids) or None,
             pad_token_id=pad_id,
-            return_dict_in_generate=True,
-            output_scores=True,
         )
-    scores = torch.stack(output.scores, dim=1).float().log_softmax(-1)
-    tokens = output.sequences[:, ids.shape[1] :]
-    chosen = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    tokens = output[:, ids.shape[1] :].tolist()
     episodes = []
-    for row, logps in zip(tokens.tolist(), chosen.tolist(), strict=True):
+    for row, logprobs in zip(tokens, torch.stack(drawn.logprobs, 1).tolist(), strict=True):
         end = next((i for i, token in enumerate(row) if token in eos_ids), None)
         n = len(row) if end is None else end + 1
-        episodes.append(Episode(row[:n], logps[:n], end is not None))
+        episodes.append(Episode(row[:n], logprobs[:n], end is not None))
     return regroup(prompts, copies, episodes)
 
 
@@ -324,59 +338,51 @@ def sample(
     The engine's counterpart of ``cpugrpo_edu.sample.sample``, with the same contract. Prompts of
     like length are decoded together, at most ``options.max_rows`` rows at a time, or fewer where
     memory is short or the process would come to hold more than ``options.memory_limit`` bytes;
-    where memory is refused, half as many are tried. Raises ``UserError`` for an unknown
-    ``options.engine`` and ``ValueError`` for an empty prompt or n < 1.
+    where memory is refused, half as many are tried. Raises ``ValueError`` for an empty prompt or
+    n < 1.
     """
-    if options.engine not in ENGINES:
-        raise UserError(
-            f"unknown rollout engine {options.engine!r}; allowed are {' and '.join(ENGINES)}"
-        )
     if n < 1 or not all(prompts):
         raise ValueError(f"{n} completions were asked, or a prompt has no tokens; give at least 1")
-    was_training = model.training
-    model.eval()  # dropout must not act on rollouts
+    lm, was_training = causal_lm(model), model.training
+    decoding = decode if options.engine == "fast" and is_supported(lm) else decode_with_generate
     generator = torch.Generator().manual_seed(sampling.seed)
-    groups: list[Group | None] = [None] * len(prompts)
-    fast = options.engine == "fast" and is_supported(model)
-    lm, decoding = (causal_lm(model), decode) if fast else (model, decode_with_generate)
     stop = eos_ids if sampling.stop_at_eos else set()
-    rows = rows_at_once(model, prompts, sampling, options)
 
-    def complete(texts: Sequence[Sequence[int]], rows: int, state: Tensor) -> list[Group]:
+    def complete(texts: list[Sequence[int]], state: Tensor, rows: int) -> list[Group]:
         generator.set_state(state)  # a second try draws what the first one drew
-        done = [Group(list(text), []) for text in texts]
-        together, times = max(1, rows // n), min(rows, n)
-        for start in range(0, len(texts), together):
-            part = done[start : start + together]
-            for first in range(0, n, times):
-                some = min(times, n - first)
-                prompt_ids = [group.prompt_ids for group in part]
-                more = decoding(lm, prompt_ids, some, sampling, stop, pad_id, generator)
+        groups = [Group(list(text), []) for text in texts]
+        together, copies = max(1, rows // n), min(rows, n)
+        for start in range(0, len(groups), together):
+            part = groups[start : start + together]
+            for first in range(0, n, copies):
+                count, prompt_ids = min(copies, n - first), [group.prompt_ids for group in part]
+                more = decoding(lm, prompt_ids, count, sampling, stop, pad_id, generator)
                 for group, addition in zip(part, more, strict=True):
                     group.episodes.extend(addition.episodes)
-        return done
+        return groups
 
+    rows = rows_at_once(lm, prompts, sampling, options)
+    found: dict[int, Group] = {}
+    model.eval()  # dropout must not act on rollouts
     try:
         for chunk in chunks_by_length(prompts, max(1, rows // n)):
-            texts, state = [prompts[i] for i in chunk], generator.get_state()
-            done = retry_smaller(functools.partial(complete, texts, state=state), rows)
-            for i, group in zip(chunk, done, strict=True):
-                groups[i] = group
+            texts = [prompts[i] for i in chunk]
+            attempt = functools.partial(complete, texts, generator.get_state())
+            found.update(zip(chunk, retry_smaller(attempt, rows), strict=True))
             on_done(len(chunk))
     finally:
         model.train(was_training)
-    return [group for group in groups if group is not None]
+    return [found[i] for i in range(len(prompts))]
 
 
 def rows_at_once(
-    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, options: EngineOptions
+    lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, options: EngineOptions
 ) -> int:
     """How many completions to decode together: the option, or fewer where memory is short."""
-    if not (is_supported(model) and prompts):
-        return options.max_rows
-    longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
+    longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
     free = free_memory(options.memory_limit)
-    return min(options.max_rows, rows_that_fit(causal_lm(model).config, longest, free))
+    a = Architecture.roughly(lm.config.get_text_config())
+    return min(options.max_rows, rows_that_fit(a, longest, free))
 
 
 def chunks_by_length(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from cpugrpo_edu.errors import UserError
+
 ENGINES = ("fast", "generate")
 
 FisherVariant = Literal["exact", "sample", "empirical", "batched", "rollout_score", "lightning"]
@@ -47,3 +49,9 @@ class EngineOptions:
     ewc_strength: float = 0.0
     patience: int = 8
     """Steps without any learning signal before the run is stopped; 0 never stops it."""
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UserError(
+                f"unknown rollout engine {self.engine!r}; allowed are {' and '.join(ENGINES)}"
+            )

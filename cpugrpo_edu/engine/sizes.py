@@ -88,12 +88,21 @@ class Architecture:
                 f"({'mixture of experts' if experts else 'its config has no ' + missing[0]}); "
                 "give a dense decoder-only transformer such as Qwen2, Llama or SmolLM2"
             )
-        heads = config.num_attention_heads
+        return cls.roughly(config)
+
+    @classmethod
+    def roughly(cls, config: Any) -> Architecture:
+        """The sizes of any decoder, for bounds on its memory.
+
+        Where a config lacks one, the most common choice stands in: a feed-forward block of 4
+        ``hidden``, and keys for every head.
+        """
+        heads = getattr(config, "num_attention_heads", None) or 1
         return cls(
             name=getattr(config, "_name_or_path", "") or config.model_type,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            ffn=config.intermediate_size,
+            ffn=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             vocab=config.vocab_size,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
 from scipy.stats import chi2
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from cpugrpo_edu.engine import decode as engine_module
-from cpugrpo_edu.engine.blocks import is_supported
+from cpugrpo_edu.engine.blocks import causal_lm, is_supported
 from cpugrpo_edu.engine.decode import chunks_by_length, sample
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.errors import UserError
@@ -245,6 +246,35 @@ def test_other_architectures_go_through_generate(gpt2):
         assert episode.logprobs == pytest.approx(exact.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("which", ["model", "adapted"])
+def test_a_models_own_generation_config_does_not_act(which, request):
+    model = request.getfixturevalue(which)
+    sampled = {"temperature": 0.9, "top_p": 0.8, "max_new_tokens": 8, "engine": "generate"}
+    expected = [run(model, copies=3, **sampled), run(model, temperature=0.0, engine="generate")]
+    usual = [row for [row] in ids(expected[1])]
+    config = GenerationConfig(
+        do_sample=True, num_beams=2, min_p=0.9, typical_p=0.1, top_k=1, repetition_penalty=5.0,
+        suppress_tokens=usual[0], stop_strings=["a", "b", "c"], max_length=7, min_new_tokens=50,
+    )  # fmt: skip
+    for owner in {model, causal_lm(model)}:
+        owner.generation_config = config
+    assert run(model, copies=3, **sampled) == expected[0]
+    assert run(model, temperature=0.0, engine="generate") == expected[1]
+    assert causal_lm(model).generation_config is config
+
+
+def test_generate_draws_what_the_distribution_says(model):
+    copies, sampling = 2000, {"temperature": 0.8, "top_p": 0.5, "max_new_tokens": 1}
+    [group] = run(model, [PROMPTS[0]], copies, max_rows=copies, engine="generate", **sampling)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[:, -1]
+    exact = keep_top_p(logits / 0.8, 0.5).softmax(-1)[0]
+    drawn = torch.tensor([episode.completion_ids[0] for episode in group.episodes])
+    shares = torch.bincount(drawn, minlength=320) / copies
+    assert not shares[exact == 0].any()
+    assert ((shares - exact).abs() < 5 * (exact / copies).sqrt() + 1e-6).all()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_mode_is_restored_even_after_an_error(model, training):
     model.train(training)
@@ -309,3 +339,31 @@ def test_fewer_rows_where_memory_is_short_or_refused(tiny_policy, monkeypatch):
     rows.clear()
     assert greedy(memory_limit=1) == whole  # nothing left: one row at a time
     assert set(rows) == {1}
+
+
+def test_generate_has_fewer_rows_where_memory_is_short(gpt2, monkeypatch):
+    original, rows = engine_module.decode_with_generate, []
+
+    def spy(lm, texts, copies, *arguments):
+        rows.append(len(texts) * copies)
+        return original(lm, texts, copies, *arguments)
+
+    monkeypatch.setattr(engine_module, "decode_with_generate", spy)
+    whole = run(gpt2, copies=2, temperature=0.0, max_new_tokens=3)
+    monkeypatch.setattr(engine_module, "free_memory", lambda limit: 0)
+    assert ids(run(gpt2, copies=2, temperature=0.0, max_new_tokens=3)) == ids(whole)
+    assert rows == [8] + [1] * 8
+
+
+def test_generate_keeps_the_scores_of_one_step(gpt2, monkeypatch, no_collection):
+    seen, original = [], engine_module.DrawInstead.__call__
+
+    def spy(self, input_ids, scores):
+        assert all(earlier() is None for earlier in seen[:-1])
+        result = original(self, input_ids, scores)
+        seen.extend([weakref.ref(scores), weakref.ref(result)])
+        return result
+
+    monkeypatch.setattr(engine_module.DrawInstead, "__call__", spy)
+    run(gpt2, max_new_tokens=5)
+    assert len(seen) == 10
