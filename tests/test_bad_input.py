@@ -444,7 +444,7 @@ OTHERS: list[Case] = [
     ("--per-cell is 0", ["pretrain", "-q", "--per-cell", "0", "--steps", "1"], {}),
     ("already", ["pretrain", "-q", "--output", "old", "--steps", "1"], {"old/config.json": "{}"}),
     ("already exists", ["pretrain", "-q", "--output", "old", "--steps", "1"], {"old": "a file"}),
-    ("unknown workload 'b7'", ["bench", "b1", "--workload", "b7"], {}),
+    ("unknown --workload 'b7'", ["bench", "b1", "--workload", "b7"], {}),
     ("--steps is 0", ["bench", "b1", "--steps", "0"], {}),
     ("--peer-steps is 0", ["bench", "b1", "--peer-steps", "0"], {}),
     ("unknown peer", ["bench", "b1", "--peers", "trl"], {}),

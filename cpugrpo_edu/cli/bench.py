@@ -5,54 +5,49 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from cpugrpo_edu.cli.command import Call, app, command, group, within
+from cpugrpo_edu.cli.settings import comma_names
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.lab import workload as workloads
+from cpugrpo_edu.record.markdown import markdown_table
 from cpugrpo_edu.record.run_record import RunRecord
 
 bench = group("Time and memory on a 494M-parameter model, beside peers and the machine's floors.")
 app.add_typer(bench, name="bench")
 
-Record = Annotated[Path | None, typer.Option("--output", help="Where to write the record.")]
+Record = Annotated[Path | None, Option("--output", help="Where to write the record.")]
 Cache = Annotated[
-    Path | None, typer.Option(help="Folder for the random model (3 GB), made on first use.")
+    Path | None, Option(help="Folder for the random model (3 GB), made on first use.")
 ]
 Steps = Annotated[
-    int | None, typer.Option(help="Steps per stage, instead of the workload's.", callback=within(1))
+    int | None, Option(help="Steps per stage, instead of the workload's.", callback=within(1))
 ]
 
 
-def comma_names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def workload_of(name: str, steps: int | None = None) -> workloads.Workload:
+    known = workloads.WORKLOADS
+    if name not in known:
+        raise UserError(f"unknown --workload {name!r}; allowed are {', '.join(known)}")
+    return known[name] if steps is None else replace(known[name], steps=steps)
 
 
-def workload_of(name: str, steps: int | None = None) -> Any:
-    from cpugrpo_edu.lab.workload import WORKLOADS
+def give(call: Call, kind: str, record: RunRecord, path: Path | None, *more: str) -> None:
+    """Write a benchmark's record; print it as JSON, or its kind of table and ``more``."""
+    from cpugrpo_edu.lab.tables import TABLES
 
-    if name not in WORKLOADS:
-        raise UserError(f"unknown workload {name!r}; allowed are {', '.join(WORKLOADS)}")
-    workload = WORKLOADS[name]
-    return workload if steps is None else replace(workload, steps=steps)
+    _, header, rows = TABLES[kind]
+    save(call, record, path)
+    call.give(asdict(record), markdown_table(header, rows(record)), *more)
 
 
-def give(
-    call: Call,
-    record: RunRecord,
-    path: Path | None,
-    header: list[str],
-    rows: list[list[str]],
-    *more: str,
-) -> None:
-    """Write a benchmark's record, and print it or its table and what comes after that."""
-    from cpugrpo_edu.record.markdown import markdown_table
-
+def save(call: Call, record: RunRecord, path: Path | None) -> None:
     if path is not None:
         record.save(path)
         call.say(f"record: {path}")
-    call.give(asdict(record), markdown_table(header, rows), *more)
 
 
 @command(bench, "machine")
@@ -61,23 +56,24 @@ def bench_machine(call: Call, output: Record = None) -> None:
     from cpugrpo_edu.lab import bench as lab
 
     record = lab.bench_machine()
+    save(call, record, output)
     rows = [[name, f"{value:.1f}"] for name, value in record.results["floors"].items()]
-    give(call, record, output, ["Floor", "Value"], rows)
+    call.give(asdict(record), markdown_table(["Floor", "Value"], rows))
 
 
 @command(bench, "b1")
-def bench_b1_command(
+def bench_b1(
     call: Call,
     peers: Annotated[
         str,
-        typer.Option(
+        Option(
             help="stock, stock-lora, ours-full, separated by commas; ours-compiled is added "
             "where it can be compiled."
         ),
     ] = "",
-    workload: Annotated[str, typer.Option(help="b1, b2 (10 steps a stage) or b3 (G = 8).")] = "b1",
+    workload: Annotated[str, Option(help="b1, b2 (10 steps a stage) or b3 (G = 8).")] = "b1",
     steps: Steps = None,
-    peer_steps: Annotated[int, typer.Option(help="Steps of each peer.", callback=within(1))] = 3,
+    peer_steps: Annotated[int, Option(help="Steps of each peer.", callback=within(1))] = 3,
     cache: Cache = None,
     output: Record = None,
 ) -> None:
@@ -86,27 +82,26 @@ def bench_b1_command(
     Example: `cpugrpo bench b1 --peers stock,stock-lora`
     """
     from cpugrpo_edu.engine import c_kernel
-    from cpugrpo_edu.lab.bench import bench_b1
+    from cpugrpo_edu.lab import bench as lab
 
-    names = comma_names(peers)
+    names = comma_names(peers) if peers else ()
     shape = workload_of(workload, steps)
     if "ours-compiled" not in names:
         if c_kernel.available():
             names = (*names, "ours-compiled")
         else:
             call.say(f"no compiled kernel here: {c_kernel.library()[1]}")
-    give_b1(call, bench_b1(shape, names, peer_steps, folder=cache, say=call.say), output)
+    give_b1(call, lab.bench_b1(shape, names, peer_steps, folder=cache, say=call.say), output)
 
 
 def give_b1(call: Call, record: RunRecord, output: Path | None) -> None:
     """Give the record; exit with 1 if one of our own variants did not train."""
-    from cpugrpo_edu.lab.tables import B1_HEADER, b1_rows, fallback_note
+    from cpugrpo_edu.lab.tables import fallback_note
 
-    give(call, record, output, B1_HEADER, b1_rows(record))
+    give(call, "bench-b1", record, output)
     if note := fallback_note(record):
         print(note, file=sys.stderr)
-    everyone = {"ours": record.results["ours"], **record.results["peers"]}
-    for name, result in everyone.items():
+    for name, result in {"ours": record.results["ours"], **record.results["peers"]}.items():
         if not result.get("weights_changed", {"changed": True})["changed"]:
             print(
                 f"cpugrpo: the weights of {name} did not change: no training took place",
@@ -118,29 +113,26 @@ def give_b1(call: Call, record: RunRecord, output: Path | None) -> None:
 @command(bench, "peers")
 def bench_peers(call: Call, cache: Cache = None, output: Record = None) -> None:
     """Run `bench b1` with every peer."""
-    from cpugrpo_edu.lab.bench import PEERS, bench_b1
+    from cpugrpo_edu.lab import bench as lab
 
-    record = bench_b1(workload_of("b1"), tuple(PEERS), folder=cache, say=call.say)
+    record = lab.bench_b1(workload_of("b1"), tuple(lab.PEERS), folder=cache, say=call.say)
     give_b1(call, record, output)
 
 
 @command(bench, "ablate")
-def bench_ablate_command(
-    call: Call, steps: Steps = 3, cache: Cache = None, output: Record = None
-) -> None:
+def bench_ablate(call: Call, steps: Steps = 3, cache: Cache = None, output: Record = None) -> None:
     """What each fast path is worth: one stage of B1 with one of them off at a time."""
-    from cpugrpo_edu.lab.bench import bench_ablate
-    from cpugrpo_edu.lab.tables import ABLATE_HEADER, ablate_rows
+    from cpugrpo_edu.lab import bench as lab
 
-    record = bench_ablate(workload_of("b1", steps), folder=cache, say=call.say)
-    give(call, record, output, ABLATE_HEADER, ablate_rows(record))
+    record = lab.bench_ablate(workload_of("b1", steps), folder=cache, say=call.say)
+    give(call, "bench-ablate", record, output)
 
 
 @command(bench, "rollout")
-def bench_rollout_command(
+def bench_rollout(
     call: Call,
     peers: Annotated[
-        str, typer.Option(help="llama.cpp and continuous, separated by commas; default: none.")
+        str, Option(help="llama.cpp and continuous, separated by commas; default: none.")
     ] = "",
     cache: Cache = None,
     output: Record = None,
@@ -149,15 +141,15 @@ def bench_rollout_command(
 
     Example: `cpugrpo bench rollout --peers llama.cpp,continuous`
     """
-    from cpugrpo_edu.lab.bench import bench_rollout
-    from cpugrpo_edu.lab.tables import ROLLOUT_HEADER, rollout_rows
+    from cpugrpo_edu.lab import bench as lab
 
-    record = bench_rollout(workload_of("b1"), comma_names(peers), folder=cache, say=call.say)
-    give(call, record, output, ROLLOUT_HEADER, rollout_rows(record))
+    names = comma_names(peers) if peers else ()
+    record = lab.bench_rollout(workload_of("b1"), names, folder=cache, say=call.say)
+    give(call, "bench-rollout", record, output)
 
 
 @command(bench, "sweep")
-def bench_sweep_command(call: Call, cache: Cache = None, output: Record = None) -> None:
+def bench_sweep(call: Call, cache: Cache = None, output: Record = None) -> None:
     """GRPO steps over G, completion length, layers and models, and the cost model fitted to them.
 
     It takes some minutes; an interrupted sweep resumes where it stopped. `cpugrpo models` and
@@ -165,32 +157,28 @@ def bench_sweep_command(call: Call, cache: Cache = None, output: Record = None) 
 
     Example: `cpugrpo bench sweep --output records/bench-sweep.json`
     """
-    from cpugrpo_edu.lab import tables
     from cpugrpo_edu.lab.sweep import bench_sweep
-    from cpugrpo_edu.record.markdown import markdown_table
+    from cpugrpo_edu.lab.tables import COEFFICIENT_HEADER, coefficient_rows, sweep_summary
 
     record = bench_sweep(folder=cache, say=call.say)
-    header, rows = tables.SWEEP_HEADER, tables.sweep_rows(record)
-    costs = markdown_table(tables.COEFFICIENT_HEADER, tables.coefficient_rows(record))
-    give(call, record, output, header, rows, f"\n{costs}", f"\n{tables.sweep_summary(record)}")
+    costs = markdown_table(COEFFICIENT_HEADER, coefficient_rows(record))
+    give(call, "bench-sweep", record, output, f"\n{costs}", f"\n{sweep_summary(record)}")
 
 
 @command(bench, "train")
 def bench_train(call: Call, output: Record = None) -> None:
     """Steps of the bundled model's default run with each rollout engine."""
     from cpugrpo_edu.lab import bench as lab
-    from cpugrpo_edu.lab.tables import TRAIN_HEADER, train_rows
 
-    record = lab.bench_train(say=call.say)
-    give(call, record, output, TRAIN_HEADER, train_rows(record))
+    give(call, "bench-train", lab.bench_train(say=call.say), output)
 
 
 @command(bench, "plot")
 def bench_plot(
     call: Call,
-    record: Annotated[Path, typer.Argument(help="A record that a bench command wrote.")],
+    record: Annotated[Path, Argument(help="A record that a bench command wrote.")],
     output: Annotated[
-        Path | None, typer.Option(help="The picture (.png); default: next to the record.")
+        Path | None, Option(help="The picture (.png); default: next to the record.")
     ] = None,
 ) -> None:
     """Draw a benchmark's record, and describe the picture in words.

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.table import Table
+from typer import Argument, Option
 
 from cpugrpo_edu.cli.command import Call, Model, app, command, table, within
 from cpugrpo_edu.data import DIFFICULTIES, Problem
@@ -16,13 +16,11 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.files import check_output_folder
 from cpugrpo_edu.run.config import RunConfig
 
-Temperature = Annotated[float, typer.Option(help="0 is greedy.", callback=within(0))]
-Longest = Annotated[int, typer.Option(help="Longest completion, in tokens.", callback=within(1))]
+Temperature = Annotated[float, Option(help="0 is greedy.", callback=within(0))]
+Longest = Annotated[int, Option(help="Longest completion, in tokens.", callback=within(1))]
 Seed = Annotated[
     int,
-    typer.Option(
-        help="Seed of sampling, if the temperature is not 0.", callback=within(0, 2**31 - 1)
-    ),
+    Option(help="Seed of sampling, if the temperature is not 0.", callback=within(0, 2**31 - 1)),
 ]
 
 
@@ -31,15 +29,15 @@ def evaluate(
     call: Call,
     model: Model = "bundled",
     per_cell: Annotated[
-        int, typer.Option(help="Problems per domain and difficulty.", callback=within(1))
+        int, Option(help="Problems per domain and difficulty.", callback=within(1))
     ] = 100,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
-    data: Annotated[str, typer.Option(help="generated, or data as for run.")] = "generated",
-    verifier: Annotated[str | None, typer.Option(help="path/to/file.py:function.")] = None,
-    int8: Annotated[bool, typer.Option(help="Evaluate an INT8 copy.")] = False,
+    data: Annotated[str, Option(help="generated, or data as for run.")] = "generated",
+    verifier: Annotated[str | None, Option(help="path/to/file.py:function.")] = None,
+    int8: Annotated[bool, Option(help="Evaluate an INT8 copy.")] = False,
     max_completion: Longest = 128,
-    output: Annotated[Path | None, typer.Option(help="Save every item (.json.gz).")] = None,
+    output: Annotated[Path | None, Option(help="Save every item (.json.gz).")] = None,
 ) -> None:
     """Measure a model on held-out problems, with 95 % Wilson intervals.
 
@@ -97,9 +95,9 @@ def accuracies(label: str, found: dict[str, Any]) -> Table:
 @command(app)
 def generate(
     call: Call,
-    prompt: Annotated[str, typer.Argument(help="The question for the model.")],
+    prompt: Annotated[str, Argument(help="The question for the model.")],
     model: Model = "bundled",
-    n: Annotated[int, typer.Option(help="How many completions.", callback=within(1))] = 1,
+    n: Annotated[int, Option(help="How many completions.", callback=within(1))] = 1,
     temperature: Temperature = 0.0,
     max_completion: Longest = 128,
     seed: Seed = 0,

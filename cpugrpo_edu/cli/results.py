@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from cpugrpo_edu.cli.command import Call, app, command, group, within
 from cpugrpo_edu.engine import hardware
 
-RunFolder = Annotated[Path, typer.Argument(help="The output folder of a run.")]
+RunFolder = Annotated[Path, Argument(help="The output folder of a run.")]
 
 checkpoints = group("The checkpoints of a run.")
 app.add_typer(checkpoints, name="checkpoints")
@@ -34,9 +34,9 @@ def report(call: Call, folder: RunFolder) -> None:
 @command(app)
 def export(
     call: Call,
-    run: Annotated[Path, typer.Argument(help="The output folder of a complete run.")],
-    to: Annotated[str, typer.Option(help="merged, adapter, int8 or gguf.")] = "merged",
-    output: Annotated[Path | None, typer.Option(help="New folder; default: RUN/export-TO.")] = None,
+    run: Annotated[Path, Argument(help="The output folder of a complete run.")],
+    to: Annotated[str, Option(help="merged, adapter, int8 or gguf.")] = "merged",
+    output: Annotated[Path | None, Option(help="New folder; default: RUN/export-TO.")] = None,
 ) -> None:
     """Write a trained model in another format, with a model card and the record.
 
@@ -77,9 +77,9 @@ def checkpoints_prune(
     call: Call,
     run: RunFolder,
     keep: Annotated[
-        int, typer.Option(help="Newest good checkpoints of each kind to keep.", callback=within(1))
+        int, Option(help="Newest good checkpoints of each kind to keep.", callback=within(1))
     ] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing, only list.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Delete nothing, only list.")] = False,
 ) -> None:
     """Delete older checkpoints of a run that is not running; the last good one always stays.
 

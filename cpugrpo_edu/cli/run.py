@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import psutil
 import typer
+from typer import Option
 
 from cpugrpo_edu.cli.command import Call, app, command, within
 from cpugrpo_edu.cli.settings import with_settings
@@ -38,21 +39,21 @@ def run(
     call: Call,
     context: typer.Context,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the results; default: runs/TIME-seedN.")
+        Path | None, Option(help="Folder for the results; default: runs/TIME-seedN.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Resume the run in --output.")] = False,
+    resume: Annotated[bool, Option(help="Resume the run in --output.")] = False,
     profile: Annotated[
-        str, typer.Option(help="balanced, fast (more memory) or frugal (less, one thread).")
+        str, Option(help="balanced, fast (more memory) or frugal (less, one thread).")
     ] = "balanced",
     nproc: Annotated[
         int,
-        typer.Option(
+        Option(
             help="Processes on this machine that share each step's prompts.",
             callback=within(1, 1024),
         ),
     ] = 1,
     report_to: Annotated[
-        str, typer.Option(help="none, tensorboard or wandb, besides metrics.jsonl.")
+        str, Option(help="none, tensorboard or wandb, besides metrics.jsonl.")
     ] = "none",
     **settings: Any,
 ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-import typer
+from typer import Option
 
 from cpugrpo_edu.engine.memory import parse_bytes
 from cpugrpo_edu.errors import UserError
@@ -27,7 +27,7 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     for field in fields(RunConfig):
         flag = flag_of(field.name)
         kind, convert = reading(field.name, hints[field.name])
-        option = typer.Option(
+        option = Option(
             f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
             help=field.metadata["help"],
             show_default=shown(field.default),
@@ -70,8 +70,8 @@ def shown(default: Any) -> str | bool:
 
 
 def comma_names(text: str) -> tuple[str, ...]:
-    """Read ``lists, parity``; an empty name stays, so that the check of the names refuses it."""
-    return tuple(part.strip() for part in text.split(","))
+    """Read ``lists, parity``; an empty name stays, for the check of the names to refuse."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def three_numbers(text: str, kind: type, flag: str) -> tuple[Any, Any, Any]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from cpugrpo_edu.cli.command import Call, app, command, group, within
 from cpugrpo_edu.engine import hardware
@@ -43,27 +43,27 @@ def study_list(call: Call) -> None:
 @command(study, "run")
 def study_run(
     call: Call,
-    name: Annotated[str, typer.Argument(help="One of cpugrpo study list.")],
+    name: Annotated[str, Argument(help="One of cpugrpo study list.")],
     reduced: Annotated[
-        bool, typer.Option("--reduced", help="A minute instead of hours, to show that it works.")
+        bool, Option("--reduced", help="A minute instead of hours, to show that it works.")
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(help="The record; default: runs/studies/study-NAME.json."),
+        Option(help="The record; default: runs/studies/study-NAME.json."),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="One more model, folder or hub id; repeatable.")
+        list[str] | None, Option(help="One more model, folder or hub id; repeatable.")
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(help="Number of training seeds, where it trains.", callback=within(1)),
+        Option(help="Number of training seeds, where it trains.", callback=within(1)),
     ] = None,
-    only: Annotated[str | None, typer.Option(help="One factor of the ablations.")] = None,
-    work: Annotated[
-        Path, typer.Option(help="Folder for finished pieces, from which it resumes.")
-    ] = Path("runs/studies"),
+    only: Annotated[str | None, Option(help="One factor of the ablations.")] = None,
+    work: Annotated[Path, Option(help="Folder for finished pieces, from which it resumes.")] = Path(
+        "runs/studies"
+    ),
     cache: Annotated[
-        Path | None, typer.Option(help="Folder for models that it trains, used again next time.")
+        Path | None, Option(help="Folder for models that it trains, used again next time.")
     ] = None,
 ) -> None:
     """Run a study and write its record. After Ctrl-C, the same command resumes it.
@@ -99,7 +99,7 @@ def calculator(
     call: Call,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", help="An assumption, such as gpu_speed=20; repeatable."),
+        Option("--set", help="An assumption, such as gpu_speed=20; repeatable."),
     ] = None,
 ) -> None:
     """What a class needs in time, energy and money on laptops, cloud CPUs and cloud GPUs.
