@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers, trainers
@@ -25,11 +25,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from cpugrpo_edu.data import ANSWER_MARK, DIFFICULTIES, Problem
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
+from cpugrpo_edu.models.load import load_policy
+from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.files import check_output_folder
+from cpugrpo_edu.record.machine import describe_machine, versions
+from cpugrpo_edu.record.markdown import markdown_table
+from cpugrpo_edu.record.stats import accuracy_table
+from cpugrpo_edu.sample import Sampling
 from cpugrpo_edu.tasks import DOMAINS, TASKS, split_of
-
-if TYPE_CHECKING:
-    from cpugrpo_edu.models.load import Policy
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -251,9 +255,6 @@ def make_model(
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> dict[str, Any]:
     """Pretrain, score the result on held-out problems, and write its model card."""
-    from cpugrpo_edu.models.load import load_policy
-    from cpugrpo_edu.record.machine import describe_machine, versions
-
     check_settings(config)
     if per_cell < 1:
         raise UserError(f"per_cell is {per_cell}; give at least 1")
@@ -316,35 +317,36 @@ def interval_text(row: dict[str, Any]) -> str:
 MODEL_CARD = """\
 # The bundled model
 
-A small language model to learn GRPO with: a `Qwen2ForCausalLM` of {parameters:,} parameters
+A small language model for learning GRPO: a `Qwen2ForCausalLM` with {parameters:,} parameters
 ({layers} layers, hidden size {hidden}, {heads} query and {kv_heads} key/value heads, FFN {ffn},
-vocabulary {vocabulary}, tied embeddings) with a byte-level BPE tokenizer that keeps digits
-apart, and a chat template. It knows nothing but the four domains below.
+vocabulary {vocabulary}, tied embeddings), a byte-level BPE tokenizer that makes each digit a
+separate token, and a chat template. It knows nothing but the four domains below.
 
 ## How it was made
 
-`cpugrpo pretrain` makes it again: {steps} supervised steps of {batch_size} generated problems
-({examples:,} examples, seed {seed}), stopped early on purpose, in {minutes:.0f} minutes on
-{cpu} while the machine was also doing other work. The last loss was {loss:.2f} nats per target
-token.
+`cpugrpo pretrain` makes the model again. Supervised training took {steps} steps with
+{batch_size} generated problems each ({examples:,} examples, seed {seed}) and was stopped early
+on purpose. It took {minutes:.0f} minutes on {cpu} while the machine was also
+doing other work. The final loss was {loss:.2f} nats per target token.
 
-Problems: multi-step arithmetic, word problems (money, time, percentages), linear equations,
-and list manipulation, each in three difficulties, all generated, all from the pretraining split.
-A question's split is decided by its hash, so no evaluation question was trained on.
+The problems are multi-step arithmetic, word problems (money, time, percentages), linear
+equations, and list manipulation, each in three difficulties. All are generated, and all come
+from the pretraining split. The hash of a question decides its split, so the model was not
+trained on any evaluation question.
 
-Targets are worked solutions, one step a line, and bare answers without working: {early:.0f} %
-bare answers at first, {late:.0f} % in the last {part:.0f} % of the corpus. That is deliberate:
-**the model can work step by step better than it is in the habit of doing**. Much of what GRPO
-gains in the first steps is this habit. A run's record counts how often working
-is shown; before training that is so rare that skill alone can hardly be compared.
+The targets are worked solutions with one step per line, and bare answers without working:
+{early:.0f} % bare answers at first, {late:.0f} % in the last {part:.0f} % of the corpus. This is
+deliberate: **the model is able to work step by step, but rarely does so**. Much of what GRPO
+gains in the first steps is this habit. A run's record counts how often completions show working;
+before training this is so rare that skill alone can hardly be compared.
 
 ## How it scores
 
-Exact match in % with 95 % Wilson intervals, {per_cell} held-out problems a cell.
+Exact match in % with 95 % Wilson intervals, on {per_cell} held-out problems per cell.
 
 {scores}
 ## What it is not for
 
-Anything else. It has seen no natural text beyond the problem templates, and answers nonsense
-to every other question.
+The model is not useful for anything else. It has seen no natural text except the problem
+templates, and answers every other question with nonsense.
 """
