@@ -123,6 +123,13 @@ def test_an_int8_copy_that_is_another_policy_is_recognised(policy, groups):
     assert exact.acceptable and exact.kl < 1e-6 and exact.agreement == 1 and exact.outside == 0
 
 
+def test_a_bfloat16_copy_is_the_policy(policy, groups):
+    drift = measure_drift(
+        policy.model, quantize_for_rollout(policy.model, kernel="bf16"), groups, 0.8
+    )
+    assert drift.kl < 2e-3 and drift.agreement > 0.96 and drift.outside <= 0.02
+
+
 def test_fisher_of_lora_is_the_mean_square_of_the_scores(policy, groups):
     examples = examples_from_groups(groups)[:2]
     found = estimate_fisher(policy.model, examples, "rollout_score", batch_size=2)

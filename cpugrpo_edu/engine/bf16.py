@@ -52,3 +52,34 @@ def product_of(layer: nn.Linear, bfloat16: bool = False) -> Callable[[Tensor], T
     rounds = bfloat16 and layer.weight.dtype == torch.float32
     linear = bfloat16_linear if rounds else F.linear
     return functools.partial(linear, weight=layer.weight, bias=layer.bias)
+
+
+class Bf16Linear(nn.Module):
+    """``x @ W.T + b`` with W kept in bfloat16 and x rounded to it; for inference only.
+
+    ``x`` (..., in_features) and the result (..., out_features) are float32, and so are the sums.
+    Rounding a number to bfloat16 costs a relative error of at most 2**-9 whatever its
+    neighbours are, so the outlier activations of real models do no harm (in INT8, one scale
+    for a row makes the small numbers of that row vanish).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.pack(weight, bias)
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Take these float weights in place of the present ones."""
+        self.out_features, self.in_features = weight.shape
+        self.q = weight.detach().bfloat16()
+        self.bias = None if bias is None else bias.detach().float().clone()
+        self.nbytes = self.q.nbytes + (0 if bias is None else 4 * bias.numel())
+
+    def dequantized(self) -> Tensor:
+        """The weights it computes with, float32 (out_features, in_features)."""
+        return self.q.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a rollout copy has no gradient; train the live model")
+        y = F.linear(x.bfloat16(), self.q).float()
+        return y if self.bias is None else y.add_(self.bias)

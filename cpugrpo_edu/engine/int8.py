@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from cpugrpo_edu.data import Group
 from cpugrpo_edu.engine import c_kernel
+from cpugrpo_edu.engine.bf16 import Bf16Linear
 from cpugrpo_edu.engine.memory import drop_input_grad_hooks
 from cpugrpo_edu.errors import UserError
 
@@ -271,6 +272,9 @@ def quantize_for_rollout(
 ) -> nn.Module:
     """A drop-in copy of a causal LM whose linear layers are INT8, for generation and scoring.
 
+    ``kernel`` is "packed" or "compiled" (INT8), or "bf16" for bfloat16 layers instead: twice
+    the bytes, and far closer to a policy with outlier activations.
+
     LoRA is merged in, so a PeftModel gives a plain transformers model. All other
     parameters (embeddings, norms) are *shared* with the live model, not copied,
     so a rollout is of one policy only after :func:`refresh`. The head stays float
@@ -284,7 +288,12 @@ def quantize_for_rollout(
     memo: dict[int, Any] = {}  # deepcopy puts these in place of what they stand for
     for _, layer in _linears(live):
         if quantize_head or layer is not head:
-            memo[id(layer)] = Int8Linear(*_float_weights(layer), per_channel, kernel)
+            weight, bias = _float_weights(layer)
+            memo[id(layer)] = (
+                Bf16Linear(weight, bias)
+                if kernel == "bf16"
+                else Int8Linear(weight, bias, per_channel, kernel)
+            )
     if not memo:
         raise UserError(
             f"{type(live).__name__} has no torch.nn.Linear layer to quantize; "
@@ -307,7 +316,7 @@ def refresh(served: nn.Module, model: nn.Module) -> nn.Module:
     live = _without_peft(model)
     for name, layer in _linears(live):
         target = served.get_submodule(name)
-        if isinstance(target, Int8Linear):
+        if isinstance(target, Int8Linear | Bf16Linear):
             target.pack(*_float_weights(layer))
     for name, parameter in served.named_parameters():
         parameter.data = live.get_parameter(name).data  # shared unless the live one was replaced
