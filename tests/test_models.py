@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -14,9 +15,13 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 from cpugrpo_edu.engine import sizes
 from cpugrpo_edu.errors import UserError
@@ -32,6 +37,10 @@ from cpugrpo_edu.models.load import (
     snapshot,
 )
 
+PHI3 = Phi3Config(
+    vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+)  # fmt: skip
 QUESTION = [{"role": "user", "content": "Compute 1+2."}]
 QWEN2_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -124,7 +133,7 @@ def test_a_folder_whose_tokenizer_has_no_padding_token_loads(folder):
 # --- Refusals -----------------------------------------------------------------
 
 
-def test_a_missing_bundled_model_is_an_error_with_the_mend(monkeypatch, tmp_path):
+def test_a_missing_bundled_model_is_an_error_that_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(load, "BUNDLED", tmp_path)
     with pytest.raises(UserError, match="cpugrpo pretrain"):
         load_policy("bundled")
@@ -228,10 +237,33 @@ def test_lora_seeds(tiny_folder):
     assert fingerprint(first.model) == fingerprint(same.model) != fingerprint(other.model)
 
 
-def test_lora_on_a_model_without_those_layers_is_refused():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1))
-    with pytest.raises(UserError, match=r"'gpt2'.*q_proj"):
-        add_lora(model, 2)
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        (GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=4, n_layer=1, n_head=1)), 4),
+        (Phi3ForCausalLM(PHI3), 4),  # qkv_proj, o_proj, gate_up_proj, down_proj
+    ],
+    ids=["gpt2", "phi3"],
+)
+def test_lora_covers_every_linear_layer_but_the_head(model, layers):
+    linear = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    before = logits(model.eval())
+    adapted = add_lora(model, 2)
+    found = [n for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "lora_B")]
+    assert sorted(found) == sorted(set(linear) - {"lm_head"}) and len(found) == layers
+    torch.testing.assert_close(logits(adapted), before)
+
+
+def test_lora_on_a_model_without_linear_layers_is_refused():
+    class Table(PreTrainedModel):
+        config_class = GPT2Config
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.table = torch.nn.Embedding(8, 8)
+
+    with pytest.raises(UserError, match="no linear layers in a 'gpt2' model"):
+        add_lora(Table(GPT2Config()), 2)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -253,6 +285,29 @@ def test_saved_policies_load_with_plain_transformers(tiny_folder, tmp_path, rank
     again = load_policy(folder)
     assert again.encode_chat(QUESTION) == policy.encode_chat(QUESTION)
     assert (again.system, again.eos_ids) == (policy.system, policy.eos_ids)
+
+
+def test_a_bfloat16_base_keeps_small_changes_when_saved(tiny_folder, tmp_path):
+    """Adam at a learning rate of 1e-5 changes B by about 1e-5 in its first step."""
+    policy = load_policy(tiny_folder, dtype="bfloat16", lora_rank=4)
+    base = load_policy(tiny_folder, dtype="bfloat16").model.state_dict()
+    layers = {
+        n: m for n, m in policy.model.get_base_model().named_modules() if hasattr(m, "lora_A")
+    }
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in layers.values():
+            weight = layer.lora_B["default"].weight
+            weight.copy_(1e-5 * torch.randn(weight.shape).sign())
+    saved = load_file(save_policy(policy, tmp_path / "saved") / "model.safetensors")
+    missed = learned = 0.0
+    for name, layer in layers.items():
+        down, up = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        change = (layer.scaling["default"] * up @ down).detach()
+        kept = saved[f"{name}.weight"].double() - base[f"{name}.weight"].double()
+        missed += float((kept - change).square().sum())
+        learned += float(change.square().sum())
+    assert learned > 0 and (missed / learned) ** 0.5 < 1e-3
 
 
 def test_fingerprints_see_a_single_bit(tiny_policy):

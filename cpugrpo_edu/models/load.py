@@ -7,9 +7,11 @@ before a single weight is read.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,6 @@ BUNDLED = BUNDLED_MODEL.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FROZEN = "int8"
 """The dtype whose base is integers, for LoRA only, see :mod:`cpugrpo_edu.engine.int8_base`."""
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 SYSTEM_PROMPT = (
     "Work step by step, one step a line such as 12 * 3 = 36. "
@@ -85,10 +86,10 @@ def load_policy(
 
     ``dtype`` is float32, bfloat16, auto (bfloat16 where the CPU computes in it), or int8:
     a frozen integer base that only LoRA can train, in a quarter of the memory, whose products
-    ``kernel`` does (``int8_base.KERNELS``; "compiled" is "packed" where there is no C compiler).
-    ``options`` are the sampler's. A model other than ours gets ``SYSTEM_PROMPT`` unless
-    ``system`` says otherwise.
-    Raises UserError for an unknown model, a broken download, or too little memory.
+    ``kernel`` computes (``int8_base.KERNELS``; "compiled" is "packed" where there is no C
+    compiler). ``seed`` draws the adapters; ``options`` are the sampler's. A model other than ours
+    gets ``SYSTEM_PROMPT`` unless ``system`` says otherwise. Raises ``UserError`` for an unknown
+    model, a broken download, or too little memory.
     """
     if dtype == "auto":
         dtype = "bfloat16" if native_bfloat16() else "float32"
@@ -106,16 +107,7 @@ def load_policy(
         if dtype == FROZEN:
             model = load_frozen(source, config, kernel)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=DTYPES[dtype],
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            model, found = loaded
-            if found["missing_keys"]:
-                raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys']))}")
+            model = load_float(source, DTYPES[dtype])
     except (UserError, MemoryError):
         raise
     except Exception as error:  # the loaders raise a dozen unrelated kinds
@@ -131,6 +123,21 @@ def load_policy(
         system = SYSTEM_PROMPT
     sampler = functools.partial(sample, options=options or EngineOptions())
     return Policy(model, tokenizer, source, system, sampler)
+
+
+def load_float(source: str, dtype: torch.dtype) -> Any:
+    """The model with weights of this dtype. Raises ``ValueError`` if any of them is missing."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    model, found = loaded
+    if found["missing_keys"]:  # transformers would give them random values and go on
+        raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys']))}")
+    return model
 
 
 def check_policy(policy: Policy) -> None:
@@ -176,9 +183,11 @@ def prepare_tokenizer(tokenizer: Any) -> None:
 
 
 def add_lora(model: Any, rank: int, seed: int = 0) -> Any:
-    """Low-rank adapters on all linear layers (Hu et al. 2021, arXiv:2106.09685), alpha = 2 rank.
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) of ``rank`` with alpha = 2 rank.
 
-    The base is frozen; B starts at zero, so the policy is unchanged at first.
+    They go on every linear layer except the head, whatever the architecture calls them: fused
+    projections, such as Phi-3's ``qkv_proj``, too. The base is frozen; B starts at zero, so the
+    policy is unchanged at first. Raises ``UserError`` for a model without linear layers.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -187,15 +196,18 @@ def add_lora(model: Any, rank: int, seed: int = 0) -> Any:
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
-        target_modules=LORA_TARGETS,
+        target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT uses a name that transformers 6 will drop: nothing that a user can act on.
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+            return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
-            f"LoRA does not know the layers of a {model.config.model_type!r} model; allowed are "
-            f"models with {', '.join(LORA_TARGETS)}: give one of them, or train with lora_rank 0"
+            f"LoRA finds no linear layers in a {model.config.model_type!r} model; "
+            "give another model, or train with lora_rank 0"
         ) from error
 
 
@@ -233,23 +245,22 @@ def fingerprint(model: Any) -> str:
 
 
 def save_policy(policy: Policy, folder: str | Path) -> Path:
-    """Save as a standard Hugging Face folder that plain ``transformers`` loads.
+    """Save as a standard Hugging Face folder that plain ``transformers`` loads; returns it.
 
-    LoRA adapters are merged into a copy of the base; the adapter alone is kept
-    beside it in ``adapter/``. On a frozen INT8 base only the adapter is saved: it
-    belongs on the float model that the base was made of.
+    LoRA adapters are merged into a float32 copy of the base; the adapter alone is kept beside it
+    in ``adapter/``. On a frozen INT8 base only the adapter is saved: it belongs on the float model
+    that the base was made of.
     """
     folder = Path(folder)
     model = policy.model
-    if is_frozen(model):
+    lora = hasattr(model, "merge_and_unload")
+    if lora:
         model.save_pretrained(folder / "adapter")
-        policy.tokenizer.save_pretrained(folder)
-        return folder
-    if hasattr(model, "merge_and_unload"):
-        import copy
-
-        model.save_pretrained(folder / "adapter")
-        model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(folder)
+    if not is_frozen(model):
+        if lora:
+            # In bfloat16, with 8 significant bits, the sum of a weight and a change of less than
+            # 1/256 of it is often the weight again: most of what was learned would be lost.
+            model = copy.deepcopy(model).float().merge_and_unload()
+        model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     return folder

@@ -1,9 +1,9 @@
 """Make the bundled model: a small Qwen2, supervised on worked solutions, stopped early.
 
-The corpus mixes two styles, as text from the web does: some answers come with
-their working, some come bare. A model trained on it often blurts out a bare
-answer and is often wrong; working step by step is in it, but has to be found.
-That, and the early stop, is what GRPO can improve.
+The corpus mixes two styles, as text from the web does: some answers come with their working, some
+come bare. A model trained on it often blurts out a bare answer, and is often wrong. It has learned
+to work step by step as well, but seldom does. That habit, and the early stop, is what GRPO can
+improve.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from cpugrpo_edu.data import ANSWER_MARK, DIFFICULTIES, Problem
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.evaluate import evaluate, held_out_problems, working_share
+from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.files import check_output_folder
 from cpugrpo_edu.record.machine import describe_machine, versions
 from cpugrpo_edu.record.markdown import markdown_table
-from cpugrpo_edu.record.stats import accuracy_table
+from cpugrpo_edu.record.stats import accuracy_table, working_share
 from cpugrpo_edu.sample import Sampling
-from cpugrpo_edu.tasks import DOMAINS, TASKS, split_of
+from cpugrpo_edu.tasks import DOMAINS, TASKS, held_out_problems, split_of
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -69,7 +69,7 @@ class PretrainConfig:
 
 
 def check_settings(config: PretrainConfig) -> None:
-    """What would otherwise fail after the tokenizer has been trained, or later."""
+    """Raise ``UserError`` now for what would fail only after the tokenizer has been trained."""
     for name in ("steps", "hidden", "layers"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; give at least 1")
@@ -156,9 +156,10 @@ def target_text(problem: Problem, bare: bool) -> str:
 def batches(
     config: PretrainConfig, tokenizer: Qwen2Tokenizer
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless ``(input_ids (B, T), labels (B, T))``, right-padded, prompts not learnt.
+    """Endless ``(input_ids, labels)``, (B, T) each, padded on the right.
 
-    Eight batches are drawn together and cut by length, so that little is padding.
+    Labels are -100 on prompts and padding, which so count for nothing. Eight batches are drawn
+    together and cut by length, so that little is padding.
     """
     rng = random.Random(f"batches/{config.seed}")
     stream = problem_stream(config.seed, config.difficulty_weights)
@@ -194,7 +195,7 @@ def batches(
 
 
 def learning_rate_at(step: int, config: PretrainConfig) -> float:
-    """Linear warm-up, then a cosine to a tenth."""
+    """Linear warm-up, then half a cosine down to a tenth."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -208,8 +209,9 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train the tokenizer and the model and save both as a standard HF folder.
 
-    Returns a summary for the model card: examples seen, final loss (nats per
-    target token), seconds. Raises UserError if the folder already holds a model.
+    Returns a summary for the model card: examples seen, final loss (nats a target token), seconds.
+    ``on_step`` gets the number of steps done and the loss, averaged over up to 50 steps. Raises
+    ``UserError`` if the folder already holds a model.
     """
     folder = check_output_folder(folder)
     if (folder / "config.json").exists() or (folder / "model.safetensors").exists():
@@ -254,7 +256,11 @@ def make_model(
     per_cell: int = 300,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> dict[str, Any]:
-    """Pretrain, score the result on held-out problems, and write its model card."""
+    """Pretrain, score the result on held-out problems, and write its model card.
+
+    ``per_cell`` is the number of problems a domain and difficulty. Returns the summary. Raises
+    ``UserError`` for settings that cannot work and for a folder that already holds a model.
+    """
     check_settings(config)
     if per_cell < 1:
         raise UserError(f"per_cell is {per_cell}; give at least 1")
@@ -270,12 +276,6 @@ def write_model_card(
     policy: Policy, summary: dict[str, Any], folder: str | Path, per_cell: int
 ) -> None:
     """README.md: what the model is, what it was trained on, how it scores, what it is not for."""
-    from cpugrpo_edu.evaluate import evaluate
-    from cpugrpo_edu.record.markdown import markdown_table
-    from cpugrpo_edu.record.stats import accuracy_table, working_share
-    from cpugrpo_edu.sample import Sampling
-    from cpugrpo_edu.tasks import held_out_problems
-
     config = summary["config"]
     problems = held_out_problems(per_cell)
     sections = []
@@ -311,6 +311,7 @@ def write_model_card(
 
 
 def interval_text(row: dict[str, Any]) -> str:
+    """An accuracy and its interval in %."""
     return f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
 
 
