@@ -292,7 +292,7 @@ def test_the_first_step_warms_up():
 def test_a_fresh_process_and_its_failure(tmp_path):
     run_worker(make_model, replace(SHAPE, layers=1), tmp_path / "m")
     assert (tmp_path / "m" / "fp32" / "model.safetensors").exists()
-    with pytest.raises(UserError, match="unknown workload"):
+    with pytest.raises(UserError, match="'b9'; allowed are b1"):
         run_worker(workload_of, "b9")
     with pytest.raises(UserError, match="_exit failed in its own process: BrokenProcessPool"):
         run_worker(os._exit, 3)
@@ -475,18 +475,26 @@ def result(seconds, peak=2e9):
                 "peers": {"stock": result(36.0, 9e9), "stock-lora": {"skipped": "no memory"}},
                 "step_floor": {"decode": 1.5},
             },
-            ["stock 36.00 s and 9.00 GB", "floor is 1.50 s", "Skipped: stock-lora"],
+            [
+                "ours 4.00, stock 36.00, floor 1.50",
+                "peak GB: ours 2.00, stock 9.00.",
+                "Skipped: stock-lora",
+            ],
         ),
-        ("ablate", {"ablations": {"all on": result(4.0), "generate": result(9.0)}}, ["9.00 s"]),
+        (
+            "ablate",
+            {"ablations": {"all on": result(4.0), "generate": result(9.0)}},
+            ["all on 4.00, generate 9.00"],
+        ),
         (
             "rollout",
             {"engines": {"generate": {"2": result(1), "8": result(1)}}},
-            ["with G = 8: generate 3"],
+            ["tokens/s: generate (G 2) 3.0, generate (G 8) 3.0"],
         ),
         (
             "train",
             {"engines": {"fast": {**result(1), "rollout_tokens_per_second": 70.0}}},
-            ["rollouts alone: fast 70"],
+            ["rollout tokens/s: fast 70"],
         ),
     ],
 )

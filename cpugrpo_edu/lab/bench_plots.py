@@ -5,117 +5,64 @@ Colours are those of Okabe and Ito; nothing is shown by colour alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.cost import CostModel, StepSpec, fit_sweep
-from cpugrpo_edu.lab.tables import steady_seconds
+from cpugrpo_edu.lab.tables import TABLES
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
 
-
-def bars(axes: Any, names: list[str], values: list[float], form: str, ours: str = "ours") -> None:
-    """Horizontal bars with their values, ours in another colour and hatched."""
-    for at, (name, value) in enumerate(zip(names, values)):
-        own = name.startswith(ours) or name == "all on"
-        axes.barh(at, value, color=BLUE if own else ORANGE, hatch="//" if own else None, alpha=0.85)
-        axes.text(value, at, " " + form.format(value), va="center", fontsize=9)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-
-
-def time_and_memory(
-    ran: dict[str, Any], inches: float, floor: float | None = None
-) -> tuple[Any, str]:
-    """Seconds a step, with the ``floor`` if any, and peak memory: a bar for each result, with
-    ``inches`` of room. The figure, and what all bars show in words."""
-    names = list(ran)
-    seconds = [steady_seconds(result) for result in ran.values()]
-    peaks = [result["peak_rss_bytes"] / 1e9 for result in ran.values()]
-    figure = new_figure(7.4, 1.4 + inches * len(names))
-    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    bars(left, names, seconds, "{:.1f}")
-    title = "Time"
-    if floor is not None:
-        left.axvline(floor, color=VERMILLION, ls="--", lw=1.5)
-        title = f"Time (dashed: floor, {floor:.1f} s)"
-    tidy(left, title, x="s a step", grid="x")
-    bars(right, names, peaks, "{:.1f}")
-    right.set_yticks(range(len(names)), [""] * len(names))
-    tidy(right, "Memory", x="peak RSS in GB", grid="x")
-    facts = [f"{n} {s:.2f} s and {p:.2f} GB" for n, s, p in zip(names, seconds, peaks, strict=True)]
-    return figure, "; ".join(facts)
+PANELS = {
+    "bench-b1": ("s a step", "peak GB"),
+    "bench-b2": ("s a step", "peak GB"),
+    "bench-b3": ("s a step", "peak GB"),
+    "bench-ablate": ("s a step", "peak GB"),
+    "bench-rollout": ("tokens/s", "peak GB"),
+    "bench-train": ("rollout tokens/s", "tokens/s in all"),
+}
+"""Kind of record -> the columns of its table that are drawn."""
 
 
-def plot_comparison(record: RunRecord) -> Plot:
-    """Seconds a step and peak memory of every contestant, with the floor drawn in."""
-    every = {"ours": record.results["ours"], **record.results["peers"]}
-    ran = {name: result for name, result in every.items() if "skipped" not in result}
-    floor = sum(record.results["step_floor"].values())
-    figure, facts = time_and_memory(ran, 0.5, floor)
-    skipped = [name for name in every if name not in ran]
+def plot_record(record: RunRecord) -> Plot:
+    """The picture of a benchmark's record. UserError for a kind that has none."""
+    if record.kind == "bench-sweep":
+        return plot_sweep(record)
+    if record.kind not in PANELS:
+        known = ", ".join([*PANELS, "bench-sweep"])
+        raise UserError(f"no plot for a record of kind {record.kind!r}; there are {known}")
+    return plot_bars(record)
+
+
+def plot_bars(record: RunRecord) -> Plot:
+    """The columns of the record's table as horizontal bars, ours in another colour and hatched."""
+    _, header, make_rows = TABLES[record.kind]
+    rows = make_rows(record)
+    names = [f"{row[0]} (G {row[1]})" if "G" in header else row[0] for row in rows]
+    first = header.index(PANELS[record.kind][0])
+    skipped = [name for name, row in zip(names, rows) if not is_number(row[first])]
+    figure, facts = new_figure(7.4, 1.4 + 0.45 * (len(rows) - len(skipped))), []
+    for panel, column in enumerate(PANELS[record.kind]):
+        cells = zip(names, (row[header.index(column)] for row in rows))
+        shown = [(name, cell) for name, cell in cells if is_number(cell)]
+        axes = figure.add_subplot(1, len(PANELS[record.kind]), panel + 1)
+        for at, (name, cell) in enumerate(shown):
+            ours = name.startswith(("ours", "fast", "all on"))
+            colour, hatch = (BLUE, "//") if ours else (ORANGE, None)
+            axes.barh(at, float(cell), color=colour, hatch=hatch, alpha=0.85)
+            axes.text(float(cell), at, f" {cell}", va="center", fontsize=9)
+        axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+        axes.invert_yaxis()
+        axes.margins(x=0.25)
+        tidy(axes, x=column, grid="x")
+        facts.append(f"{column}: " + ", ".join(f"{name} {cell}" for name, cell in shown))
     left_out = f" Skipped: {', '.join(skipped)}." if skipped else ""
-    return Plot(
-        figure,
-        f"Bar charts of seconds a GRPO step and peak memory, a bar a contestant: "
-        f"{facts}. The machine's floor is {floor:.2f} s a step.{left_out}",
-    )
+    return Plot(figure, f"Bar charts, a bar a row of the table. {'; '.join(facts)}.{left_out}")
 
 
-def plot_ablation(record: RunRecord) -> Plot:
-    """Seconds a step and peak memory with one fast path off at a time."""
-    ran = {k: v for k, v in record.results["ablations"].items() if "skipped" not in v}
-    figure, facts = time_and_memory(ran, 0.4)
-    return Plot(
-        figure,
-        "Bar charts of seconds a GRPO step and peak memory with one fast path off at a time: "
-        f"{facts}.",
-    )
-
-
-def plot_rollout(record: RunRecord) -> Plot:
-    """Tokens a second of every rollout engine, a panel a group size."""
-    engines = record.results["engines"]
-    groups = list(next(iter(engines.values())))
-    figure = new_figure(7.4, 1.4 + 0.4 * len(engines))
-    facts = []
-    for panel, group in enumerate(groups):
-        ran = {e: r[group] for e, r in engines.items() if "skipped" not in r[group]}
-        axes = figure.add_subplot(1, len(groups), panel + 1)
-        speeds = [result["tokens_per_second"] for result in ran.values()]
-        bars(axes, list(ran), speeds, "{:.0f}")
-        tidy(axes, f"G = {group}", x="tokens/s", grid="x")
-        each = ", ".join(f"{e} {s:.0f}" for e, s in zip(ran, speeds))
-        facts.append(f"with G = {group}: {each}")
-    return Plot(
-        figure,
-        f"Bar charts of sampled tokens a second, a bar an engine; {'; '.join(facts)}.",
-    )
-
-
-def plot_train(record: RunRecord) -> Plot:
-    """Tokens a second of the bundled model's steps by rollout engine."""
-    engines = record.results["engines"]
-    names = list(engines)
-    figure = new_figure(7.4, 1.4 + 0.4 * len(names))
-    facts = []
-    for panel, (key, title) in enumerate(
-        (("rollout_tokens_per_second", "Rollouts alone"), ("tokens_per_second", "Whole steps"))
-    ):
-        axes = figure.add_subplot(1, 2, panel + 1)
-        values = [result[key] for result in engines.values()]
-        bars(axes, names, values, "{:.0f}", ours="fast")
-        tidy(axes, title, x="sampled tokens/s", grid="x")
-        each = ", ".join(f"{n} {v:.0f}" for n, v in zip(names, values))
-        facts.append(f"{title.lower()}: {each}")
-    return Plot(
-        figure,
-        "Bar charts of the bundled model's sampled tokens a second by rollout engine; "
-        f"{'; '.join(facts)}.",
-    )
+def is_number(cell: str) -> bool:
+    return cell.replace(".", "").isdigit()
 
 
 def plot_sweep(record: RunRecord) -> Plot:
@@ -137,6 +84,7 @@ def plot_sweep(record: RunRecord) -> Plot:
         left.plot(ends, [factor * end for end in ends], color=GREY, lw=1, ls=style)
     left.set_xscale("log")
     left.set_yscale("log")
+    left.tick_params(which="minor", labelbottom=False)  # they overlap
     left.legend(frameon=False, fontsize=8)
     tidy(left, "Left out of the fit (dotted: ± 20 %)", x="measured s a step", y="predicted s")
     shared, series = longest_series(points, model)
@@ -177,23 +125,3 @@ def longest_series(
         series.setdefault(shared, []).append(times)
     shared, found = max(series.items(), key=lambda item: len(item[1]))
     return shared, sorted(found)
-
-
-PLOTS: dict[str, Callable[[RunRecord], Plot]] = {
-    "bench-b1": plot_comparison,
-    "bench-b2": plot_comparison,
-    "bench-b3": plot_comparison,
-    "bench-ablate": plot_ablation,
-    "bench-rollout": plot_rollout,
-    "bench-train": plot_train,
-    "bench-sweep": plot_sweep,
-}
-
-
-def plot_record(record: RunRecord) -> Plot:
-    """The picture of a benchmark's record. UserError for a kind that has none."""
-    if record.kind not in PLOTS:
-        raise UserError(
-            f"no plot for a record of kind {record.kind!r}; there are {', '.join(PLOTS)}"
-        )
-    return PLOTS[record.kind](record)

@@ -17,6 +17,7 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.pieces import Pieces
 from cpugrpo_edu.lab.studies.common import (
     decided_by,
+    draw_differences,
     expected,
     holm,
     item_table,
@@ -28,7 +29,7 @@ from cpugrpo_edu.lab.studies.common import (
 from cpugrpo_edu.lab.studies.setting import Setting, StudyResult, Table
 from cpugrpo_edu.record.run_record import RunRecord, new_record
 from cpugrpo_edu.run.config import RunConfig
-from cpugrpo_edu.show.palette import BLUE, GREY, Plot, new_figure, tidy
+from cpugrpo_edu.show.palette import BLUE, Plot, new_figure, tidy
 
 SEEDS = 5
 COMPLETIONS = 128
@@ -275,16 +276,9 @@ def plot(record: RunRecord) -> Plot:
     arms = [each for each in record.results["arms"] if each["arm"] != BASE]
     figure = new_figure(7, 1 + 0.28 * len(arms))
     axes = figure.add_subplot()
-    facts = []
-    for i, each in enumerate(arms):
-        row = each["accuracy_difference"]
-        middle = 100 * row["difference"]
-        spread = None
-        if row["low"] is not None:
-            spread = [[middle - 100 * row["low"]], [100 * row["high"] - middle]]
-        axes.errorbar([middle], [i], xerr=spread, fmt="o", color=BLUE, capsize=3)
-        facts.append(f"{each['arm']} {signed(row)}")
-    axes.axvline(0, color=GREY, lw=1)
+    changes = [each["accuracy_difference"] for each in arms]
+    draw_differences(axes, changes, range(len(arms)), marker="o", color=BLUE, capsize=3)
+    facts = [f"{each['arm']} {signed(change)}" for each, change in zip(arms, changes)]
     axes.set_yticks(range(len(arms)), [f"{e['factor']}: {e['arm']}" for e in arms])
     axes.invert_yaxis()
     tidy(axes, x="accuracy against the default, points (bars: 95 % over seeds)", grid="both")

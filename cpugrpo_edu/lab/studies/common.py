@@ -24,6 +24,7 @@ from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import over_seeds
 from cpugrpo_edu.run.config import RunConfig
 from cpugrpo_edu.run.pipeline import Interrupted, run
+from cpugrpo_edu.show.palette import GREY
 from cpugrpo_edu.show.progress import ProgressDisplay
 
 
@@ -155,3 +156,16 @@ def signed(row: Mapping[str, Any], scale: float = 100) -> str:
     if row.get("low") is None:
         return f"{text} (no interval)"
     return f"{text} ({scale * row['low']:+.1f} to {scale * row['high']:+.1f})"
+
+
+def draw_differences(
+    axes: Any, rows: Sequence[Mapping[str, Any]], at: Sequence[float], **style: Any
+) -> None:
+    """A dot for each difference in points at its height, with a bar for the interval if any."""
+    middle = [100 * row["difference"] for row in rows]
+    spread = [
+        [0 if row["low"] is None else abs(100 * row[end] - each) for row, each in zip(rows, middle)]
+        for end in ("low", "high")
+    ]
+    axes.errorbar(middle, at, xerr=spread, ls="", **style)
+    axes.axvline(0, color=GREY, lw=1)

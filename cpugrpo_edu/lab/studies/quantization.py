@@ -30,6 +30,7 @@ from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.lab.pieces import Pieces, made_once
 from cpugrpo_edu.lab.studies.common import (
     decided_by,
+    draw_differences,
     expected,
     holm,
     item_table,
@@ -586,27 +587,21 @@ def plot(record: RunRecord) -> Plot:
     axes = figure.add_subplot()
     worst: dict[str, float] = {}
     for k, name in enumerate(names):
-        chosen = {
+        of_model = {
             row["model"]: row["against_fp32"]["overall"] for row in rows if row["format"] == name
         }
-        middle = [100 * chosen[model]["difference"] for model in models]
-        low = [100 * chosen[model]["low"] for model in models]
-        high = [100 * chosen[model]["high"] for model in models]
-        worst[name] = min(middle)
-        axes.errorbar(
-            middle,
+        chosen = [of_model[model] for model in models]
+        worst[name] = 100 * min(row["difference"] for row in chosen)
+        draw_differences(
+            axes,
+            chosen,
             [i + 0.14 * (k - (len(names) - 1) / 2) for i in range(len(models))],
-            xerr=[
-                [m - a for m, a in zip(middle, low)],
-                [b - m for m, b in zip(middle, high)],
-            ],
-            fmt="os^Dv"[k % 5],
+            marker="os^Dv"[k % 5],
             color=(BLUE, ORANGE, GREEN, VERMILLION, GREY)[k % 5],
             capsize=2,
             ms=4,
             label=name,
         )
-    axes.axvline(0, color=GREY, lw=1)
     axes.set_yticks(range(len(models)), models)
     axes.invert_yaxis()
     tidy(axes, x="accuracy against fp32, points (bars: 95 % intervals)", grid="both")
