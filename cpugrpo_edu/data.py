@@ -1,7 +1,7 @@
-"""The nouns of the package: what a problem, a task, a completion and its group are.
+"""The data types of the package: problems, tasks, completions and groups.
 
-Everything else is a function from some of these to others. Read this module
-first; it imports nothing from the package but the standard library.
+The rest of the package consists of functions on these types. Read this module first; it imports
+only the standard library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ANSWER_MARK = "####"
 
 @dataclass(frozen=True)
 class Step:
-    """One line of working in a completion, and whether it holds."""
+    """One line of working in a completion, and whether it is valid."""
 
     text: str
     valid: bool
@@ -30,9 +30,9 @@ class Step:
 class StepReport:
     """What a step checker found.
 
-    ``required`` is the number of steps the worked solution takes. ``score`` lies
-    in [0, 1]: the share of required steps reached, lowered by invalid ones, so
-    that padding with true but useless lines never pays.
+    ``required`` is the number of steps in the worked solution. ``score`` is in [0, 1]: the share
+    of required steps that were reached, reduced by invalid ones. Padding with true but useless
+    lines never pays.
     """
 
     steps: tuple[Step, ...]
@@ -41,7 +41,7 @@ class StepReport:
 
 
 class Task(Protocol):
-    """A domain: makes problems, and owns the ground truth for them."""
+    """A domain of problems: it generates them and judges completions."""
 
     @property
     def name(self) -> str: ...
@@ -55,7 +55,7 @@ class Task(Protocol):
         ...
 
     def grade(self, problem: Problem, completion: str) -> float:
-        """1 or 0 by ``verify``, or a grade in between."""
+        """1 if the completion is right, 0 if it is wrong, or a grade in between."""
         ...
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
@@ -67,8 +67,8 @@ class Task(Protocol):
 class Problem:
     """One question with a verifiable answer, and the task that judges completions of it.
 
-    ``solution`` is a worked solution: one step a line, then ``#### answer``. ``task`` may be
-    missing from a problem that is only asked, never judged.
+    ``solution`` is a worked solution: one step per line, then ``#### answer``. ``task`` may be
+    None if completions of the problem are never judged.
     """
 
     id: str
@@ -81,7 +81,7 @@ class Problem:
 
     @property
     def judge(self) -> Task:
-        """The task; a `ValueError` if there is none."""
+        """The task that judges completions. Raises ``ValueError`` if there is none."""
         if self.task is None:
             raise ValueError(f"problem {self.id!r} has no task, so no completion can be judged")
         return self.task
@@ -91,7 +91,7 @@ class Problem:
         return self.judge.verify(self, completion)
 
     def grade(self, completion: str) -> float:
-        """How right the completion is, from 0 to 1."""
+        """The grade of the completion, from 0 to 1."""
         return self.judge.grade(self, completion)
 
     def check_steps(self, completion: str) -> StepReport:
@@ -104,7 +104,7 @@ class Episode:
     """One sampled completion, as the policy produced it.
 
     ``logprobs[t]`` is log pi(completion_ids[t] | prefix) under the sampling
-    distribution, in nats. ``finished`` is False when the length limit cut it.
+    distribution, in nats. ``finished`` is False if the length limit cut the completion off.
     """
 
     completion_ids: list[int] = field(default_factory=list)

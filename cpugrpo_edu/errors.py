@@ -1,10 +1,10 @@
-"""The one exception that a user sees as a sentence."""
+"""The exception for users' mistakes, shown as one sentence."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in the input: one sentence naming the value, what is allowed, and the mend.
+    """A mistake in the input: one sentence with the value, what is allowed, and how to fix it.
 
-    The command line prints the sentence and exits with code 2; no traceback.
+    The command line prints the sentence without a traceback and exits with code 2.
     """

@@ -1,9 +1,9 @@
 """GRPO from zero: log-probabilities, advantages, KL estimators, and the losses.
 
 A language model is a policy: at position t it draws token o_t from
-pi(o_t | q, o_<t). This module holds the whole algorithm as plain functions of
-tensors, in the order in which a training step uses them; ``train`` puts them together. The
-product's trainer runs TRL's implementation of the same formulas; the tests hold the two equal.
+pi(o_t | q, o_<t). This module contains the algorithm as plain functions of tensors, in the
+order in which a training step uses them; ``train`` combines them. ``cpugrpo run`` uses TRL's
+implementation of the same formulas, and tests check that both agree.
 
 Shapes: B sequences, P prompt positions (padded on the left), C completion
 positions (padded on the right), V tokens in the vocabulary. ``mask`` is (B, C),
@@ -31,7 +31,7 @@ ADVANTAGE_EPS = 1e-4
 """Added to the standard deviation of the rewards; TRL's value."""
 
 
-# --- The policy: a model and how to ask it -----------------------------------
+# --- The policy: a model and how to prompt it --------------------------------
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Policy:
         return int(self.tokenizer.pad_token_id)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation through the chat template, ready for the answer."""
+        """Token ids of a conversation in the chat template, up to where the answer begins."""
         return list(
             self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=True
@@ -68,11 +68,11 @@ class Policy:
         )
 
     def encode_problem(self, problem: Problem) -> list[int]:
-        """Token ids of the prompt that puts the problem to this model."""
+        """Token ids of the prompt that gives the problem to this model."""
         return self.encode_chat(prompt_messages(problem, self.system))
 
 
-# --- What the policy says about a completion ---------------------------------
+# --- Log-probabilities of a completion ---------------------------------------
 
 
 def completion_logits(
@@ -85,13 +85,13 @@ def completion_logits(
     """Logits (B, C, V) in fp32, divided by ``temperature``, that predict the completion.
 
     ``prompt_ids`` is (B, P), left-padded; ``completion_ids`` (B, C), right-padded;
-    ``attention_mask`` (B, P + C), 1 on real tokens. Raises ``ValueError`` on shapes
-    that do not fit, an empty prompt, or a temperature that is not positive.
+    ``attention_mask`` (B, P + C), 1 on real tokens. Raises ``ValueError`` if the shapes do
+    not match, the prompt is empty, or the temperature is not positive.
     """
     (batch, prompt), (_, completion) = prompt_ids.shape, completion_ids.shape
     if attention_mask.shape != (batch, prompt + completion) or len(completion_ids) != batch:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; allowed is "
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected "
             f"{(batch, prompt + completion)}, one entry for each prompt and completion token: "
             "concatenate the prompt mask and the completion mask along dim 1"
         )
@@ -102,7 +102,7 @@ def completion_logits(
         )
     if temperature <= 0:
         raise ValueError(
-            f"temperature is {temperature}; it must be greater than 0: give the one you sampled at"
+            f"temperature is {temperature}; it must be greater than 0: use the sampling temperature"
         )
     # Position 0 is the first real token. Without this, left padding would shift the
     # positions, which changes the output of models with absolute positions.
@@ -121,13 +121,13 @@ def completion_logits(
 
 
 def gather_log_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """log softmax(logits)[token]: (..., V) and (...) give (...), in nats."""
+    """log softmax(logits)[token] in nats, from shapes (..., V) and (...) to (...)."""
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(dim=-1)
 
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy -sum_v p_v log p_v of the next-token distribution: (..., V) gives (...), in nats."""
+    """Entropy -sum_v p_v log p_v of the next token in nats, from shape (..., V) to (...)."""
     log_p = logits.log_softmax(dim=-1)
     # A token of probability 0 (logit -inf) contributes 0, not 0 * -inf = NaN.
     return torch.special.entr(log_p.exp()).sum(dim=-1)
@@ -142,7 +142,7 @@ def token_log_probs(
 ) -> Tensor:
     """log pi(o_t | q, o_<t) for every completion token, (B, C); 0 on padding.
 
-    So ``.sum(dim=1)`` is log pi(o | q). For inputs and errors see ``completion_logits``.
+    Therefore ``.sum(dim=1)`` is log pi(o | q). For inputs and errors see ``completion_logits``.
     """
     logits = completion_logits(model, prompt_ids, completion_ids, attention_mask, temperature)
     mask = attention_mask[:, prompt_ids.shape[1] :].bool()
@@ -156,19 +156,19 @@ def group_advantages(rewards: Tensor, scale: Scale = "group") -> Tensor:
     """A = (r - mean of its group) / (std + 1e-4); same shape as ``rewards``.
 
     ``rewards`` is (groups, G), or (G,) for one group: **the last dimension is the
-    group**, so reshape a flat batch with ``rewards.view(-1, G)``. ``scale`` says which
-    standard deviation divides: of the "group" (Shao et al. 2024, arXiv 2402.03300,
-    section 4.1.2), of the whole "batch", or "none" (Liu et al. 2025, Dr. GRPO, arXiv
-    2503.20783: dividing favours prompts that are almost always or never solved).
+    group**, so reshape a flat batch with ``rewards.view(-1, G)``. ``scale`` chooses the standard
+    deviation to divide by: that of the "group" (Shao et al. 2024, arXiv 2402.03300, section
+    4.1.2), that of the whole "batch", or "none" (Liu et al. 2025, Dr. GRPO, arXiv 2503.20783:
+    division favours prompts that are solved almost always or almost never).
     The standard deviation has ddof = 1, as in TRL. Raises ``ValueError`` if G < 2, if a
-    reward is not finite, or on an unknown ``scale``.
+    reward is not finite, or if ``scale`` is unknown.
     """
     if not rewards.is_floating_point():
         rewards = rewards.float()
     if rewards.ndim == 0 or rewards.shape[-1] < 2:
         raise ValueError(
             f"rewards have shape {tuple(rewards.shape)}; the last dimension is the group and must "
-            "be at least 2: sample at least 2 completions a prompt and use rewards.view(-1, G)"
+            "be at least 2: sample at least 2 completions per prompt and use rewards.view(-1, G)"
         )
     if not rewards.isfinite().all():
         raise ValueError(
@@ -206,13 +206,13 @@ def kl_estimates(log_probs: Tensor, ref_log_probs: Tensor) -> KLEstimates:
     - k2 = d^2 / 2: biased, never negative, low variance;
     - k3 = e^d - d - 1: unbiased, never negative.
 
-    Unbiased as a *value* does not mean unbiased as a *loss*. Differentiated as they
-    stand, with samples from pi, the expected gradients are: k1, zero; k2, the gradient
-    of KL(pi || ref); k3, the gradient of KL(ref || pi), the other direction. The tests
-    enumerate all of this. To correct this, multiply by the ratio pi / pi_old with its
-    gradient: then E[ratio k3] has both the value and the gradient of KL(pi || ref).
-    Getting the sign of d wrong leaves k2 unchanged, biases k3 and turns k1 from a
-    penalty into a bonus.
+    Unbiased as a *value* does not mean unbiased as a *loss*. If you differentiate the
+    estimators directly, with samples from pi, the expected gradient is zero for k1, the
+    gradient of KL(pi || ref) for k2, and for k3 the gradient of KL(ref || pi), which is the
+    other direction. The tests check this by enumeration. To correct it, multiply by the ratio
+    pi / pi_old and differentiate the product: E[ratio k3] has both the value and the gradient
+    of KL(pi || ref). If the sign of d is wrong, k2 is unchanged, k3 is biased, and k1 turns from
+    a penalty into a bonus.
     """
     d = ref_log_probs - log_probs
     return KLEstimates(k1=-d, k2=d.square() / 2, k3=d.expm1() - d)
@@ -233,14 +233,14 @@ def clipped_surrogate(
     rho = pi / pi_old is the importance ratio; the shapes broadcast (Schulman et al. 2017,
     arXiv 1707.06347, eq. 7; eps_high > eps_low is DAPO's "clip-higher", arXiv 2503.14476,
     eq. 10). The minimum removes the gradient once the ratio has moved far enough in the
-    direction that A asks for, and only in that direction.
+    direction that A rewards, and only in that direction.
     """
     ratio = (log_probs - old_log_probs).exp()
     return torch.min(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
 
 
 def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the real tokens of each sequence: (B, C) gives (B, 1); 0 if there are none."""
+    """Mean over the real tokens of each sequence, from (B, C) to (B, 1); 0 if there are none."""
     return (values * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
@@ -269,19 +269,19 @@ def grpo_loss(
     ``use_bias_correction_kl``; DeepSeek-V3.2, arXiv 2512.02556). False is the original GRPO.
 
     ``importance="sequence"`` is GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 7): one
-    ratio a sequence, the geometric mean of its token ratios.
+    ratio per sequence, the geometric mean of its token ratios.
 
-    ``reduction`` says what divides the sum over tokens, hence which tokens count:
+    ``reduction`` chooses what the sum over tokens is divided by, and so how much a token counts:
 
     - "grpo": mean over each sequence, then over sequences, so a token of a long answer
       counts less (arXiv 2402.03300, eq. 3);
     - "bnpo": the number of tokens in this micro-batch;
-    - "dr_grpo": B x ``max_length``, a constant, hence no length bias (arXiv 2503.20783);
+    - "dr_grpo": B x ``max_length``, a constant, so there is no length bias (arXiv 2503.20783);
     - "dapo": ``total_tokens``, the number of tokens in the whole optimizer step
-      (arXiv 2503.14476, eq. 8). Left out, it is this batch's, and equals "bnpo".
+      (arXiv 2503.14476, eq. 8). The default, the tokens of this batch, equals "bnpo".
 
-    When gradients are accumulated over n micro-batches, divide by n, except for "dapo":
-    its micro-batch losses simply add up. Raises ``ValueError`` on a missing or unknown option.
+    When you accumulate gradients over n micro-batches, divide the loss by n, except for "dapo":
+    its micro-batch losses add up. Raises ``ValueError`` if an option is missing or unknown.
     """
     mask = mask.to(log_probs.dtype)
     if advantages.ndim == 1:
