@@ -47,7 +47,7 @@ CASES = {
 class SameForEveryone(CPUGRPOTrainer):
     """Draws a prompt's completions from a seed of the prompt's own; keeps the gradient."""
 
-    def rollout(self, prompts):
+    def rollout(self, prompts, trainer=None):
         whole = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
         for i in range(0, len(prompts), GROUP):
             block = prompts[i : i + GROUP]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from string import ascii_letters
@@ -15,8 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import cpugrpo_edu
 from cpugrpo_edu.curriculum import make_stages
 from cpugrpo_edu.data import DIFFICULTIES
 from cpugrpo_edu.engine.memory import PeakMemory
@@ -236,6 +239,28 @@ def test_a_phase_is_timed_and_saved_also_when_it_was_stopped(config, tmp_path):
     with pytest.raises(ValueError), session.phase("train"):
         raise ValueError("broken")
     assert load_state(tmp_path, config) == saved
+
+
+def test_few_frames_from_the_command_to_a_token(config, tmp_path, monkeypatch):
+    """What a reader must step through: this package's frames, the command's and draw's included."""
+    package, frames = Path(cpugrpo_edu.__file__).parent, []
+
+    def spy(*args, **options):
+        for frame in traceback.extract_stack():
+            path = Path(frame.filename)
+            if package in path.parents:
+                frames.append(f"{path.relative_to(package)}: {frame.name}")
+        raise KeyboardInterrupt  # this first token is enough
+
+    monkeypatch.setattr(torch, "searchsorted", spy)  # how ``draw`` picks a token
+    code, _, err = invoke(
+        "run", "--quiet", "--output", tmp_path / "run", "--model", config.model, "--threads", 1,
+        "--prompts-per-step", 2, "--num-generations", 2, "--max-completion", 4, "--per-cell", 0,
+        "--no-int8-rollouts",
+    )  # fmt: skip
+    assert code == 130, err
+    assert frames[0].endswith("main") and frames[-1] == "sample.py: draw"
+    assert len(frames) <= 12, "\n".join(frames)
 
 
 # Refusals

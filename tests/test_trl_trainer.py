@@ -476,13 +476,12 @@ def test_a_stop_request_saves_a_checkpoint(tiny_policy, tmp_path):
 
     trainer = make(tiny_policy, tmp_path, on_step=stop, max_steps=3)
     seeds = {}
-    original = trainer.rollout
 
-    def spy(prompts):
+    def spy(prompts, trainer):
         seeds[trainer.state.global_step] = trainer.rollout_seed()
-        return original(prompts)
+        return trainer.rollout(prompts)
 
-    trainer.rollout = spy
+    trainer.rollout_func = spy
     trainer.train()
     assert trainer.state.global_step == 2
     assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()

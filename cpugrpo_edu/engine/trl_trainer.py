@@ -174,6 +174,11 @@ class CPUGRPOTrainer(GRPOInternals):
         self.int8_rollouts = self.options.int8_rollouts
         self.drift: Drift | None = None
         self.last_groups: list[Group] = []
+        self.sampler: dict[str, Any] = {
+            "eos_ids": policy.eos_ids,
+            "pad_id": policy.pad_id,
+            "options": self.options,
+        }
         with without_notices():
             super().__init__(
                 model=policy.model,
@@ -181,7 +186,7 @@ class CPUGRPOTrainer(GRPOInternals):
                 reward_funcs=reward_functions,
                 train_dataset=dataset,
                 processing_class=policy.tokenizer,
-                rollout_func=lambda prompts, trainer: self.rollout(prompts),
+                rollout_func=self.rollout,
             )
         self.remove_callback(PrinterCallback)
         if self.options.spare_memory and self.ref_model is not None:
@@ -200,11 +205,11 @@ class CPUGRPOTrainer(GRPOInternals):
 
     # Rollouts
 
-    def rollout(self, prompts: list[Any]) -> dict[str, Any]:
+    def rollout(self, prompts: list[Any], trainer: Any = None) -> dict[str, Any]:
         """TRL's ``rollout_func``: complete every prompt, a conversation or a text.
 
         Returns a list for each prompt of ``prompt_ids``, ``completion_ids`` and ``logprobs``, in
-        nats under the policy that sampled.
+        nats under the policy that sampled. TRL passes this trainer as ``trainer``.
         """
         # Prompts arrive repeated, G times in a row; undo that, so that each is prefilled once.
         runs = [(prompt, len(list(same))) for prompt, same in itertools.groupby(prompts)]
@@ -222,7 +227,7 @@ class CPUGRPOTrainer(GRPOInternals):
         start = time.perf_counter()
         if self.drift is None and self.int8_rollouts:
             self.check_drift(prompt_ids[:DRIFT_PROMPTS], sampling)
-        groups = self.complete(self.sampling_model(), prompt_ids, copies, sampling)
+        groups = sample(self.sampling_model(), prompt_ids, copies, sampling, **self.sampler)
         if self.options.spare_memory:
             self.int8_copy = None
         seconds = time.perf_counter() - start
@@ -244,19 +249,6 @@ class CPUGRPOTrainer(GRPOInternals):
         if isinstance(prompt, str):
             return list(self.policy.tokenizer(prompt)["input_ids"])
         return self.policy.encode_chat(prompt)
-
-    def complete(
-        self, model: Any, prompts: list[list[int]], copies: int, sampling: Sampling
-    ) -> list[Group]:
-        return sample(
-            model,
-            prompts,
-            copies,
-            sampling,
-            eos_ids=self.policy.eos_ids,
-            pad_id=self.policy.pad_id,
-            options=self.options,
-        )
 
     def rollout_seed(self) -> int:
         """Another one for each generation and process; the same after a resume."""
@@ -281,7 +273,7 @@ class CPUGRPOTrainer(GRPOInternals):
         if copy is live:
             return
         short = replace(sampling, max_new_tokens=min(DRIFT_TOKENS, sampling.max_new_tokens))
-        groups = self.complete(live, prompts, 1, short)
+        groups = sample(live, prompts, 1, short, **self.sampler)
         self.drift = measure_drift(live, copy, groups, self.temperature)
         # Several processes measure on prompts of their own, and must decide alike.
         self.int8_rollouts = all(ranks.gather(self.drift.acceptable))
