@@ -1,14 +1,14 @@
-"""Verifiable rewards: what a completion earns, checked against exact ground truth.
+"""Verifiable rewards: a completion is scored against exact ground truth.
 
-A reward is a function ``reward(problem, episode) -> float``: the problem knows how it is
-judged (`Problem.task`), the episode holds the completion's text and tokens. The total reward
-of a completion is the weighted sum of its terms:
+A reward is a function ``reward(problem, episode) -> float``: the problem's task judges the answer
+(`Problem.task`), and the episode holds the completion's text and tokens. The total reward of a
+completion is the weighted sum of its terms:
 
     rewards = parse_rewards("correct_answer=1,valid_steps=0.5")
     give_rewards(groups, rewards)  # fills in every episode's reward
 
-What a reward measures is what the policy learns to produce, so each one here is checked
-against ground truth, and none counts words.
+The policy learns to produce whatever the reward measures. So correctness is checked against
+ground truth, and no reward pays for longer text.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from cpugrpo_edu.tasks.answers import extract_answer, stated_answers
 RewardFunction = Callable[[Problem, Episode], float]
 
 LARGEST = 1e18
-"""A reward beyond this, squared for the standard deviation in float32, would be infinite."""
+"""Largest allowed reward: the square of a larger one, in the variance, would overflow float32."""
 
 
 @dataclass(frozen=True)
 class Reward:
     """One term of the total reward: ``weight`` times ``function(problem, episode)``.
 
-    Calling it returns the function's value without the weight. A function that raises, or
-    returns anything but a finite number, ends the run with a `UserError` that names it: TRL
-    would drop a NaN silently from the total.
+    Calling it returns the function's value without the weight. If the function raises an error or
+    does not return a finite number, the run ends with a `UserError` that names the function. (TRL
+    would silently drop a NaN from the total.)
     """
 
     name: str
@@ -58,7 +58,7 @@ class Reward:
                 f"{type(error).__name__}: {error}; fix the reward function or the verifier of "
                 f"domain {problem.domain!r}"
             ) from error
-        if not isinstance(value, Real) or not abs(value) <= LARGEST:  # so for NaN too
+        if not isinstance(value, Real) or not abs(value) <= LARGEST:  # also true for NaN
             raise UserError(
                 f"reward {self.name} gave {value!r:.80} for problem {problem.id!r}; "
                 "return a finite number for each completion"
@@ -67,7 +67,7 @@ class Reward:
 
 
 def give_rewards(groups: Iterable[Group], rewards: Sequence[Reward]) -> None:
-    """Set every episode's ``reward`` to its total. The groups must know their problems."""
+    """Set every episode's ``reward``. Raises ``ValueError`` if a group has no problem."""
     for group in groups:
         if group.problem is None:
             raise ValueError("a group has no problem to judge its completions by")
@@ -97,9 +97,9 @@ def valid_steps(problem: Problem, episode: Episode) -> float:
 
 
 def good_format(problem: Problem, episode: Episode) -> float:
-    """1 if there is working, and then one last line ``#### answer``; else 0.
+    """1 if the completion has working and then one final line ``#### answer``, else 0.
 
-    Says nothing about right or wrong: alone it teaches a shape, so keep its weight small.
+    It does not check the answer: alone it would teach only the format, so keep its weight small.
     """
     text = episode.text
     answer = extract_answer(text)
@@ -110,16 +110,15 @@ def good_format(problem: Problem, episode: Episode) -> float:
 
 
 def make_length_penalty(soft_limit: int = 192, hard_limit: int = 256) -> RewardFunction:
-    """Make a reward that is 0 up to ``soft_limit`` tokens and falls linearly to -1 at
-    ``hard_limit``.
+    """Make a reward that is 0 up to ``soft_limit`` and falls linearly to -1 at ``hard_limit``.
 
-    The soft overlong punishment of DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 13), with
-    ``hard_limit`` for L_max and ``hard_limit - soft_limit`` for L_cache. Lengths are in tokens,
-    or in characters for an episode that has only a text.
+    This is the soft overlong punishment of DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 13), with
+    ``hard_limit`` for L_max and ``hard_limit - soft_limit`` for L_cache. Lengths are in tokens, or
+    in characters if the episode has only text.
     """
     if not 0 <= soft_limit < hard_limit:
         raise UserError(
-            f"length limits {soft_limit} and {hard_limit} do not fit; give 0 <= soft < hard"
+            f"length limits {soft_limit} and {hard_limit} are not allowed; give 0 <= soft < hard"
         )
 
     def length_penalty(problem: Problem, episode: Episode) -> float:
@@ -141,9 +140,9 @@ REWARDS: dict[str, RewardFunction] = {
 
 
 def parse_rewards(text: str, max_completion: int | None = None) -> list[Reward]:
-    """Read ``"correct_answer=1,valid_steps=0.5"``.
+    """Parse rewards such as ``"correct_answer=1,valid_steps=0.5"``.
 
-    Given ``max_completion`` tokens, the length penalty falls over its last quarter.
+    If ``max_completion`` is given, the length penalty falls over its last quarter of tokens.
     """
     rewards: list[Reward] = []
     for term in text.split(","):
@@ -154,8 +153,8 @@ def parse_rewards(text: str, max_completion: int | None = None) -> list[Reward]:
             number = float(weight)
         except ValueError:
             raise UserError(
-                f"cannot read the reward {term.strip()!r}; write name=weight with a name out of "
-                f"{', '.join(REWARDS)}, for example correct_answer=1,valid_steps=0.5"
+                f"cannot read the reward {term.strip()!r}; write name=weight, where the name is "
+                f"one of {', '.join(REWARDS)}, for example correct_answer=1,valid_steps=0.5"
             ) from None
         if name not in REWARDS:
             raise UserError(f"unknown reward {name!r}; allowed are {', '.join(REWARDS)}")

@@ -1,9 +1,8 @@
-"""Rollouts: a policy answers each problem n times, and every answer gets its reward.
+"""Rollouts: a policy answers each problem n times, and every answer gets a reward.
 
-`rollout` is the one front door, whoever asks: training, evaluation, the notebooks. It turns
-problems into prompts, lets a *sampler* complete them, and fills in text and rewards. `sample` is
-the readable sampler; a policy from ``load_policy`` brings the fast one of the engine, which draws
-from the same distribution (tested).
+Training, evaluation and the notebooks all call `rollout`. It turns problems into prompts, lets a
+*sampler* complete them, and adds texts and rewards. `sample` is the readable sampler; a policy from
+``load_policy`` uses the engine's fast one. A test checks that both draw from the same distribution.
 """
 
 from __future__ import annotations
@@ -48,15 +47,15 @@ def rollout(
     rewards: Sequence[Reward] = (),
     on_done: Callable[[int], None] = lambda prompts: None,
 ) -> list[Group]:
-    """Sample ``n`` completions of each problem: one group a problem, in the order given.
+    """Sample ``n`` completions of each problem: one group per problem, in the given order.
 
     Every episode has its tokens, their log-probabilities in nats and its text; with ``rewards``
-    also its reward. ``on_done`` hears how many more prompts are complete. Completions keep their
-    end-of-text token. Raises ``ValueError`` for an empty prompt or n < 1.
+    also its reward. ``on_done`` gets the number of prompts just completed. Completions include
+    their end-of-text token. Raises ``ValueError`` for an empty prompt or n < 1.
     """
     prompts = [policy.encode_problem(problem) for problem in problems]
     if n < 1 or not all(prompts):
-        raise ValueError(f"{n} completions were asked, or a prompt has no tokens; give at least 1")
+        raise ValueError(f"n is {n} or a prompt has no tokens; give at least 1 of each")
     sampler = policy.sampler or sample
     groups: list[Group] = sampler(
         policy.model,
@@ -91,11 +90,11 @@ def sample(
 ) -> list[Group]:
     """Complete each tokenized prompt ``n`` times, all rows in one batch, token by token.
 
-    At every step the model sees the tokens drawn last; what it computed for earlier ones is in
-    its key/value cache. A finished row goes on with padding until all are finished.
+    Each step feeds only the newest tokens to the model; the KV cache holds the keys and values of
+    all earlier ones. Finished rows keep drawing tokens, which are ignored, until all are finished.
     """
     was_training = model.training
-    model.eval()  # dropout must not act on rollouts
+    model.eval()  # no dropout in rollouts
     rows = [prompt for prompt in prompts for _ in range(n)]
     ids, mask = left_pad(rows, pad_id)
     episodes = [Episode(finished=False) for _ in rows]
@@ -131,10 +130,10 @@ def sample(
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one token a row from (rows, V) logits: ids (rows,) and their log-probs in nats.
+    """Draw one token per row from (rows, V) logits: ids (rows,) and their log-probs in nats.
 
-    The log-probs are those of the distribution drawn from, so temperature and top-p are
-    included. Greedy decoding reports the model's own log-probs.
+    The log-probs belong to the distribution that is sampled, so they include temperature and
+    top-p. Greedy decoding reports the model's own log-probs.
     """
     logits = logits.float()
     if sampling.temperature == 0:
@@ -144,8 +143,8 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tupl
     logits = logits / sampling.temperature
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
-    # The inverse of the cumulative distribution: one random number a row. (Gumbel-max needs
-    # one a token, which for a vocabulary of 151,936 costs more than a layer.)
+    # Inverse transform sampling: one random number per row. (Gumbel-max needs one per vocabulary
+    # entry; with 151,936 entries that costs more than a layer.)
     log_total = logits.logsumexp(-1, keepdim=True)
     mass = (logits - log_total).exp().cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
@@ -155,7 +154,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tupl
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Nucleus truncation: the fewest tokens whose mass reaches ``top_p``; the rest -inf."""
+    """Keep the fewest tokens whose probabilities reach ``top_p``; set the rest to -inf."""
     ordered, order = logits.sort(-1, descending=True)
     mass = ordered.softmax(-1).cumsum(-1)
     drop = mass - ordered.softmax(-1) >= top_p
@@ -171,7 +170,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 
 def regroup(prompts: Sequence[Sequence[int]], n: int, episodes: Sequence[Episode]) -> list[Group]:
-    """Put the episodes, ``n`` in a row for each prompt, into one group a prompt."""
+    """Put the episodes, ``n`` consecutive ones for each prompt, into one group per prompt."""
     return [
         Group(list(prompt), list(episodes[i * n : (i + 1) * n])) for i, prompt in enumerate(prompts)
     ]

@@ -280,7 +280,7 @@ def test_end_of_text_stays_in_the_tokens_but_not_in_the_text(policy, problems):
 
 @pytest.mark.parametrize("n", [0, -1])
 def test_fewer_than_one_completion_is_refused(policy, problems, n):
-    with pytest.raises(ValueError, match=f"{n} completions were asked"):
+    with pytest.raises(ValueError, match=f"n is {n}"):
         rollout(policy, problems, n, Sampling(4))
 
 
