@@ -213,12 +213,12 @@ def test_an_interrupted_run_says_how_to_go_on(tiny_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--steps", "1,2"], "cannot read --steps '1,2'; give one number or three"),
-        (["--steps", "many"], "cannot read --steps 'many'"),
-        (["--steps", "1.5"], "cannot read --steps '1.5'"),
-        (["--steps", ""], "cannot read --steps ''"),
+        (["--steps", "1,2"], "--steps: cannot read '1,2'; give one number or three"),
+        (["--steps", "many"], "--steps: cannot read 'many'"),
+        (["--steps", "1.5"], "--steps: cannot read '1.5'"),
+        (["--steps", ""], "--steps: cannot read ''"),
         (["--steps", "0"], "at least one step in all"),
-        (["--lr", "1,,2"], "cannot read --lr '1,,2'"),
+        (["--lr", "1,,2"], "--lr: cannot read '1,,2'"),
         (["--lr", "nan"], "learning rates"),
         (["--resume"], "--resume needs the --output folder"),
         (["--model", "./nowhere"], "no model folder at ./nowhere"),

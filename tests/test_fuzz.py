@@ -112,7 +112,7 @@ def test_data_files_of_any_bytes(tmp_path, content, suffix):
 @example("-" * 5000)
 def test_flags_of_any_text(text):
     for kind in (int, float):
-        read = result(three_numbers, text, kind, "--steps")
+        read = result(three_numbers, text, kind)
         assert isinstance(read, UserError) or len(read) == 3
     size = result(parse_bytes, text)
     assert isinstance(size, UserError) or size >= 0

@@ -35,12 +35,6 @@ app = group("Learn GRPO by running it: reinforcement learning for language model
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Model = Annotated[
-    str,
-    typer.Option(
-        help="bundled, smollm2, a model folder, or a hub id such as Qwen/Qwen2-0.5B-Instruct."
-    ),
-]
 
 
 def within(least: float, most: float = math.inf) -> Callable[..., Any]:
@@ -48,11 +42,17 @@ def within(least: float, most: float = math.inf) -> Callable[..., Any]:
 
     def check(option: typer.CallbackParam, value: float | None) -> float | None:
         if value is not None and not (least <= value <= most and value < math.inf):
-            allowed = f"at least {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+            allowed = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
             raise UserError(f"{option.opts[0]} is {value}; give {allowed}")
         return value
 
     return check
+
+
+Model = Annotated[str, typer.Option(help="bundled, smollm2, a model folder, or a hub id.")]
+PerCell = Annotated[
+    int, typer.Option(help="Problems per domain and difficulty.", callback=within(1))
+]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from rich.table import Table
 from typer import Argument, Option
 
-from cpugrpo_edu.cli.command import Call, Model, app, command, table, within
+from cpugrpo_edu.cli.command import Call, Model, PerCell, app, command, table, within
 from cpugrpo_edu.data import DIFFICULTIES, Problem
 from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.errors import UserError
@@ -18,19 +18,14 @@ from cpugrpo_edu.run.config import RunConfig
 
 Temperature = Annotated[float, Option(help="0 is greedy.", callback=within(0))]
 Longest = Annotated[int, Option(help="Longest completion, in tokens.", callback=within(1))]
-Seed = Annotated[
-    int,
-    Option(help="Seed of sampling, if the temperature is not 0.", callback=within(0, 2**31 - 1)),
-]
+Seed = Annotated[int, Option(help="Seed of the sampling.", callback=within(0, 2**31 - 1))]
 
 
 @command(app)
 def evaluate(
     call: Call,
     model: Model = "bundled",
-    per_cell: Annotated[
-        int, Option(help="Problems per domain and difficulty.", callback=within(1))
-    ] = 100,
+    per_cell: PerCell = 100,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     data: Annotated[str, Option(help="generated, or data as for run.")] = "generated",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from cpugrpo_edu.cli.command import Call, app, command, table, within
+from cpugrpo_edu.cli.command import Call, PerCell, app, command, table, within
 from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.record.machine import GIB, available_memory
 
@@ -66,15 +66,10 @@ def pretrain(
     call: Call,
     output: Annotated[Path, Option(help="Folder for the new model.")] = Path("runs/pretrained"),
     steps: Annotated[int | None, Option(help="Supervised steps.", callback=within(1))] = None,
-    seed: Annotated[
-        int, Option(help="Seed of the weights and the corpus.", callback=within(0))
-    ] = 0,
+    seed: Annotated[int, Option(help="Of the weights and the corpus.", callback=within(0))] = 0,
     hidden: Annotated[int | None, Option(help="Hidden size.", callback=within(1))] = None,
     layers: Annotated[int | None, Option(help="Number of layers.", callback=within(1))] = None,
-    per_cell: Annotated[
-        int,
-        Option(help="Problems per domain and difficulty, for the model card.", callback=within(1)),
-    ] = 300,
+    per_cell: PerCell = 300,
 ) -> None:
     """Make the bundled model again: tokenizer, supervised training, model card.
 

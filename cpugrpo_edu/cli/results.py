@@ -76,9 +76,7 @@ def checkpoints_list(call: Call, run: RunFolder) -> None:
 def checkpoints_prune(
     call: Call,
     run: RunFolder,
-    keep: Annotated[
-        int, Option(help="Newest good checkpoints of each kind to keep.", callback=within(1))
-    ] = 1,
+    keep: Annotated[int, Option(help="Good checkpoints of each kind.", callback=within(1))] = 1,
     dry_run: Annotated[bool, Option("--dry-run", help="Delete nothing, only list.")] = False,
 ) -> None:
     """Delete older checkpoints of a run that is not running; the last good one always stays.

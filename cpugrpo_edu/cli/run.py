@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -38,23 +40,15 @@ PROFILES: dict[str, dict[str, Any]] = {
 def run(
     call: Call,
     context: typer.Context,
-    output: Annotated[
-        Path | None, Option(help="Folder for the results; default: runs/TIME-seedN.")
-    ] = None,
+    output: Annotated[Path | None, Option(help="New folder; default: runs/TIME-seedN.")] = None,
     resume: Annotated[bool, Option(help="Resume the run in --output.")] = False,
     profile: Annotated[
         str, Option(help="balanced, fast (more memory) or frugal (less, one thread).")
     ] = "balanced",
     nproc: Annotated[
-        int,
-        Option(
-            help="Processes on this machine that share each step's prompts.",
-            callback=within(1, 1024),
-        ),
+        int, Option(help="Processes that share each step's prompts.", callback=within(1, 1024))
     ] = 1,
-    report_to: Annotated[
-        str, Option(help="none, tensorboard or wandb, besides metrics.jsonl.")
-    ] = "none",
+    report_to: Annotated[str, Option(help="none, tensorboard or wandb.")] = "none",
     **settings: Any,
 ) -> None:
     """Train a model with GRPO in three stages and measure what changed.
@@ -89,7 +83,18 @@ def run(
         ranks.prompts_per_process(config.prompts_per_step, nproc)
         same_folder = [] if output else ["--output", str(folder)]
         raise SystemExit(ranks.launch(nproc, [*context.obj, *same_folder], go_on))
-    record = train(call, config, folder, resume, report_to, go_on)
+    from cpugrpo_edu.run import pipeline
+    from cpugrpo_edu.show.progress import ProgressDisplay
+
+    with stopping_clearly(go_on):
+        record = pipeline.run(
+            config,
+            folder,
+            resume=resume,
+            display=ProgressDisplay(quiet=call.quiet or not ranks.is_main()),
+            started=psutil.Process().create_time(),
+            report_to=report_to,
+        )
     if ranks.is_main():
         give_results(call, record, folder)
 
@@ -133,24 +138,14 @@ def threads_of(folder: Path) -> int | None:
     return None
 
 
-def train(
-    call: Call, config: RunConfig, folder: Path, resume: bool, report_to: str, go_on: str
-) -> RunRecord:
-    """The run itself. One that was stopped says how to go on, and exits."""
+@contextmanager
+def stopping_clearly(go_on: str) -> Iterator[None]:
+    """A run that was stopped says how to resume it, and exits."""
     from cpugrpo_edu.engine import ranks
-    from cpugrpo_edu.run import pipeline
     from cpugrpo_edu.run.pause import Interrupted
-    from cpugrpo_edu.show.progress import ProgressDisplay
 
     try:
-        return pipeline.run(
-            config,
-            folder,
-            resume=resume,
-            display=ProgressDisplay(quiet=call.quiet or not ranks.is_main()),
-            started=psutil.Process().create_time(),
-            report_to=report_to,
-        )
+        yield
     except (Interrupted, KeyboardInterrupt) as error:
         if ranks.is_main():
             reason = str(error) or "interrupted"

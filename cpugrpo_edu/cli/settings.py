@@ -48,16 +48,28 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
 def reading(name: str, hint: Any) -> tuple[type, Callable[[str | None], Any] | None]:
     """The type that typer reads, and what makes the field's value of the text it reads."""
     if name == "memory_budget_gib":
-        return str, lambda text: text and parse_bytes(text) / GIB
+        return str, reader(name, lambda text: parse_bytes(text) / GIB)
     if get_origin(hint) is tuple:
         kind = get_args(hint)[0]
-        if kind is str:
-            return str, lambda text: text if text is None else comma_names(text)
-        return str, lambda text: text if text is None else three_numbers(text, kind, flag_of(name))
+        return str, reader(
+            name, comma_names if kind is str else lambda text: three_numbers(text, kind)
+        )
     for kind in (bool, int, float):
         if kind in (hint, *get_args(hint)):
             return kind, None
     return str, None
+
+
+def reader(name: str, read: Callable[[str], Any]) -> Callable[[str | None], Any]:
+    """Read what is given; a mistake in it names the flag."""
+
+    def given(text: str | None) -> Any:
+        try:
+            return None if text is None else read(text)
+        except UserError as error:
+            raise UserError(f"{flag_of(name)}: {error}") from error
+
+    return given
 
 
 def shown(default: Any) -> str | bool:
@@ -74,7 +86,7 @@ def comma_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-def three_numbers(text: str, kind: type, flag: str) -> tuple[Any, Any, Any]:
+def three_numbers(text: str, kind: type) -> tuple[Any, Any, Any]:
     """Read ``16`` or ``16,16,16`` into three numbers."""
     try:
         values = [kind(part) for part in text.split(",")]
@@ -83,5 +95,5 @@ def three_numbers(text: str, kind: type, flag: str) -> tuple[Any, Any, Any]:
     if len(values) == 1:
         values *= 3
     if len(values) != 3:
-        raise UserError(f"cannot read {flag} {text!r}; give one number or three, such as 16,16,16")
+        raise UserError(f"cannot read {text!r}; give one number or three, such as 16,16,16")
     return values[0], values[1], values[2]

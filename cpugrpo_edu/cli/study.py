@@ -44,27 +44,15 @@ def study_list(call: Call) -> None:
 def study_run(
     call: Call,
     name: Annotated[str, Argument(help="One of cpugrpo study list.")],
-    reduced: Annotated[
-        bool, Option("--reduced", help="A minute instead of hours, to show that it works.")
-    ] = False,
-    output: Annotated[
-        Path | None,
-        Option(help="The record; default: runs/studies/study-NAME.json."),
-    ] = None,
-    model: Annotated[
-        list[str] | None, Option(help="One more model, folder or hub id; repeatable.")
-    ] = None,
+    reduced: Annotated[bool, Option("--reduced", help="A minute, to see that it works.")] = False,
+    output: Annotated[Path | None, Option(help="Default: WORK/study-NAME.json.")] = None,
+    model: Annotated[list[str] | None, Option(help="One more model; repeatable.")] = None,
     seeds: Annotated[
-        int | None,
-        Option(help="Number of training seeds, where it trains.", callback=within(1)),
+        int | None, Option(help="How many training seeds.", callback=within(1))
     ] = None,
     only: Annotated[str | None, Option(help="One factor of the ablations.")] = None,
-    work: Annotated[Path, Option(help="Folder for finished pieces, from which it resumes.")] = Path(
-        "runs/studies"
-    ),
-    cache: Annotated[
-        Path | None, Option(help="Folder for models that it trains, used again next time.")
-    ] = None,
+    work: Annotated[Path, Option(help="Folder of what is done so far.")] = Path("runs/studies"),
+    cache: Annotated[Path | None, Option(help="Folder of the models that it trains.")] = None,
 ) -> None:
     """Run a study and write its record. After Ctrl-C, the same command resumes it.
 
