@@ -103,7 +103,7 @@ def writing_to(output: str | Path) -> Iterator[None]:
             raise
         raise UserError(
             f"cannot write in {output}: {reason}; what was saved before is intact: make room or "
-            "make it writable, then go on with the same command and --resume"
+            "make it writable, then run the same command with --resume"
         ) from error
 
 

@@ -70,7 +70,7 @@ def prepare(
     if not resume and output.is_dir() and not all(map(is_temporary, output.iterdir())):
         raise UserError(
             f"{output} already exists and is not empty; give another --output, "
-            "or --resume to go on with the run in it"
+            "or --resume to continue the run in it"
         )
     session = Session(
         config=config,
