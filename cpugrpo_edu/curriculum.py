@@ -1,7 +1,7 @@
-"""Which problems come when: three stages, their order, and replay of what came before.
+"""The order of training problems: three stages, with replay of the other difficulties.
 
-Curriculum learning (Bengio et al. 2009) trains on easy examples first. Stages in
-strict order forget, so each stage may replay a share of the other difficulties.
+Curriculum learning (Bengio et al. 2009) trains on easy examples first. Training strictly in
+stages causes forgetting, so each stage may replay a share of the other difficulties.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ORDERS = ("curriculum", "mixed", "reversed")
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: its mixture of difficulties, its steps and learning rate."""
+    """A stage of training: its mixture of difficulties, number of steps and learning rate."""
 
     name: str
     mixture: dict[str, float]
@@ -27,7 +27,7 @@ class Stage:
 
     @property
     def trained(self) -> list[str]:
-        """The difficulties it trains, those that are only replayed included."""
+        """The difficulties that it trains on, including those that are only replayed."""
         return [name for name, share in self.mixture.items() if share and self.steps]
 
 
@@ -38,17 +38,17 @@ def make_stages(
     learning_rates: Sequence[float] = (1e-4, 1e-4, 1e-4),
     replay: float = 0.25,
 ) -> list[Stage]:
-    """Three stages. ``replay`` is the share of each that comes from the other difficulties.
+    """Make three stages. ``replay`` is the share of each that comes from the other difficulties.
 
-    "curriculum" goes from basic to advanced, "reversed" the other way, and "mixed"
-    draws all difficulties alike in every stage: the control at equal compute.
+    "curriculum" goes from basic to advanced and "reversed" from advanced to basic. "mixed" draws
+    all difficulties equally in every stage, as a control at equal compute.
     """
     if order not in ORDERS:
         raise UserError(f"unknown order {order!r}; allowed are {', '.join(ORDERS)}")
     if len(steps) != 3 or len(learning_rates) != 3 or min(steps) < 0 or sum(steps) < 1:
         raise UserError(
-            f"steps {list(steps)} and learning rates {list(learning_rates)} must be three each, "
-            "one a stage, with at least one step in all"
+            f"steps {list(steps)} and learning rates {list(learning_rates)} are not allowed; give "
+            "three of each, one per stage, with at least one step in total"
         )
     if not 0 <= replay < 1:
         raise UserError(f"replay is {replay}; give a share of at least 0 and below 1")
@@ -66,9 +66,9 @@ def make_stages(
 
 
 def stage_problems(stage: Stage, domains: Sequence[str], count: int, seed: int) -> list[Problem]:
-    """``count`` training problems of the stage's mixture, domains taken in turn.
+    """``count`` training problems in the stage's mixture, cycling through the domains.
 
-    They come in an order that keeps every stretch close to the mixture.
+    The order keeps every part of the list close to the mixture.
     """
     pools: dict[tuple[str, str], list[Problem]] = {}
     for difficulty, share in stage.mixture.items():

@@ -1,7 +1,7 @@
-"""Measure a policy on held-out problems: exact match and step validity, item by item.
+"""Evaluate a policy on held-out problems: exact match and step scores for every item.
 
-The same problems in the same order for every model, so that two evaluations are
-paired. Intervals and tests are in ``record.stats``.
+Every model gets the same problems in the same order, so two evaluations are paired. Confidence
+intervals and tests are in ``record.stats``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def evaluate(
     sampling: Sampling = GREEDY,
     on_done: Callable[[int], None] = lambda problems: None,
 ) -> Evaluation:
-    """One completion a problem, verified; greedy unless ``sampling`` says otherwise.
+    """Sample and verify one completion per problem; decoding is greedy by default.
 
-    To measure another model with the same prompts, such as an INT8 copy, give
-    ``dataclasses.replace(policy, model=copy)``. Raises ``UserError`` without problems.
+    To evaluate another model with the same prompts, such as an INT8 copy, pass
+    ``dataclasses.replace(policy, model=copy)``. Raises ``UserError`` if there are no problems.
     """
     if not problems:
         raise UserError("there are no problems to evaluate on; give at least one")

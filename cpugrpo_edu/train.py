@@ -1,11 +1,11 @@
-"""GRPO, whole: sample groups, reward them, compare within the group, step. Read from the bottom.
+"""All of GRPO: sample groups, reward them, compare within each group, update. Read from the bottom.
 
     policy = load_policy("bundled")
     train(policy, make_problems("arithmetic", "basic", "train", 256), on_step=print)
 
-This is the algorithm that the chapters teach, made of this package's own parts, and it trains. The
-product's trainer, ``engine.trl_trainer``, does the same steps through TRL and adds what makes them
-fast and safe on a CPU; a test holds both equal: same batch, same loss, same gradient, same step.
+The chapters teach this algorithm. It is built only from functions of this package. The trainer
+behind ``cpugrpo run``, ``engine.trl_trainer``, takes the same steps through TRL and makes them fast
+and safe on a CPU. A test checks that both have the same batch, loss, gradient and optimizer step.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ REWARDS = "correct_answer=1,valid_steps=0.5,good_format=0.2"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a GRPO step is made of. The defaults suit the bundled model."""
+    """The hyperparameters of GRPO. The defaults suit the bundled model."""
 
     prompts_per_step: int = 16
-    completions: int = 8  # G, a prompt
+    completions: int = 8  # G, per prompt
     max_new_tokens: int = 104
     temperature: float = 1.0
     learning_rate: float = 3e-4
-    eps: float = 0.2  # how far the importance ratio may go before its gradient stops
+    eps: float = 0.2  # how far the importance ratio may move from 1 before it is clipped
     scale: Scale = "group"
     reduction: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
     max_grad_norm: float = 1.0
-    micro_batch: int = 128  # completions a backward pass: memory, not the result
+    micro_batch: int = 128  # completions per backward pass; changes memory, not the result
     seed: int = 0
 
 
@@ -66,7 +66,7 @@ class Batch:
 
 
 def make_batch(groups: Sequence[Group], scale: Scale, pad_id: int) -> Batch:
-    """Pad the completions of all groups into one batch and grade each within its group."""
+    """Pad the completions of all groups into one batch and compute their advantages."""
     rewards = torch.tensor([[e.reward for e in g.episodes] for g in groups], dtype=torch.float64)
     episodes = [episode for group in groups for episode in group.episodes]
     prompts = [group.prompt_ids for group in groups for _ in group.episodes]
@@ -84,7 +84,7 @@ def make_batch(groups: Sequence[Group], scale: Scale, pad_id: int) -> Batch:
 
 
 def batch_loss(model: Any, batch: Batch, settings: Settings, total_tokens: Tensor) -> Tensor:
-    """The clipped GRPO loss of some rows of a step; the losses of all its rows add up."""
+    """The clipped GRPO loss of a micro-batch of a step with ``total_tokens`` completion tokens."""
     log_probs = token_log_probs(
         model, batch.prompt_ids, batch.completion_ids, batch.attention_mask, settings.temperature
     )
@@ -121,7 +121,7 @@ def update(
 
 
 def measure(groups: Sequence[Group]) -> dict[str, float]:
-    """What to watch: reward, its spread within groups, groups that teach nothing, length."""
+    """Metrics to watch: reward, its spread within groups, groups that teach nothing, length."""
     rewards = torch.tensor([[e.reward for e in g.episodes] for g in groups])
     lengths = [len(e.completion_ids) for g in groups for e in g.episodes]
     spread = rewards.std(dim=1, correction=1)
