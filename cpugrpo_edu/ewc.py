@@ -6,20 +6,20 @@ stiffness is its Fisher (Kirkpatrick et al. 2017, arXiv 1612.00796, eq. 3):
 
     penalty = lambda / 2 * sum_i F_i (theta_i - theta*_i)^2
 
-F is the curvature of KL(pi_theta* || pi_theta) at theta*, so the penalty is lambda times
-a second-order estimate of how far the old policy has been left, in nats a completion.
+F is the curvature of KL(pi_theta* || pi_theta) at theta*, so the penalty is lambda times a
+second-order estimate of how far the policy has moved from the old one, in nats per completion.
 
 **Several stages: one running anchor** (``merge_anchors``), as in online EWC (Schwarz et al.
-2018, arXiv 1805.06370, section 3.3): Fishers are added, theta* is the latest. It needs
-constant memory, and at decay 1 it is the recursive Laplace approximation (Huszar 2018,
+2018, arXiv 1805.06370, section 3.3): Fisher values are added, and theta* is the latest. It needs
+constant memory, and with decay 1 it is the recursive Laplace approximation (Huszar 2018,
 arXiv 1712.03847): the latest theta* was already found under the earlier springs, so a
 second anchor there would count the earlier tasks twice. For Kirkpatrick's original
-with one spring a task, add the penalties of a list of anchors.
+with one spring per task, add the penalties of a list of anchors.
 
-Cautions. Under Adam the spring's gradient is rescaled along with the loss's, so
-choose lambda by trying. Under plain gradient descent the spring is only stable while
-learning rate * lambda * max(F) < 2. With LoRA the springs hold the factors A and B; that is
-not quadratic in their product.
+Limitations: Adam rescales the gradient of the springs together with that of the loss, so tune
+lambda by experiment. With plain gradient descent, the springs are stable only while
+learning rate * lambda * max(F) < 2. With LoRA, the springs act on the factors A and B, so the
+penalty is not quadratic in their product.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Anchor:
-    """theta* and its Fisher, by parameter name; equal keys and shapes, Fisher in fp32."""
+    """theta* and its Fisher by parameter name, with equal keys and shapes; the Fisher is fp32."""
 
     params: dict[str, Tensor]
     fisher: dict[str, Tensor]
 
 
 def take_anchor(model: Any, fisher: dict[str, Tensor]) -> Anchor:
-    """Copy the parameters that ``fisher`` covers, as they are now.
+    """Copy the current values of the parameters that ``fisher`` covers.
 
-    Raises ``ValueError`` if a name or shape does not fit the model, or if a Fisher value is
-    negative or not finite: a negative spring would push the parameter away.
+    Raises ``ValueError`` if a name or shape does not match the model, or if a Fisher value is
+    negative or not finite: a spring with negative stiffness would push the parameter away.
     """
     for name, f in fisher.items():
         if not (f.isfinite().all() and (f >= 0).all()):
@@ -59,10 +59,10 @@ def take_anchor(model: Any, fisher: dict[str, Tensor]) -> Anchor:
 
 
 def merge_anchors(previous: Anchor | None, latest: Anchor, decay: float = 1.0) -> Anchor:
-    """The running anchor after a stage: F = decay * F_previous + F_latest, theta* the latest.
+    """The running anchor after a stage: F = decay * F_previous + F_latest, and the latest theta*.
 
-    ``decay`` is Schwarz et al.'s gamma in [0, 1]: below 1 the policy forgets old stages
-    gracefully instead of stiffening for ever. ``previous`` is None after the first stage.
+    ``decay`` is Schwarz et al.'s gamma in [0, 1]: below 1, springs of old stages weaken gradually
+    instead of getting ever stiffer. ``previous`` is None after the first stage.
     """
     if not 0 <= decay <= 1:
         raise ValueError(
@@ -80,10 +80,10 @@ def merge_anchors(previous: Anchor | None, latest: Anchor, decay: float = 1.0) -
 
 
 def normalize_fisher(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scale all parameters' Fisher by one factor so that its overall mean is 1.
+    """Scale the Fisher of all parameters by one factor so that its overall mean is 1.
 
-    Ratios between parameters stay. Lambda then loses its meaning in nats, but one value can
-    be tried on differently scaled estimates. Raises ``ValueError`` on an all-zero Fisher.
+    Ratios between parameters do not change. Lambda loses its meaning in nats, but the same value
+    suits estimates of different scale. Raises ``ValueError`` if the Fisher is zero everywhere.
     """
     scale = sum(f.sum().item() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
     if scale <= 0:
@@ -97,7 +97,7 @@ def normalize_fisher(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
 def ewc_penalty(model: Any, anchor: Anchor, strength: float) -> Tensor:
     """strength / 2 * sum F (theta - theta*)^2: an fp32 scalar with gradient, to add to a loss.
 
-    The readable form; the trainer uses ``add_ewc_gradient``, which has the same gradient.
+    This is the readable form; the trainer uses ``add_ewc_gradient``, which has the same gradient.
     """
     _check_strength(strength)
     energies = [
@@ -111,10 +111,10 @@ def ewc_penalty(model: Any, anchor: Anchor, strength: float) -> Tensor:
 def add_ewc_gradient(model: Any, anchor: Anchor, strength: float) -> float:
     """Add strength * F (theta - theta*) to each ``.grad``; returns the penalty.
 
-    Call it **once an optimizer step**, after the last backward pass and before gradient
-    clipping: once a micro-batch would multiply lambda by their number. There is no graph;
-    extra memory is a few copies of the largest parameter. Creates ``.grad`` where it is
-    None, and leaves frozen parameters alone: they cannot drift.
+    Call it **once per optimizer step**, after the last backward pass and before gradient
+    clipping; a call per micro-batch would multiply lambda by their number. It builds no autograd
+    graph and needs extra memory for only a few copies of the largest parameter. It creates
+    ``.grad`` where that is None, and skips frozen parameters, which cannot drift.
     """
     _check_strength(strength)
     penalty = 0.0
@@ -152,5 +152,5 @@ def _anchored(model: Any, fisher: dict[str, Tensor]) -> Iterator[tuple[str, Tens
 def _check_strength(strength: float) -> None:
     if not 0 <= strength < float("inf"):
         raise ValueError(
-            f"strength is {strength}; it must be at least 0 and finite: 0 switches EWC off"
+            f"strength is {strength}; it must be at least 0 and finite: use 0 to turn EWC off"
         )

@@ -4,8 +4,8 @@ The policy is pi(o | q), a distribution over whole completions, so its diagonal 
 
     F_i = E_q E_{o ~ pi(.|q)} [ (d log pi(o|q) / d theta_i)^2 ].
 
-The score of a completion is the sum of the scores of its tokens. Given its prefix a
-token's score has mean zero, so in expectation the cross terms vanish and
+The score of a completion is the sum of the scores of its tokens. Given its prefix, a
+token's score has mean zero, so the cross terms vanish in expectation and
 
     F_i = E_q E_{o ~ pi} sum_t E_{v ~ pi(.|q, o_<t)} [ (d log pi(v|q, o_<t) / d theta_i)^2 ].
 
@@ -34,7 +34,7 @@ from cpugrpo_edu.policy import completion_logits, gather_log_probs
 Variant = Literal["exact", "sample", "rollout_score", "empirical"]
 
 EXACT_LIMIT = 20_000
-"""Most backward passes that EXACT may take (vocabulary x completion tokens)."""
+"""Maximum number of backward passes (vocabulary x completion tokens) for "exact"."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,17 @@ class Example:
 
 
 def examples_from_groups(groups: Sequence[Group]) -> list[Example]:
-    """The rollouts of a GRPO step as examples; rewards play no part in the Fisher."""
+    """The rollouts of a GRPO step as examples; the Fisher does not depend on rewards."""
     return [Example(g.prompt_ids, e.completion_ids) for g in groups for e in g.episodes]
 
 
 def trainable_parameters(model: Any) -> dict[str, Tensor]:
-    """Name to parameter, of those with ``requires_grad``; with LoRA, the adapter only."""
+    """The parameters with ``requires_grad``, by name; with LoRA, only those of the adapter."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
             "the model has 0 trainable parameters; at least 1 is needed: "
-            "set requires_grad on what you train"
+            "set requires_grad on the parameters that you train"
         )
     return parameters
 
@@ -78,26 +78,26 @@ def fisher_diagonal(
 ) -> dict[str, Tensor]:
     """Estimate the diagonal Fisher of a causal LM over its trainable parameters.
 
-    Returns name to fp32 tensor of the parameter's shape. What the variants do with a
-    completion o, and what they need:
+    Returns an fp32 tensor of the parameter's shape for each parameter name. The variants use a
+    completion o in different ways:
 
-    - "exact": at each position all V labels, weighted by their probability. No label
-      noise; V x tokens backward passes, so for tiny vocabularies only.
-    - "sample": at each position a label drawn from the model; the score of these labels,
-      squared. Unbiased for "exact", one backward pass a sequence.
+    - "exact": all V labels at each position, weighted by their probability. It has no label
+      noise but takes V x tokens backward passes, so use it only for tiny vocabularies.
+    - "sample": one label drawn from the model at each position; the score of these labels,
+      squared. Its expectation is "exact"; it takes one backward pass per sequence.
     - "rollout_score": the score of o itself, squared. If o is a **rollout of this model at
-      this temperature** (no top-k or top-p), o is its own sampled label: unbiased, and free
-      of extra sampling. The natural choice after GRPO.
+      this temperature** (no top-k or top-p), its tokens are the sampled labels: unbiased, without
+      extra sampling. The natural choice after GRPO.
     - "empirical": the same formula with **given** completions, such as reference solutions.
-      It measures fit to that data and vanishes where the data is fitted perfectly, however
-      sure the policy's other behaviour is.
+      It measures the fit to that data and vanishes where the data is fitted perfectly, no matter
+      how certain the policy is elsewhere.
 
-    ``engine.fisher`` has two more, for comparison, and limits memory. ``n_examples`` takes a
-    random subset, chosen by ``seed``, which also drives the sampled labels. ``batch_size``
-    sequences are differentiated at a time; that changes speed and memory, not the result.
-    ``scores`` replaces ``per_sequence_scores``. The model runs in eval mode (no dropout) and gets
-    its mode back; ``.grad`` is not touched. Raises ``ValueError`` on an unknown variant, empty
-    examples or completions, or an "exact" that is too large.
+    ``engine.fisher`` has two more variants, for comparison, and limits memory. ``n_examples``
+    takes a random subset chosen by ``seed``, which also determines the sampled labels.
+    ``batch_size`` sequences are differentiated at a time; this changes speed and memory, not the
+    result. ``scores`` replaces ``per_sequence_scores``. The model runs in eval mode (no dropout),
+    then its mode is restored; ``.grad`` does not change. Raises ``ValueError`` if the variant is
+    unknown, if there are no examples or empty ones, or if "exact" needs too many backward passes.
     """
     if variant not in get_args(Variant):
         raise ValueError(f"variant is {variant!r}; allowed are {get_args(Variant)}: choose one")
@@ -129,14 +129,14 @@ def fisher_diagonal(
 def choose_examples(
     examples: Sequence[Example], n_examples: int | None, seed: int
 ) -> list[Example]:
-    """A random ``n_examples`` of the examples, or all; ``ValueError`` if one has no tokens."""
+    """``n_examples`` random examples, or all. Raises ``ValueError`` if one has no tokens."""
     if not examples or not all(e.prompt_ids and e.completion_ids for e in examples):
         raise ValueError(
-            f"one of the {len(examples)} examples has no tokens, or there are none; each prompt "
-            "and completion needs at least 1 token: drop the empty ones"
+            f"there are {len(examples)} examples, or one is empty; give at least one example, with "
+            "at least 1 token in each prompt and completion: drop the empty ones"
         )
     if n_examples is not None and n_examples < 1:
-        raise ValueError(f"n_examples is {n_examples}; it must be at least 1, or leave it out")
+        raise ValueError(f"n_examples is {n_examples}; give at least 1, or None for all")
     if n_examples is not None and n_examples < len(examples):
         return random.Random(seed).sample(list(examples), n_examples)
     return list(examples)
@@ -151,12 +151,12 @@ def _check_exact_is_affordable(model: Any, examples: Sequence[Example]) -> None:
         )
 
 
-# --- One row: a score to compute, and its weight in the sum --------------------
+# --- Rows: the scores to compute and their weights in the sum ------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """``labels[-k]`` is predicted at position -k of ``input_ids``; ``weight`` is of its square."""
+    """Position -k of ``input_ids`` predicts ``labels[-k]``; ``weight`` multiplies the square."""
 
     input_ids: list[int]
     labels: list[int]
@@ -173,8 +173,8 @@ def rows_of(
         return
     probabilities = _label_probabilities(model, prompt, completion, temperature)
     if variant == "sample":
-        # Independent labels with zero-mean scores: the square of the summed score has the
-        # expectation of the sum of the squares, so one backward pass serves all positions.
+        # The labels are independent and their scores have mean zero, so the squared sum of scores
+        # has the same expectation as the sum of squares: one backward pass for all positions.
         labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         yield Row(input_ids, labels.tolist())
     else:  # exact
@@ -197,12 +197,12 @@ def _label_probabilities(
 def per_sequence_scores(
     model: Any, rows: Sequence[Row], temperature: float = 1.0
 ) -> dict[str, Tensor]:
-    """Gradient of the log-probability of each row's labels: name to (B, parameter shape).
+    """Gradients of each row's log-probability, by parameter name, of shape (B, parameter shape).
 
-    ``backward()`` only gives the sum over the batch, and the square of a sum is not the sum
+    ``backward()`` gives only the sum over the batch, and the square of a sum is not the sum
     of the squares. Here ``vmap`` carries the batch dimension through ``grad``. Memory is
-    B x trainable parameters. A single row needs no ``vmap``, so it has the fused attention, in a
-    fraction of the memory.
+    B x trainable parameters. A single row needs no ``vmap``, so it can use fused attention, which
+    takes a fraction of the memory.
     """
     parameters = {n: p.detach() for n, p in trainable_parameters(model).items()}
     length = max(len(row.input_ids) for row in rows)
@@ -227,6 +227,6 @@ def per_sequence_scores(
             n: g[None]
             for n, g in grad(log_prob)(parameters, input_ids[0], labels[0], mask[0]).items()
         }
-    # The fused CPU attention kernel has no batching rule; the plain one does.
+    # The fused CPU attention kernel has no batching rule for vmap; the plain one does.
     with sdpa_kernel(SDPBackend.MATH):
         return vmap(grad(log_prob), in_dims=(None, 0, 0, 0))(parameters, input_ids, labels, mask)
