@@ -132,7 +132,7 @@ def test_sources_that_cannot_be_read(tmp_path):
         (tmp_path / "missing.jsonl", "cannot read"),
         (tmp_path / "missing.parquet", "cannot read"),
         (tmp_path, "no split 'test'"),
-        (tmp_path / "missing", "no file or folder"),
+        (tmp_path / "missing", "not a file or folder"),
         ("data/test.jsonl", "cannot read"),
     ]:
         with pytest.raises(UserError, match=message.replace("no split", "holds no split")):

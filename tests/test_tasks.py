@@ -210,7 +210,7 @@ def test_bad_requests_are_refused(monkeypatch):
     with pytest.raises(UserError, match=r"'easy'.*basic"):
         make_problems("lists", "easy", "eval", 1)
     monkeypatch.setattr(tasks, "split_of", lambda question: "train")
-    with pytest.raises(UserError, match=r"only 0 distinct .*eval split, 2 were asked"):
+    with pytest.raises(UserError, match=r"only 0 distinct .*eval split, but 2 were requested"):
         make_problems("algebra", "advanced", "eval", 2)
     assert make_problems("lists", "basic", "eval", 0) == []
 

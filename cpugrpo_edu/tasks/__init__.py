@@ -1,7 +1,6 @@
-"""Domains of problems. Each task generates, solves and verifies its own.
+"""Domains of problems. Each task generates, solves and verifies its own problems.
 
-Splits are disjoint by construction: a problem belongs to the split that the hash
-of its question falls into, whoever draws it and with whatever seed.
+Splits are disjoint by construction: the hash of a question decides its split, for every seed.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ TASKS: dict[str, Task] = {
 }
 
 DOMAINS: tuple[str, ...] = tuple(TASKS)
-"""The generated domains, in the order tables show them."""
+"""The generated domains, in the order in which tables show them."""
 
 SPLIT_SHARES: dict[Split, float] = {"pretrain": 0.70, "train": 0.15, "eval": 0.15}
 
 
 EVALUATION_SEED = 2026
-"""The held-out problems are the same in every run; a run's own seed varies the training."""
+"""The held-out problems are the same in every run; a run's own seed affects only training."""
 
 
 def get_task(name: str) -> Task:
@@ -78,7 +77,7 @@ def make_problems(
     if len(problems) < count:
         raise UserError(
             f"only {len(problems)} distinct {difficulty} {domain} problems found in the {split} "
-            f"split, {count} were asked; ask for fewer"
+            f"split, but {count} were requested; ask for fewer"
         )
     return list(problems.values())
 
@@ -88,7 +87,7 @@ def held_out_problems(
 ) -> list[Problem]:
     """``per_cell`` problems of the evaluation split for each domain and difficulty."""
     if per_cell < 1:
-        raise UserError(f"per_cell is {per_cell}; give at least 1 problem a cell")
+        raise UserError(f"per_cell is {per_cell}; give at least 1 problem per cell")
     return [
         problem
         for domain in domains
@@ -98,6 +97,6 @@ def held_out_problems(
 
 
 def prompt_messages(problem: Problem, system: str | None = None) -> list[dict[str, str]]:
-    """The conversation that asks the question, for a chat template."""
+    """The chat messages that ask the question."""
     messages = [{"role": "user", "content": problem.question}]
     return [{"role": "system", "content": system}, *messages] if system else messages

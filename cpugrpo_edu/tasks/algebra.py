@@ -51,10 +51,10 @@ class Algebra(ExactMatch):
         return Problem("", self.name, difficulty, f"Solve for x: {question}", str(x), solution)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
-        """A step is valid if it holds for the true x only, and is simpler than all before.
+        """A step is valid if it holds only for the true x, and useful if it is also simpler.
 
-        "Simpler" means fewer terms, or x alone, so that copying the question, turning
-        it round, scaling it or counting both sides down by x does not count.
+        "Simpler" means fewer terms than all lines before, or x alone on a side. So it does not
+        pay to copy the question, swap or scale its sides, or subtract x from both again and again.
         """
         x = int(problem.answer)
         required = len(working_lines(problem.solution))

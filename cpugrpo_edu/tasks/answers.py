@@ -1,9 +1,9 @@
 """Read the stated answer from a completion and compare it exactly with the reference.
 
-A verifiable reward is only as good as its parser: whatever the parser lets pass, the
-policy will find. Three rules keep it honest. An answer is stated only after the mark
+A verifiable reward is only as good as its parser: the policy will find whatever the parser
+lets through. Three rules prevent this. An answer counts only after the mark
 ``####`` (the format of GSM8K: Cobbe et al. 2021, arXiv:2110.14168). Two different stated
-answers are none, so hedging never pays. Numbers are compared as exact fractions, never
+answers count as none, so hedging never pays. Numbers are compared as exact fractions, never
 as floats.
 """
 
@@ -19,10 +19,10 @@ MAX_ANSWER_CHARS = 100
 """A longer stated answer is not accepted."""
 
 MAX_NUMBER_CHARS = 40
-"""A longer number is not read as one, which bounds the cost of exact arithmetic."""
+"""A longer number is not read as a number, which bounds the cost of exact arithmetic."""
 
 MAX_STATEMENTS = 8
-"""More differently written answers than this count as hedging, without reading them."""
+"""More distinct spellings than this count as hedging and are not read."""
 
 _MARK = re.compile(rf"(?<!#){ANSWER_MARK}(?!#)")  # ##### is a heading, not a mark
 _CURRENCY = "$€£¥₹"
@@ -41,9 +41,9 @@ _SEPARATORS = re.compile(r"""[\s,;\[\](){}"']+""")
 def extract_answer(completion: str) -> str | None:
     """Return the answer a completion states: the rest of the line after ``####``.
 
-    Repeating the same answer (18, then 18.0) is allowed and the last one returned; only
-    the answer's own line counts. None when there is no stated answer, when two stated
-    answers differ, or when one is longer than `MAX_ANSWER_CHARS`. Takes time linear in
+    Repeating the same answer (18, then 18.0) is allowed, and the last one is returned; only
+    the rest of the marked line counts. None if there is no stated answer, if two stated
+    answers differ, or if one is longer than `MAX_ANSWER_CHARS`. Takes time linear in
     the completion's length.
     """
     stated = [text for text in stated_answers(completion) if text]  # a bare mark states nothing
@@ -55,7 +55,7 @@ def extract_answer(completion: str) -> str | None:
 
 
 def stated_answers(completion: str) -> list[str]:
-    """Return what follows each ``####`` on its line, stripped, in order; may hold ``""``."""
+    """Return the text after each ``####`` on its line, stripped, in order; it may be empty."""
     return [
         text.strip()
         for line in completion.splitlines()
@@ -82,9 +82,9 @@ def exact_match(problem: Problem, completion: str) -> bool:
 def answers_match(stated: str | None, reference: str) -> bool:
     """Whether a stated answer equals the reference.
 
-    A numeric reference wants one number of exactly the same value, with at most one sign
-    of currency and one unit word. Any other reference is compared as text or as a list,
-    without regard to case, spaces, commas and brackets.
+    A numeric reference requires a single number of exactly the same value, with at most one
+    currency sign and one unit word. Any other reference is compared as text or as a list,
+    ignoring case, spaces, commas and brackets.
     """
     if stated is None:
         return False
@@ -98,9 +98,9 @@ def answers_match(stated: str | None, reference: str) -> bool:
 def parse_number(text: str) -> Fraction | None:
     """Read a single number exactly; None if the text is anything else.
 
-    Knows signs, thousands separators (``1,000``, but not ``1,00``), decimals, fractions,
-    a sign of currency or percent, one unit word and a final period. A percent sign is
-    read as a unit: ``18%`` is 18. No exponents, no ``nan``, no ``inf``.
+    Accepts signs, thousands separators (``1,000``, but not ``1,00``), decimals, fractions,
+    a currency or percent sign, one unit word and a final period. A percent sign is
+    read as a unit: ``18%`` is 18. Rejects exponents, ``nan`` and ``inf``.
     """
     match = _NUMBER.fullmatch(_fold(text))
     if match is None or (match["sign"] and match["inner_sign"]):
@@ -139,7 +139,7 @@ def _fold_character(character: str) -> str:
 
 
 class ExactMatch:
-    """A task's verdict by exact comparison of the stated answer with the reference."""
+    """Judges a completion by exact comparison of its stated answer with the reference."""
 
     def verify(self, problem: Problem, completion: str) -> bool:
         """Whether the completion's stated final answer is exactly right."""

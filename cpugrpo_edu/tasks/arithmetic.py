@@ -1,4 +1,4 @@
-"""Multi-step arithmetic: ``Compute 7+5*3-4.``, worked out by precedence."""
+"""Multi-step arithmetic: ``Compute 7+5*3-4.``, worked out in order of precedence."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import check_equations, write_solution
 
 SHAPES: dict[str, tuple[int, int, int]] = {
-    # difficulty: (operations, of which multiplications, largest number)
+    # difficulty: (operations, multiplications among them, largest number)
     "basic": (2, 0, 30),
     "intermediate": (3, 1, 30),
     "advanced": (4, 2, 50),
 }
 FACTOR_LIMIT = 9
-"""Both sides of a multiplication, so that the tables of a small model suffice."""
+"""Largest factor in a multiplication, so that a small model needs only the times tables."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Arithmetic(ExactMatch):
 
 
 def order_of_work(numbers: list[int], chain: list[str]) -> list[tuple[int, str, int]] | None:
-    """Multiplications first, then from the left; None if a value would go below zero."""
+    """Steps with multiplications first, then left to right; None if a value would be negative."""
     numbers, chain = list(numbers), list(chain)
     steps = []
     while chain:

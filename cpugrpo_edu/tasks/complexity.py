@@ -1,4 +1,4 @@
-"""A heuristic score of a question's text, kept to be compared with true difficulty."""
+"""A heuristic complexity score of a question, kept for comparison with its true difficulty."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 
 
 def complexity(question: str) -> float:
-    """The ancestor project's sorting score: tokens + 2 operators + 1.5 numbers + 3 depth.
+    """The predecessor project's sorting score: tokens + 2 operators + 1.5 numbers + 3 depth.
 
-    A heuristic on the text alone; tokens are words, depth is that of brackets.
+    It uses only the text: tokens are words, and depth is the nesting depth of brackets.
     """
     depth = deepest = 0
     for character in question:

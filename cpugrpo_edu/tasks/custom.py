@@ -25,20 +25,20 @@ Verifier = Callable[[Problem, str], Any]
 T = TypeVar("T")
 
 TIME_LIMIT = 10.0
-"""Seconds that one call of a verifier may take; importing its file may take six times that."""
+"""Seconds that a call of the verifier may take; importing its file may take six times as long."""
 
 MAX_PROMPT_CHARS = 100_000
 
 
 class TookTooLong(BaseException):
-    """Not an Exception, so that a verifier's own ``except Exception`` does not swallow it."""
+    """Not an Exception, so that a verifier's own ``except Exception`` cannot swallow it."""
 
 
 def limited(function: Callable[..., T], *arguments: Any, seconds: float) -> T:
-    """Call ``function``; TookTooLong when it has not returned within ``seconds``.
+    """Call ``function``; raise ``TookTooLong`` if it does not return within ``seconds``.
 
-    In the main thread a signal breaks into the call. Elsewhere, and on Windows, the call
-    runs in a thread that is given up, and which goes on until the program ends.
+    In the main thread a signal interrupts the call. In other threads and on Windows, the call
+    runs in a thread of its own, which is abandoned and keeps running until the program ends.
     """
     if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
 
@@ -46,7 +46,7 @@ def limited(function: Callable[..., T], *arguments: Any, seconds: float) -> T:
             raise TookTooLong
 
         previous = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)  # again, should it be swallowed
+        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)  # repeated, in case it is swallowed
         try:
             return function(*arguments)
         finally:
@@ -73,7 +73,7 @@ def limited(function: Callable[..., T], *arguments: Any, seconds: float) -> T:
 
 @dataclass
 class Custom:
-    """The domain of problems judged by ``verifier``; whatever that raises is a `UserError`."""
+    """Problems judged by ``verifier``; whatever it raises becomes a `UserError`."""
 
     verifier: Verifier = exact_match
     name: str = "custom"
@@ -97,7 +97,7 @@ class Custom:
                 f"{type(error).__name__}: {error}; fix the verifier"
             ) from error
         ok = isinstance(verdict, Real) and 0 <= verdict <= 1  # type: ignore[operator]
-        if not ok:  # so for NaN too
+        if not ok:  # also true for NaN
             raise UserError(
                 f"verifier {name} returned {verdict!r:.80} for problem {problem.id!r}; "
                 "return True, False or a number from 0 to 1"
@@ -115,11 +115,11 @@ class Custom:
 def load_custom(prompts_file: str | Path, verifier: str | Verifier | None = None) -> list[Problem]:
     """Read prompts from a JSONL file; each problem carries the verifier that judges it.
 
-    A line is ``{"prompt": ..., "answer": ..., "difficulty": ..., "id": ...}``; "question"
-    may stand for "prompt", and only that is required. Without a verifier every line needs
-    an answer, which is matched exactly. **A verifier given as "path/to/file.py:function"
-    executes that file in this process**, with all your rights: name only files you trust.
-    Raises `UserError` naming the line or the verifier at fault.
+    A line is ``{"prompt": ..., "answer": ..., "difficulty": ..., "id": ...}``; it may have
+    "question" instead of "prompt", and only this is required. Without a verifier, every line needs
+    an answer, which must match exactly. **A verifier given as "path/to/file.py:function"
+    executes that file in this process** with your permissions: use only files that you trust.
+    Raises `UserError`, which names the faulty line or verifier.
     """
     judge = load_verifier(verifier) if isinstance(verifier, str) else verifier or exact_match
     if not callable(judge):
@@ -135,13 +135,13 @@ def load_custom(prompts_file: str | Path, verifier: str | Verifier | None = None
             )
         if judge is exact_match and not normalize_answer(problem.answer):
             raise UserError(
-                f"line {number} of {path} has no answer to compare with (or too long a one); "
-                "add a short one, or give a verifier"
+                f"line {number} of {path} has no answer to compare with, or one that is too long; "
+                "add a short answer, or give a verifier"
             )
         problems[problem.id] = problem
     if not problems:
         raise UserError(
-            f'no prompts in {path}; write one object a line, such as {{"prompt": "..."}}'
+            f'no prompts in {path}; write one object per line, such as {{"prompt": "..."}}'
         )
     return list(problems.values())
 
@@ -176,9 +176,9 @@ def load_verifier(spec: str) -> Verifier:
         inspect.signature(function).bind(None, None)
     except TypeError as error:
         raise UserError(
-            f"{name} in {path} takes two arguments, problem and completion ({error}); fix it"
+            f"{name} in {path} must take two arguments, problem and completion ({error}); fix it"
         ) from error
-    except ValueError:  # a builtin that does not say what it takes
+    except ValueError:  # a builtin without a signature
         pass
     return function
 
@@ -201,7 +201,7 @@ def _problem(row: dict[str, Any], number: int, where: str, task: Custom) -> Prob
         if "\0" in value or (
             not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value)
         ):
-            raise UserError(f"{where} has a NUL or half a character under {key!r}; delete it")
+            raise UserError(f"{where} has a NUL or a lone surrogate under {key!r}; delete it")
     if values["difficulty"] not in DIFFICULTIES:
         raise UserError(
             f"{where} has the difficulty {values['difficulty']!r}; "

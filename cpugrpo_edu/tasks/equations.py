@@ -31,24 +31,24 @@ def working_lines(completion: str) -> list[str]:
 
 
 def step_score(useful: int, invalid: int, required: int) -> float:
-    """Share of required steps reached, less the invalid share; in [0, 1]."""
+    """The share of required steps reached minus the share of invalid ones, clipped to [0, 1]."""
     return min(1.0, max(0.0, (useful - invalid) / max(required, 1)))
 
 
 def check_equations(problem: Problem, completion: str) -> StepReport:
     """Check each line ``a op b = c``.
 
-    A step is valid if it is exactly true and its operands are known: they stand
-    in the question, in the worked solution's givens, or were reached before.
-    It is useful if its result is one that the worked solution reaches, each
-    counted once; so repeating a true line, or adding ``1 + 1 = 2``, earns nothing.
+    A step is valid if it is exactly true and its operands are known: they occur in the
+    question or in the worked solution's givens, or an earlier step reached them.
+    It is useful if the worked solution also reaches its result. Each result counts
+    once, so repeating a true line, or adding ``1 + 1 = 2``, earns nothing.
     """
     reference = [match.groups() for match in EQUATION.finditer(problem.solution)]
     wanted = Counter(result for *_, result in reference)
     known = set(re.findall(r"\d+", problem.question))
     reached: set[str] = set()
     for left, _, right, result in reference:
-        known |= {left, right} - reached  # givens such as the 60 of an hour
+        known |= {left, right} - reached  # givens such as the 60 minutes of an hour
         reached.add(result)
     steps, useful = [], 0
     for line in working_lines(completion):
@@ -69,9 +69,9 @@ def check_equations(problem: Problem, completion: str) -> StepReport:
 
 
 def write_solution(steps: list[tuple[int, str, int]], answer: int | None = None) -> tuple[str, str]:
-    """Carry out ``(left, operator, right)`` steps; return the worked text and the answer.
+    """Carry out ``(left, operator, right)`` steps; return the worked solution and the answer.
 
-    Every division must come out whole, since the domains speak whole numbers only.
+    Raises ``ValueError`` if a division leaves a remainder: the domains use only whole numbers.
     """
     lines = []
     result = 0

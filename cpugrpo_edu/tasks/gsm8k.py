@@ -1,7 +1,7 @@
 """Grade-school word problems in the format of GSM8K (Cobbe et al. 2021, arXiv:2110.14168).
 
 A row is ``{"question": ..., "answer": "3 bags hold 3*4=<<3*4=12>>12 apples.\\n#### 12"}``.
-We ship none of the data set: point `load_gsm8k` at a local copy, or at a hub id.
+The data set is not part of the package: give `load_gsm8k` a local copy or a hub id.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from cpugrpo_edu.tasks.answers import ExactMatch, extract_answer, parse_number
 from cpugrpo_edu.tasks.equations import step_score
 
 MAX_WORKING_CHARS = 10_000
-"""Working beyond this is not read, which bounds the cost of checking it."""
+"""Working is read only up to here, which bounds the cost of checking it."""
 
 MAX_SIDE_CHARS = 60
 """The longest side of an equation that is read."""
 
-_ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # the calculator's, as in 3*4=<<3*4=12>>12
+_ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # a calculator annotation, as in 3*4=<<3*4=12>>12
 _PLAIN = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
 _TERM = rf"[($-]*{_PLAIN}\)*"
 _NUMBER = re.compile(_PLAIN, re.ASCII)
@@ -43,7 +43,7 @@ _RIGHT = re.compile(rf" *(-? *\$? *{_PLAIN}(?:/\d+)?)", re.ASCII)
 
 @dataclass
 class GSM8K(ExactMatch):
-    """Problems of a file in GSM8K's format."""
+    """Problems from a file in GSM8K's format."""
 
     name: str = "gsm8k"
 
@@ -55,24 +55,24 @@ class GSM8K(ExactMatch):
 
 
 def load_gsm8k(source: str | Path, split: str = "test", limit: int | None = None) -> list[Problem]:
-    """Read the first ``limit`` problems of a split, in their order.
+    """Read the first ``limit`` problems of a split, in order.
 
     ``source`` is a JSONL or Parquet file, a folder with ``<split>.jsonl`` or the hub's
-    ``main/<split>-00000-of-00001.parquet``, or a hub id such as ``openai/gsm8k``, which
-    downloads. Difficulty is the number of lines of the worked solution: up to 2 basic,
-    3 and 4 intermediate, 5 and more advanced. Raises `UserError` naming the row at fault.
+    ``main/<split>-00000-of-00001.parquet``, or a hub id such as ``openai/gsm8k``, which is
+    downloaded. The number of lines in the worked solution decides the difficulty: up to 2 is basic,
+    3 or 4 intermediate, 5 or more advanced. Raises `UserError`, which names the faulty row.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit} is not allowed; give 1 or more, or none for all problems")
     rows = islice(_rows(source, split), limit)
     problems = [_problem(row, f"row {i} of {source}", f"gsm8k/{split}/{i}") for i, row in rows]
     if not problems:
-        raise UserError(f"no problems in {source}; give a file with one problem a line")
+        raise UserError(f"no problems in {source}; give a file with one problem per line")
     return problems
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) of each non-empty line; numbers stay as written."""
+    """Yield (line number from 1, object) for each non-empty line; numbers are kept as text."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -84,7 +84,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(line, parse_int=str, parse_float=str)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"line {number} of {path} is not JSON ({error}); write one object a line"
+                f"line {number} of {path} is not JSON ({error}); write one object per line"
             ) from error
         if not isinstance(row, dict):
             raise UserError(f"line {number} of {path} is not an object; write {{...}} on each line")
@@ -92,14 +92,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def check_prose(problem: Problem, completion: str) -> StepReport:
-    """Check the equations that stand in running text, such as ``so 3 * 4 = 12 apples``.
+    """Check the equations in running text, such as ``so 3 * 4 = 12 apples``.
 
-    A step is valid if it is exactly true. It is useful if moreover its operands are known
-    (from the question, the worked solution's givens, or a useful step before) and its
-    result is wanted, each counted once. Wanted are the results of the worked solution;
-    without one, whatever a numeric reference answer can be traced back to, and then every
-    equation counts as required. So repeating a true equation, or adding ``1 + 1 = 2``,
-    earns nothing. Without a worked solution and a numeric answer the score is 0.
+    A step is valid if it is exactly true. It is useful if in addition its operands are known
+    (from the question, the worked solution's givens, or an earlier useful step) and its
+    result is wanted. The wanted results are those of the worked solution; without one, they are
+    the results that a numeric reference answer depends on, and then every equation counts as
+    required. Each result counts once, so repeating a true equation, or adding ``1 + 1 = 2``,
+    earns nothing. With neither a worked solution nor a numeric answer, the score is 0.
     """
     reference = _equations(problem.solution)
     found = _equations(completion)
@@ -152,7 +152,7 @@ def _equations(text: str) -> list[_Equation]:
 
 
 def _trace_back(equations: list[_Equation], answer: Fraction | None) -> Counter[Fraction]:
-    """Results that the answer depends on, each once, following operands backwards."""
+    """The results that the answer depends on, each once, found by following operands back."""
     wanted: Counter[Fraction] = Counter()
     open_values = set() if answer is None else {answer}
     for equation in reversed(equations):
@@ -204,7 +204,7 @@ def _rows(source: str | Path, split: str) -> Iterable[tuple[int, dict[str, Any]]
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         return enumerate(_download(str(source), split), start=1)
     raise UserError(
-        f"{source} is no file or folder; give a JSONL file, a folder, or a hub id such as "
+        f"{source} is not a file or folder; give a JSONL file, a folder, or a hub id such as "
         "openai/gsm8k"
     )
 
@@ -243,7 +243,7 @@ def _download(name: str, split: str) -> Iterable[dict[str, Any]]:
 
     try:
         return datasets.load_dataset(name, "main", split=split)
-    except Exception as error:  # the hub client raises half a dozen unrelated kinds
+    except Exception as error:  # the hub client raises many unrelated exceptions
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"could not load {name} (split {split!r}) from the hub: {type(error).__name__}: "

@@ -51,7 +51,7 @@ class Lists(ExactMatch):
         return Problem("", self.name, difficulty, question, answer, solution)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
-        """A step is valid if it is the next line of the one right way to work."""
+        """A step is valid if it is exactly the next line of the worked solution."""
         wanted = working_lines(problem.solution)
         given = working_lines(completion)
         useful = 0

@@ -1,7 +1,7 @@
 """Word problems with money, time and percentages, in the spirit of GSM8K.
 
 Each template is a function that draws its numbers and returns the question with
-the steps that solve it. Numbers are chosen so that every step is whole.
+the steps that solve it. Numbers are chosen so that every step gives a whole number.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def two_days_of_work(rng: random.Random) -> tuple[str, Steps]:
 
 
 def percent_off(value: int, percent: int) -> Steps:
-    """One hundredth, so many of them, and what is left."""
+    """The steps: one percent of ``value``, ``percent`` times that, and what is left."""
     cut = value // 100 * percent
     return [(value, "/", 100), (value // 100, "*", percent), (value, "-", cut)]
 
