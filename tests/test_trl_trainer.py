@@ -15,10 +15,10 @@ from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import trl_trainer as trainer_module
 from cpugrpo_edu.engine.guard import Guard, RolloutTally
 from cpugrpo_edu.engine.micro_batches import WORKING_SPACE, split_by_length
-from cpugrpo_edu.engine.options import EngineOptions
+from cpugrpo_edu.engine.options import LOSS_TYPES, EngineOptions
 from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
 from cpugrpo_edu.engine.trl_internals import Offloaded
-from cpugrpo_edu.engine.trl_trainer import LOSS_TYPES, CPUGRPOTrainer, cpu_config
+from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.ewc import Anchor
 from cpugrpo_edu.models.load import fingerprint, load_policy

@@ -210,15 +210,7 @@ def status(call: Call, course: Folder = Path(".")) -> None:
     Example: `cpugrpo assign status`
     """
     rows = opened(course).status()
-    heads = [
-        "assignment",
-        "submitted",
-        "graded",
-        "changed",
-        "flagged",
-        "failed",
-        "to grade by hand",
-    ]
+    heads = ["assignment", "submitted", "graded", "changed", "flagged", "failed"]
     cells = [
         [", ".join(value) if isinstance(value, list) else str(value) for value in row.values()]
         for row in rows

@@ -8,6 +8,9 @@ from typing import Literal, get_args
 from cpugrpo_edu.errors import UserError
 
 ENGINES = ("fast", "generate")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+IMPORTANCE_LEVELS = ("token", "sequence")
+"""What our trainer takes of TRL's losses and importance ratios."""
 
 FisherVariant = Literal["exact", "sample", "empirical", "batched", "rollout_score", "lightning"]
 FISHER_VARIANTS: tuple[str, ...] = get_args(FisherVariant)

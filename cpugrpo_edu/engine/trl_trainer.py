@@ -45,7 +45,7 @@ from cpugrpo_edu.engine.micro_batches import (
     size_that_fits,
     split_by_length,
 )
-from cpugrpo_edu.engine.options import EngineOptions
+from cpugrpo_edu.engine.options import IMPORTANCE_LEVELS, LOSS_TYPES, EngineOptions
 from cpugrpo_edu.engine.shared_prefix import packed_log_probs
 from cpugrpo_edu.engine.sizes import estimate_training_memory
 from cpugrpo_edu.engine.trl_internals import GRPOInternals, LogProbs, Offloaded, without_notices
@@ -56,9 +56,6 @@ from cpugrpo_edu.sample import Sampling
 
 DRIFT_PROMPTS, DRIFT_TOKENS = 4, 32
 """What the drift of an INT8 copy is measured on, once a stage."""
-
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-IMPORTANCE_LEVELS = ("token", "sequence")
 
 UNSUPPORTED: dict[str, Any] = {
     "entropy_coef": 0.0,

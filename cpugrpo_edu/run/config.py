@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from cpugrpo_edu.curriculum import ORDERS, Stage, make_stages
-from cpugrpo_edu.engine.options import ENGINES, FISHER_VARIANTS
+from cpugrpo_edu.engine.options import ENGINES, FISHER_VARIANTS, IMPORTANCE_LEVELS, LOSS_TYPES
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.rewards import parse_rewards
 from cpugrpo_edu.tasks import DOMAINS
@@ -65,11 +65,11 @@ class RunConfig:
     max_completion: int = setting(104, "Longest completion, in tokens.", least=1)
     temperature: float = setting(1.0, "Sampling temperature of the rollouts.", above=0)
     beta: float = setting(0.0, "Weight of the KL term; 0 leaves it out.", least=0)
-    loss_type: str = setting(
-        "dapo", "TRL's loss: dapo, grpo, dr_grpo, bnpo, cispo, sapo, luspo or vespo."
-    )
+    loss_type: str = setting("dapo", f"TRL's loss: {', '.join(LOSS_TYPES)}.", LOSS_TYPES)
     importance_level: str = setting(
-        "token", "Importance ratios for each token, or for each sequence (GSPO)."
+        "token",
+        "Importance ratios for each token, or for each sequence (GSPO).",
+        IMPORTANCE_LEVELS,
     )
     epsilon: float = setting(
         0.2, "How far an importance ratio may leave 1 before it is clipped.", least=0
@@ -202,10 +202,10 @@ def check_settings(config: RunConfig) -> None:
         raise UserError(f"--steps is {config.steps}; a stage can have at most 1000000")
     if not all(0 <= rate < float("inf") for rate in config.learning_rates):
         raise UserError(
-            f"learning rates {config.learning_rates} are not all finite, 0 or more; change --lr"
+            f"--lr is {config.learning_rates}; give finite learning rates of at least 0"
         )
     if len(set(config.domains)) < len(config.domains):
-        raise UserError(f"a domain in {', '.join(config.domains)} is named twice; name each once")
+        raise UserError(f"--domains names one twice: {', '.join(config.domains)}; name each once")
     if config.frozen and not config.lora_rank:
         raise UserError("an int8 base is frozen, so only LoRA can train on it; add --lora 16")
     if config.kernel == "compiled" and not (config.int8_rollouts or config.frozen):
