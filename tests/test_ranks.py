@@ -133,7 +133,7 @@ def test_two_ranks_equal_one_with_the_same_batch(gradients, case):
 
 
 @pytest.mark.slow
-def test_two_ranks_have_uneven_work_without_waiting_for_ever(gradients):
+def test_two_ranks_have_uneven_work_without_waiting_forever(gradients):
     """They came to the end; here is that their work really differed."""
     facts = gradients[1][0]
     assert facts["one rank has a single row"]["skipped"] == [0, 8]

@@ -4,8 +4,8 @@ Data parallelism through ``torch.distributed`` with gloo, its library for CPUs: 
 (rank) holds the whole model and trains its share of a step's prompts, and the gradients are
 averaged in the backward pass. In a single process every function here does nothing.
 
-Ranks must meet in the same collective calls in the same order, else they wait for ever. So
-whatever one rank decides alone (a clock, a signal, a full disk) is shared before it is acted on.
+All ranks must enter the same collective calls in the same order, or they wait forever. So whatever
+one rank decides alone (a clock, a signal, a full disk) is shared before anyone acts on it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -34,10 +35,11 @@ from cpugrpo_edu.errors import UserError
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=12)
-"""How long ranks wait for one that evaluates. A rank that dies is noticed at once, not so late."""
+"""How long ranks wait for one that evaluates. One that dies is noticed at once."""
 
 LAUNCHED = "CPUGRPO_LAUNCHED"
-"""Holds the launcher's process id in the processes that ``launch`` starts: it speaks for them."""
+"""Environment variable of the ranks that ``launch`` starts: the launcher's process id. It prints
+their errors."""
 
 LOST = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|timed out", re.I)
 
@@ -56,9 +58,9 @@ def join() -> None:
 
 
 def end_with_launcher() -> None:
-    """A rank whose launcher was killed would go on writing beside the run that resumes it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(int(os.environ[LAUNCHED])).wait()
+    """End this rank when its launcher is killed: it would go on writing beside a resumed run."""
+    while os.getppid() == int(os.environ[LAUNCHED]):  # another process adopts orphans
+        time.sleep(1)
     os._exit(1)
 
 
@@ -79,6 +81,11 @@ def is_main() -> bool:
 def local_size() -> int:
     """Processes of the group on this machine: they share its cores and memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if size() > 1 else 1
+
+
+def hosts() -> int:
+    """Machines that take part."""
+    return len(set(gather(socket.gethostname())))
 
 
 def barrier() -> None:
@@ -132,7 +139,7 @@ def share(items: Sequence[T]) -> list[T]:
 
 
 def average(tensors: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """The weighted mean over ranks of each tensor; bitwise the same on all of them."""
+    """The mean over ranks of each tensor, by their weights; bitwise the same on all of them."""
     if size() == 1:
         return tensors
     whole = sum(gather(weight))
@@ -143,7 +150,7 @@ def average(tensors: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
 
 
 def prompts_per_process(prompts: int, processes: int) -> int:
-    """A step's prompts, divided among processes."""
+    """A step's prompts, divided among processes. Raises ``UserError`` if that leaves a rest."""
     if prompts % processes:
         fitting = [n for n in range(1, prompts + 1) if prompts % n == 0]
         raise UserError(
@@ -165,7 +172,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.meetings = 0
+        self.steps = 0
 
     def watch(self, model: Any) -> None:
         """Call it with the wrapped model, before the first backward pass."""
@@ -173,10 +180,10 @@ class Traffic:
 
         def counted(state: Any, bucket: dist.GradBucket) -> Any:
             self.bytes += bucket.buffer().nbytes
-            self.meetings += bucket.is_last()
+            self.steps += bucket.is_last()
             return allreduce_hook(state, bucket)
 
-        # DDP compares the annotation with the class; ours is a string in this module
+        # DDP compares annotations with classes, and in this module annotations are strings.
         counted.__annotations__ = {
             "bucket": dist.GradBucket,
             "return": torch.futures.Future[Tensor],
@@ -185,17 +192,12 @@ class Traffic:
 
     @property
     def bytes_per_step(self) -> float:
-        return self.bytes / self.meetings if self.meetings else 0.0
+        return self.bytes / self.steps if self.steps else 0.0
 
 
 def ring_bytes(gradient: float, processes: int) -> float:
     """Bytes each process sends when a ring adds up ``gradient`` bytes (Patarasuk, Yuan 2009)."""
     return 2 * (processes - 1) / processes * gradient
-
-
-def hosts() -> int:
-    """Machines that take part."""
-    return len(set(gather(socket.gethostname())))
 
 
 # --- Starting and ending -------------------------------------------------------
@@ -217,19 +219,22 @@ def leave_word(error: UserError) -> bool:
 
 
 def launch(processes: int, arguments: Sequence[str], go_on: str) -> int:
-    """Start ``cpugrpo ARGUMENTS`` as so many ranks on this machine; their exit code.
+    """Start ``cpugrpo ARGUMENTS`` as so many ranks on this machine; returns their exit code.
 
-    The first rank that fails ends the others. ``go_on`` tells how to go on after that.
+    The first rank that fails ends the others. ``go_on`` tells how to go on after that. This is
+    what ``torchrun`` does, by the same functions, but without its pages of messages: on failure
+    the user sees one sentence.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.CRITICAL)  # the launcher's own words; ours is one sentence
-    os.environ[LAUNCHED] = str(os.getpid())
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.pop(name, None)  # this process's; each rank takes its part of the cores
+    os.environ[LAUNCHED] = str(os.getpid())
+    logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="cpugrpo-ranks-") as logs, passing_on_interrupts():
+        others = {i: Std.ALL for i in range(1, processes)}  # only rank 0 may write to the terminal
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -241,9 +246,7 @@ def launch(processes: int, arguments: Sequence[str], go_on: str) -> int:
             max_restarts=0,
             shutdown_timeout=10,
             signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
-            logs_specs=DefaultLogsSpecs(
-                log_dir=logs, redirects={i: Std.ALL for i in range(1, processes)}
-            ),
+            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=others),
         )
         try:
             elastic_launch(config, sys.executable)("-m", "cpugrpo_edu.cli", *arguments)
@@ -259,7 +262,7 @@ def launch(processes: int, arguments: Sequence[str], go_on: str) -> int:
 
 @contextlib.contextmanager
 def passing_on_interrupts() -> Iterator[None]:
-    """Ranks have sessions of their own, so Ctrl-C reaches only this process: pass it on."""
+    """Pass Ctrl-C on to the ranks: they have sessions of their own, so it reaches only this."""
 
     def pass_on(number: int, frame: Any) -> None:
         for child in psutil.Process().children():
@@ -273,38 +276,40 @@ def passing_on_interrupts() -> Iterator[None]:
 
 
 def explain(failures: dict[int, Any], logs: Path, go_on: str) -> int:
-    """One sentence for the failure that came first, in rank 0's name; its exit code."""
+    """Print one sentence for the failure that came first, in rank 0's name; returns its exit code.
+
+    ``failures`` are the launcher's, by rank, ``logs`` the folder with what the ranks printed.
+    """
 
     def order(failure: Any) -> tuple[bool, bool, bool, bool, int]:
         """Killed, stopped on request, or with a sentence; last those that the launcher ended."""
         code = failure.exitcode
         ended = code == -signal.SIGTERM
-        return ended, code >= 0, code != 130, not has_word(failure), failure.local_rank
+        return ended, code >= 0, code != 130, not sentence_of(failure), failure.local_rank
 
     first = min(failures.values(), key=order)
     if first.exitcode == 130:
         return 130  # it has said so itself
-    if has_word(first):
-        word = first.error_file_data["message"]
-        text = word["message"] if isinstance(word, dict) else str(word)
-        sentence = text.removeprefix("UserError: ")
+    mistake = sentence_of(first)
+    how = f"so the others stopped too; what was complete is saved, {go_on}"
+    if mistake:
+        sentence = mistake
     elif first.exitcode < 0:
         sentence = (
             f"process {first.local_rank} was ended by {first.signal_name()} (killed, or out of "
-            f"memory), so the others stopped too; what was complete is saved, {go_on}"
+            f"memory), {how}"
         )
     else:
         for log in sorted(logs.rglob(f"{first.local_rank}/stderr.log")):
             sys.stderr.write(log.read_text(encoding="utf-8", errors="replace")[-4000:])
-        sentence = (
-            f"process {first.local_rank} failed, so the others stopped too; "
-            f"what was complete is saved, {go_on}"
-        )
+        sentence = f"process {first.local_rank} failed, {how}"
     print(f"cpugrpo: {' '.join(sentence.split())}", file=sys.stderr)
-    return 2 if has_word(first) else 1
+    return 2 if mistake else 1
 
 
-def has_word(failure: Any) -> bool:
-    """Whether a rank left a sentence by ``leave_word``."""
+def sentence_of(failure: Any) -> str:
+    """What a rank left by ``leave_word``; empty if it left nothing."""
     data = failure.error_file_data
-    return isinstance(data, dict) and "UserError" in str(data.get("message"))
+    left = data.get("message") if isinstance(data, dict) else None
+    text = str(left["message"] if isinstance(left, dict) else left)
+    return text.removeprefix("UserError: ") if "UserError" in text else ""
