@@ -14,6 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import trl_trainer as trainer_module
 from cpugrpo_edu.engine.guard import Guard, RolloutTally
+from cpugrpo_edu.engine.int8 import Drift
 from cpugrpo_edu.engine.micro_batches import WORKING_SPACE, split_by_length
 from cpugrpo_edu.engine.options import LOSS_TYPES, EngineOptions
 from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
@@ -359,6 +360,37 @@ def test_prompts_are_encoded_as_trl_does(trainer):
     assert [trainer.encode(text) for text in PROMPTS] == trainer._tokenize_prompts(PROMPTS)[0]
 
 
+@pytest.mark.parametrize(
+    ("native", "far", "chosen", "words"),
+    [
+        (True, (), "packed", ["rollouts use the INT8 copy"]),
+        (True, ("packed",), "bf16", ["so rollouts use a bfloat16 copy", "use the bfloat16 copy:"]),
+        (True, ("packed", "bf16"), None, ["a bfloat16 copy", "so rollouts use the float weights"]),
+        (False, ("packed",), None, ["so rollouts use the float weights"]),
+    ],
+)
+def test_a_copy_that_is_another_policy_is_not_sampled_from(
+    tiny_policy, tmp_path, monkeypatch, native, far, chosen, words
+):
+    said = []
+    trainer = make(tiny_policy, tmp_path, EngineOptions(int8_rollouts=True, patience=0))
+    trainer.say = said.append
+    monkeypatch.setattr(trainer_module, "native_bfloat16", lambda: native)
+    monkeypatch.setattr(
+        trainer_module,
+        "measure_drift",
+        lambda *given: Drift(1.0 if trainer.copy_kind in far else 0.001, 0.5, 0.5),
+    )
+    rows = [r for i in range(2) for r in [trainer.train_dataset[i]] * 2]
+    output = trainer.with_old_log_probs(trainer._generate_and_score_completions(rows))
+    assert trainer.copy_kind == chosen
+    assert (trainer.rollout_copy is None) is (chosen is None)
+    assert ("old_per_token_logps" in output) is (chosen is not None)
+    assert len(said) == len(words) and all(w in s for w, s in zip(words, said, strict=True))
+    trainer._generate_and_score_completions(rows)
+    assert len(said) == len(words)  # measured once
+
+
 @pytest.mark.parametrize("correct", [True, False])
 def test_int8_rollouts(tiny_policy, tmp_path, correct):
     options = EngineOptions(int8_rollouts=True, importance_correction=correct, patience=0)
@@ -369,13 +401,13 @@ def test_int8_rollouts(tiny_policy, tmp_path, correct):
     assert ("old_per_token_logps" in output) is correct
     if correct:
         mask = output["completion_mask"].bool()
-        served = log_probs_of(trainer.int8_copy, output)[mask]
+        served = log_probs_of(trainer.rollout_copy, output)[mask]
         live = log_probs_of(trainer.model, output)[mask]
         sampled = output["old_per_token_logps"][mask]
         # INT8 scores each activation tensor in its own range, so a batch is not token by token.
         assert (sampled - live).abs().max() > 0
         assert (served - sampled).abs().mean() < 0.1 and (sampled - live).abs().mean() < 0.5
-    copy = trainer.int8_copy
+    copy = trainer.rollout_copy
     with torch.no_grad():
         tiny_policy.model.model.layers[0].mlp.up_proj.weight.mul_(2)
     before = copy.model.layers[0].mlp.up_proj.dequantized().clone()

@@ -52,6 +52,7 @@ from cpugrpo_edu.engine.trl_internals import GRPOInternals, LogProbs, Offloaded,
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
 from cpugrpo_edu.policy import Policy
+from cpugrpo_edu.record.machine import native_bfloat16
 from cpugrpo_edu.sample import Sampling
 
 DRIFT_PROMPTS, DRIFT_TOKENS = 4, 32
@@ -167,8 +168,9 @@ class CPUGRPOTrainer(GRPOInternals):
         self.on_step, self.say, self.should_stop = on_step, say, should_stop
         self.guard, self.tally = Guard(self.options.patience), RolloutTally()
         self.micro_batch_limit: int | None = None  # set once memory was refused
-        self.int8_copy: Any = None
-        self.int8_rollouts = self.options.int8_rollouts
+        # What rolls out: an INT8 copy by this kernel, a "bf16" copy, or None: the live policy.
+        self.copy_kind = self.options.kernel if self.options.int8_rollouts else None
+        self.rollout_copy: Any = None
         self.drift: Drift | None = None
         self.last_groups: list[Group] = []
         self.sampler: dict[str, Any] = {
@@ -222,11 +224,11 @@ class CPUGRPOTrainer(GRPOInternals):
             stop_at_eos=self.options.stop_at_eos,
         )
         start = time.perf_counter()
-        if self.drift is None and self.int8_rollouts:
-            self.check_drift(prompt_ids[:DRIFT_PROMPTS], sampling)
+        if self.drift is None and self.copy_kind is not None:
+            self.choose_copy(prompt_ids[:DRIFT_PROMPTS], sampling)
         groups = sample(self.sampling_model(), prompt_ids, copies, sampling, **self.sampler)
         if self.options.spare_memory:
-            self.int8_copy = None
+            self.rollout_copy = None
         seconds = time.perf_counter() - start
         self.last_groups = groups
         rows = [(group.prompt_ids, episode) for group in groups for episode in group.episodes]
@@ -252,34 +254,42 @@ class CPUGRPOTrainer(GRPOInternals):
         return self.args.seed * 1_000_003 + self.generations * 101 + self.accelerator.process_index
 
     def sampling_model(self) -> Any:
-        """The model that rolls out: the live policy, or its INT8 copy with fresh weights."""
+        """The model that rolls out: the live policy, or its copy with fresh weights."""
         live = self.accelerator.unwrap_model(self.model)
-        if not self.int8_rollouts or is_frozen(live):
+        if self.copy_kind is None or is_frozen(live):
             return live  # a frozen base is INT8 already
-        if self.int8_copy is None:
-            self.int8_copy = quantize_for_rollout(
-                live, quantize_head=self.options.int8_head, kernel=self.options.kernel
+        if self.rollout_copy is None:
+            self.rollout_copy = quantize_for_rollout(
+                live, quantize_head=self.options.int8_head, kernel=self.copy_kind
             )
         else:
-            refresh(self.int8_copy, live)
-        return self.int8_copy
+            refresh(self.rollout_copy, live)
+        return self.rollout_copy
 
-    def check_drift(self, prompts: list[list[int]], sampling: Sampling) -> None:
-        """Measure the INT8 copy on a few prompts; sample from the float policy if it is too far."""
-        live, copy = self.accelerator.unwrap_model(self.model), self.sampling_model()
-        if copy is live:
+    def choose_copy(self, prompts: list[list[int]], sampling: Sampling) -> None:
+        """Roll out from the INT8 copy if it is close enough to the policy, measured on a few
+        prompts; else from a bfloat16 copy where the processor multiplies in bfloat16, and in the
+        last resort from the policy itself."""
+        live = self.accelerator.unwrap_model(self.model)
+        if is_frozen(live):
             return
         short = replace(sampling, max_new_tokens=min(DRIFT_TOKENS, sampling.max_new_tokens))
         groups = sample(live, prompts, 1, short, **self.sampler)
-        self.drift = measure_drift(live, copy, groups, self.temperature)
-        # Several processes measure on prompts of their own, and must decide alike.
-        self.int8_rollouts = all(ranks.gather(self.drift.acceptable))
-        if not self.int8_rollouts:
-            self.int8_copy = None
+        others = ["bf16", None] if native_bfloat16() else [None]
+        for next_kind in others:
+            copy = self.sampling_model()
+            self.drift = measure_drift(live, copy, groups, self.temperature)
+            name = "bfloat16 copy" if self.copy_kind == "bf16" else "INT8 copy"
+            # Several processes measure on prompts of their own, and must decide alike.
+            if all(ranks.gather(self.drift.acceptable)):
+                self.say(f"rollouts use the {name}: {self.drift}")
+                return
+            using = "a bfloat16 copy" if next_kind else "the float weights"
             self.say(
-                f"the INT8 copy differs too much from this policy ({self.drift}; allowed is a KL "
-                f"of {DRIFT_LIMIT} nats a token), so rollouts use the float weights"
+                f"the {name} differs too much from this policy ({self.drift}; allowed is a KL of "
+                f"{DRIFT_LIMIT} nats a token), so rollouts use {using}"
             )
+            self.copy_kind, self.rollout_copy = next_kind, None
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """In float64: in float32 the mean of 8 equal rewards of 0.7 is another number, and their
@@ -329,7 +339,7 @@ class CPUGRPOTrainer(GRPOInternals):
         """
         inputs = {**inputs, "advantages": inputs["advantages"].float()}
         sampled = inputs.pop("sampling_per_token_logps", None)
-        if self.int8_rollouts and self.options.importance_correction and sampled is not None:
+        if self.copy_kind and self.options.importance_correction and sampled is not None:
             inputs["old_per_token_logps"] = sampled
         return inputs
 

@@ -156,9 +156,12 @@ def components(
     config, stages = session.config, session.state.stages
     penalties = [s["ewc_penalty_last"] for s in stages if s["ewc_penalty_last"] is not None]
     sizes = [s["micro_batch_smallest"] for s in stages if s["micro_batch_smallest"]]
+    sampled_from = [stage.get("rollouts_from", config.kernel) for stage in stages]
     int8_detail = {
         "importance_correction": config.importance_correction,
         "kernel": usable_kernel(config.kernel),
+        "rollouts_from": sampled_from,
+        "drift": [stage.get("rollout_drift") for stage in stages],
     }
     found = {
         "curriculum": (config.order != "mixed", {"order": config.order}),
@@ -170,7 +173,10 @@ def components(
             config.fisher_examples > 0,
             {"variant": config.fisher, "examples": config.fisher_examples},
         ),
-        "int8_rollouts": (config.int8_rollouts or config.frozen, int8_detail),
+        "int8_rollouts": (
+            config.frozen or (config.int8_rollouts and config.kernel in sampled_from),
+            int8_detail,
+        ),
         "int8_evaluation": (
             config.int8_evaluation or config.frozen,
             quantization or {"base": "int8"},

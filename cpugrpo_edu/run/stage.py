@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,8 @@ def row_of(stage: Stage, seconds: float, trainer: CPUGRPOTrainer) -> dict[str, A
         "ewc_penalty_last": history[-1].get("ewc_penalty") if history else None,
         "micro_batch_smallest": min(tally.micro_batches, default=None),
         "micro_batch_largest": max(tally.micro_batches, default=None),
+        "rollouts_from": trainer.copy_kind or "policy",
+        "rollout_drift": asdict(trainer.drift) if trainer.drift else None,
         "steps_short_of_memory": tally.shrunk,
         "memory_refusals": tally.refusals,
     }
