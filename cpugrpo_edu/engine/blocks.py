@@ -20,7 +20,8 @@ from cpugrpo_edu.engine.int8_base import is_frozen
 from cpugrpo_edu.engine.memory import trim_heap
 
 TRIM_LAYERS = 12
-"""Where memory counts, holes that short-lived tensors left are given back this often."""
+"""Layers between two calls of ``trim_heap``, where memory is short: short-lived tensors leave
+holes in the heap."""
 
 
 def causal_lm(model: Any) -> Any:
@@ -41,15 +42,20 @@ Layer = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer as plain tensors: base(x) + x A^T B^T, A and B of LoRA, or only the base."""
+    """A linear layer as plain tensors: base(x) + x A^T (s B)^T, with LoRA's A, B and scale s, or
+    the base alone."""
 
-    base: Layer
+    base: Layer  # (..., in) to (..., out)
     down: Tensor | None = None  # A, (rank, in)
     up: Tensor | None = None  # (s B)^T, (rank, out): for few rows twice as fast as (out, rank)
 
     @classmethod
     def of(cls, layer: Any, bfloat16: bool = False) -> Projection:
-        """Without the module's bookkeeping at each call; whatever is no plain layer stays whole."""
+        """The projection of a module, without its bookkeeping at each call.
+
+        Valid until the weights change. A module that is neither a plain linear layer nor plain
+        LoRA on one is called as it is. ``bfloat16``: see :mod:`cpugrpo_edu.engine.bf16`.
+        """
         if type(layer) is nn.Linear:
             return cls(product_of(layer, bfloat16))
         adapters = getattr(layer, "active_adapters", None)
@@ -75,11 +81,15 @@ class Projection:
         return cls(base, downs[0] if len(active) == 1 else torch.cat(downs), up)
 
     def finish(self, x: Tensor, low: Tensor) -> Tensor:
-        """base(x) + low (s B)^T for ``low`` = x A^T."""
+        """base(x) + low (s B)^T, (rows, T, out), for ``low`` = x A^T, (rows, T, rank)."""
         assert self.up is not None
         y = self.base(x)
         if torch.is_grad_enabled():
+            # In place: the product and its sum with y never exist beside y, which is as large as
+            # the layer's output. Nothing needs the old y for its gradient.
             return y.baddbmm_(low, self.up.expand(len(y), -1, -1))
+        # One product of all rows: decoding has one token a row, and a batch of such tiny
+        # products costs a call for each.
         return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.up).view(y.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -88,14 +98,14 @@ class Projection:
         low = F.linear(x, self.down)
         if not torch.is_grad_enabled():
             return self.finish(x, low)
-        # The adapter first: when activations are computed again in the backward pass, that
-        # ends at the last tensor that it needs, and a frozen base needs none.
+        # The adapter first. Where activations are computed again in the backward pass, that stops
+        # at the last tensor it needs. The base needs none, and so its product is left out.
         assert self.up is not None
         return (low @ self.up).add_(self.base(x))
 
 
 class Projections:
-    """Linear layers of the same input: their A go through one product."""
+    """Linear layers of the same input (rows, T, in): their A go through one product."""
 
     def __init__(self, *layers: Any, bfloat16: bool = False):
         self.each = [Projection.of(layer, bfloat16) for layer in layers]
@@ -111,7 +121,7 @@ class Projections:
 
 
 def norm_of(norm: Any) -> Layer:
-    """An RMS norm as one fused call in float32; other norms and dtypes as they stand."""
+    """An RMS norm as one fused call in float32; other norms and dtypes as they are."""
     epsilon = getattr(norm, "variance_epsilon", None)
     if epsilon is None or norm.weight.dtype != torch.float32:
         return norm.forward  # type: ignore[no-any-return]
@@ -174,22 +184,24 @@ class Block:
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def mlp(self, x: Tensor) -> Tensor:
+        """The gated feed-forward layer, (rows, T, hidden) to the same."""
         gate, up = self.gate_up(x)
         if self.activation is not None:
             return self.down(self.activation(gate) * up)
         if not torch.is_grad_enabled():
             return self.down(F.silu(gate, inplace=True).mul_(up))
         if self.down.down is None:
-            return self.last(gate, up)
-        # Only the adapter needs the unit's result; to compute it again takes no large product.
-        return compute_again(self.last, gate, up)
+            return self.gated(gate, up)
+        # The gated unit's result is the layer's largest tensor, and only the adapter's gradient
+        # needs it. Computing it again takes no matrix product.
+        return compute_again(self.gated, gate, up)
 
-    def last(self, gate: Tensor, up: Tensor) -> Tensor:
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         return self.down(_GatedUnit.apply(gate, up))  # type: ignore[no-untyped-call]
 
 
 def compute_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Its result; what it would keep for the backward pass is computed again there."""
+    """``function(*inputs)``, computed again in the backward pass instead of keeping activations."""
     result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return result
 
@@ -204,9 +216,10 @@ def hidden_states(
 ) -> Tensor:
     """Last hidden states (rows, T, hidden) of whole sequences, differentiable, without a cache.
 
-    ``bias`` (rows or 1, 1, T, T) is added to the attention's scores. With ``recompute`` the
-    inside of each MLP, most of a layer's activations, is computed again in the backward pass.
-    With ``bfloat16`` float32 weights are multiplied in it (:mod:`cpugrpo_edu.engine.bf16`).
+    ``ids`` and rotary ``positions`` are (rows, T); ``bias`` (rows or 1, 1, T, T) is added to the
+    attention's scores. With ``recompute`` the inside of each MLP, most of a layer's activations,
+    is computed again in the backward pass. With ``bfloat16`` float32 weights are multiplied in
+    bfloat16 (:mod:`cpugrpo_edu.engine.bf16`).
     """
     hidden = lm.model.embed_tokens(ids)
     cos, sin = lm.model.rotary_emb(hidden, positions)
@@ -229,6 +242,9 @@ def hidden_states(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864)."""
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of x (rows, heads, T, dim).
+
+    ``cos`` and ``sin`` are (rows or 1, 1, T, dim).
+    """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

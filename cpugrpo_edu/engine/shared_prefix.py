@@ -10,8 +10,8 @@ completion. Rotary positions go on from the prompt's end in each of them, so all
 states, log-probabilities and gradients are those of the separate sequences: G (P + C) tokens
 become P + G C. (Prefix Grouper, arXiv:2506.05433, does the same by other means.)
 
-Attention costs (P + G C)^2 instead of G (P + C)^2 products, which is little where the linear
-layers dominate, as in models of some hundred million parameters; not in tiny ones.
+Attention costs (P + G C)^2 instead of G (P + C)^2 products. That is little where the linear layers
+dominate, as in models of some hundred million parameters, but not in tiny ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from cpugrpo_edu.engine.int8_base import token_log_probs
 
 
 def group_rows(prompt_ids: Tensor, prompt_mask: Tensor) -> list[list[int]]:
-    """Rows with the same prompt, (rows, P) token ids and mask, in order of appearance."""
+    """Numbers of the rows with the same prompt, in order of appearance.
+
+    ``prompt_ids`` and ``prompt_mask`` are (rows, P), whatever the side of the padding.
+    """
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, (ids, mask) in enumerate(zip(prompt_ids, prompt_mask.bool(), strict=True)):
         groups.setdefault(tuple(ids[mask].tolist()), []).append(row)
@@ -37,7 +40,10 @@ def group_rows(prompt_ids: Tensor, prompt_mask: Tensor) -> list[list[int]]:
 def pack_group(
     prompt: Tensor, completions: list[Tensor], dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (L,), rotary positions (L,) and additive attention mask (L, L) of one group."""
+    """Token ids (L,), rotary positions (L,) and additive attention mask (L, L) of one group.
+
+    ``prompt`` is (P,), each of the completions (C_k,), so L = P + sum of C_k.
+    """
     start = len(prompt)
     ids = torch.cat([prompt, *completions])
     positions = torch.cat(
@@ -67,44 +73,44 @@ def packed_log_probs(
     Prompts (rows, P) are padded on the left, completions (rows, C) on the right. Rows with
     the same prompt share it, wherever they stand. The entropies carry no gradient. With
     ``recompute`` the inside of each MLP is computed again in the backward pass; with ``bfloat16``
-    products are in it where ``hidden_states`` does the passes.
+    products are computed in it. Both only where ``hidden_states`` does the passes.
     """
     lm = causal_lm(model)
-    lean = is_supported(model) and not lm.model.is_activation_checkpointing
     width = completion_ids.shape[1]
-    log_probs: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
-    entropies: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
+    log_probs: dict[int, Tensor] = {}
+    entropies: dict[int, Tensor] = {}
     for rows in group_rows(prompt_ids, prompt_mask):
         prompt = prompt_ids[rows[0]][prompt_mask[rows[0]].bool()]
         completions = [completion_ids[row][completion_mask[row].bool()] for row in rows]
-        ids, positions, bias = pack_group(prompt, completions, lm.model.norm.weight.dtype)
-        if lean:
-            sequence = (ids[None], positions[None], bias[None, None])
-            hidden = hidden_states(lm, *sequence, recompute, bfloat16)[0]
-        else:
-            hidden = lm.model(
-                input_ids=ids[None],
-                attention_mask=bias[None, None],
-                position_ids=positions[None],
-                use_cache=False,
-            ).last_hidden_state[0]
-        # A token is predicted by the state before it: of the prompt's end, then its own.
-        before, start = [], len(prompt)
-        for completion in completions:
-            last = torch.tensor([len(prompt) - 1])
-            own = torch.arange(start, start + max(1, len(completion)) - 1)
-            before.append(torch.cat([last, own])[: len(completion)])  # empty where it is masked
-            start += len(completion)
+        packed = pack_group(prompt, completions, lm.model.norm.weight.dtype)
+        hidden = states_of(lm, *packed, recompute, bfloat16)
+        # The state before a token predicts it: for the first one of each completion that of the
+        # prompt's end, which is not its neighbour.
+        lengths = torch.tensor([len(completion) for completion in completions])
+        before = torch.arange(len(prompt) - 1, len(hidden) - 1)
+        before[(lengths.cumsum(0) - lengths)[lengths > 0]] = len(prompt) - 1
         log_p, entropy = token_log_probs(
-            hidden[torch.cat(before)],
-            torch.cat(completions),
-            lm.lm_head,
-            temperature,
-            bfloat16,
+            hidden[before], torch.cat(completions), lm.lm_head, temperature, bfloat16
         )
-        lengths = [len(completion) for completion in completions]
-        pieces = zip(rows, log_p.split(lengths), entropy.split(lengths), strict=True)
-        for row, row_log_p, row_entropy in pieces:
-            log_probs[row] = F.pad(row_log_p, (0, width - len(row_log_p)))
-            entropies[row] = F.pad(row_entropy, (0, width - len(row_entropy)))
-    return torch.stack(log_probs), torch.stack(entropies)
+        for found, values in ((log_probs, log_p), (entropies, entropy)):
+            for row, own in zip(rows, values.split(lengths.tolist()), strict=True):
+                found[row] = F.pad(own, (0, width - len(own)))
+    order = range(len(prompt_ids))
+    return torch.stack([log_probs[i] for i in order]), torch.stack([entropies[i] for i in order])
+
+
+def states_of(
+    lm: Any, ids: Tensor, positions: Tensor, bias: Tensor, recompute: bool, bfloat16: bool
+) -> Tensor:
+    """Last hidden states (L, hidden) of a packed group."""
+    # With checkpointing switched on, the model's own layers are the ones that do it.
+    if is_supported(lm) and not lm.model.is_activation_checkpointing:
+        sequence = (ids[None], positions[None], bias[None, None])
+        return hidden_states(lm, *sequence, recompute, bfloat16)[0]
+    states: Tensor = lm.model(
+        input_ids=ids[None],
+        attention_mask=bias[None, None],
+        position_ids=positions[None],
+        use_cache=False,
+    ).last_hidden_state[0]
+    return states
