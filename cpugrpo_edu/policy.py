@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -96,14 +96,9 @@ def completion_logits(
             "concatenate the prompt mask and the completion mask along dim 1"
         )
     if prompt == 0:
-        raise ValueError(
-            "the prompt has 0 tokens; at least 1 is needed to predict the first completion token: "
-            "start the prompt with a BOS token"
-        )
+        raise ValueError("the prompt has 0 tokens; start it with a BOS token, at least")
     if temperature <= 0:
-        raise ValueError(
-            f"temperature is {temperature}; it must be greater than 0: use the sampling temperature"
-        )
+        raise ValueError(f"temperature is {temperature}; it must be greater than 0")
     # Position 0 is the first real token. Without this, left padding would shift the
     # positions, which changes the output of models with absolute positions.
     position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -271,17 +266,8 @@ def grpo_loss(
     ``importance="sequence"`` is GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 7): one
     ratio per sequence, the geometric mean of its token ratios.
 
-    ``reduction`` chooses what the sum over tokens is divided by, and so how much a token counts:
-
-    - "grpo": mean over each sequence, then over sequences, so a token of a long answer
-      counts less (arXiv 2402.03300, eq. 3);
-    - "bnpo": the number of tokens in this micro-batch;
-    - "dr_grpo": B x ``max_length``, a constant, so there is no length bias (arXiv 2503.20783);
-    - "dapo": ``total_tokens``, the number of tokens in the whole optimizer step
-      (arXiv 2503.14476, eq. 8). The default, the tokens of this batch, equals "bnpo".
-
-    When you accumulate gradients over n micro-batches, divide the loss by n, except for "dapo":
-    its micro-batch losses add up. Raises ``ValueError`` if an option is missing or unknown.
+    For the other options see ``reduce_tokens``. Raises ``ValueError`` if an option is missing or
+    unknown.
     """
     mask = mask.to(log_probs.dtype)
     if advantages.ndim == 1:
@@ -291,20 +277,36 @@ def grpo_loss(
     elif importance == "token":
         new, old = log_probs, old_log_probs
     else:
-        raise ValueError(
-            f"importance is {importance!r}; allowed are 'token' and 'sequence': choose one"
-        )
+        raise ValueError(f"importance is {importance!r}; allowed are 'token' and 'sequence'")
     loss = -clipped_surrogate(new, old, advantages, eps_low, eps_high)
     if beta:
         if ref_log_probs is None:
-            raise ValueError(
-                f"beta is {beta} but ref_log_probs is missing; a KL penalty needs the reference's "
-                "log-probabilities: pass them, or set beta to 0"
-            )
+            raise ValueError(f"beta is {beta} but ref_log_probs is missing: pass it, or beta 0")
         kl = kl_estimates(log_probs, ref_log_probs).k3
         loss = loss + beta * ((new - old).exp() * kl if correct_kl else kl)
-    loss = loss * mask  # also spreads a per-sequence loss (B, 1) over its tokens
+    # The product also spreads a per-sequence loss (B, 1) over its tokens.
+    return reduce_tokens(loss * mask, mask, reduction, max_length, total_tokens)
 
+
+def reduce_tokens(
+    loss: Tensor,
+    mask: Tensor,
+    reduction: Reduction,
+    max_length: int | None = None,
+    total_tokens: float | Tensor | None = None,
+) -> Tensor:
+    """Add up token losses (B, C), 0 outside the mask, and divide: how much a token counts.
+
+    - "grpo": mean over each sequence, then over sequences, so a token of a long answer
+      counts less (arXiv 2402.03300, eq. 3);
+    - "bnpo": the number of tokens in this micro-batch;
+    - "dr_grpo": B x ``max_length``, a constant, so there is no length bias (arXiv 2503.20783);
+    - "dapo": ``total_tokens``, the number of tokens in the whole optimizer step
+      (arXiv 2503.14476, eq. 8). The default, the tokens of this batch, equals "bnpo".
+
+    When you accumulate gradients over n micro-batches, divide the loss by n, except for "dapo":
+    its micro-batch losses add up.
+    """
     if reduction == "grpo":
         return sequence_mean(loss, mask).mean()
     if reduction == "bnpo":
@@ -319,6 +321,4 @@ def grpo_loss(
     if reduction == "dapo":
         tokens = mask.sum() if total_tokens is None else torch.as_tensor(total_tokens)
         return loss.sum() / tokens.clamp(min=1)
-    raise ValueError(
-        f"reduction is {reduction!r}; allowed are 'grpo', 'bnpo', 'dr_grpo' and 'dapo': choose one"
-    )
+    raise ValueError(f"reduction is {reduction!r}; allowed are {', '.join(get_args(Reduction))}")
