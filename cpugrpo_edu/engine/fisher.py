@@ -18,6 +18,7 @@ from cpugrpo_edu.engine.memory import drop_input_grad_hooks, free_memory, trim_h
 from cpugrpo_edu.engine.options import FISHER_VARIANTS
 from cpugrpo_edu.engine.options import FisherVariant as Variant
 from cpugrpo_edu.engine.shared_prefix import packed_log_probs
+from cpugrpo_edu.engine.sizes import Architecture
 from cpugrpo_edu.fisher import Example, Row, per_sequence_scores, trainable_parameters
 
 GRADIENT_MEMORY = 256 * 2**20
@@ -35,7 +36,7 @@ def estimate_fisher(
     seed: int = 0,
     memory_limit: int | None = None,
 ) -> dict[str, Tensor]:
-    """As ``cpugrpo_edu.fisher.fisher_diagonal``, with these differences.
+    """As ``cpugrpo_edu.fisher.fisher_diagonal``, errors included, with these differences.
 
     - ``batch_size`` is a maximum: fewer sequences go together where memory is short or the
       process would hold more than ``memory_limit`` bytes (except for "batched", whose result
@@ -57,8 +58,8 @@ def estimate_fisher(
         chosen = fisher.choose_examples(examples, n_examples, seed)
         return squared_batch_means(model, chosen, temperature, batch_size)
     if examples:
-        rows = max(len(e.prompt_ids) + len(e.completion_ids) - 1 for e in examples)
-        batch_size = min(batch_size, rows_at_a_time(model, rows, memory_limit))
+        longest = max(len(e.prompt_ids) + len(e.completion_ids) - 1 for e in examples)
+        batch_size = min(batch_size, rows_at_a_time(model, longest, memory_limit))
     return fisher.fisher_diagonal(
         model,
         examples,
@@ -79,9 +80,8 @@ def squared_batch_means(
     scores = frozen_scores if is_frozen(model) else per_sequence_scores
     rows = [Row(e.prompt_ids + e.completion_ids[:-1], e.completion_ids) for e in examples]
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    total = {
-        n: torch.zeros_like(p, dtype=torch.float32) for n, p in trainable_parameters(model).items()
-    }
+    parameters = trainable_parameters(model)
+    total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
     was_training = model.training
     model.eval()
     try:
@@ -94,41 +94,44 @@ def squared_batch_means(
 
 
 def rows_at_a_time(model: Any, length: int, memory_limit: int | None = None) -> int:
-    """Rows of ``length`` tokens whose gradients are taken together: each has its own copy of the
-    parameters."""
+    """Rows of ``length`` tokens whose gradients are taken together, at least 1.
+
+    A row has gradients of its own for every parameter, in float32. They may take
+    ``GRADIENT_MEMORY`` bytes, and with everything else no more than is free (and no more than
+    keeps the process below ``memory_limit`` bytes).
+    """
     parameters = sum(4 * p.numel() for p in trainable_parameters(model).values())
-    config = model.config
-    layer = length * (10 * config.hidden_size + 4 * config.intermediate_size)
-    scores = 3 * config.num_attention_heads * length**2  # the plain attention keeps them
-    activations = 4 * (config.num_hidden_layers * (layer + scores) + 3 * config.vocab_size * length)
-    # the sums take a copy of the parameters, and each row two, and its activations with their
-    # derivatives and the copies that vmap makes
+    a = Architecture.roughly(model.config)
+    scores = 3 * a.heads * length**2  # plain attention, which vmap needs, keeps them
+    layer = length * a.layer_activations + scores
+    activations = 4 * (a.layers * layer + 3 * a.vocab * length)
+    # The sums take a copy of the parameters. A row takes two, and its activations with their
+    # derivatives and the copies that vmap makes.
     free = int(0.8 * free_memory(memory_limit)) - parameters
     return max(1, min(GRADIENT_MEMORY // parameters, free // (2 * parameters + 6 * activations)))
 
 
 def frozen_scores(model: Any, rows: Sequence[Row], temperature: float = 1.0) -> dict[str, Tensor]:
-    """As ``per_sequence_scores``, on a frozen INT8 base."""
-    one_by_one = [_frozen_score(model, row, temperature) for row in rows]
-    return {name: torch.stack([s[name] for s in one_by_one]) for name in one_by_one[0]}
+    """As ``per_sequence_scores``, (rows, *shape) by name, on a frozen INT8 base.
 
-
-def _frozen_score(model: Any, row: Row, temperature: float) -> dict[str, Tensor]:
-    """Gradient of the log-probability of one row's labels on a frozen INT8 base."""
+    ``vmap`` cannot enter the INT8 products, so every row has a backward pass of its own.
+    """
     parameters = trainable_parameters(model)
-    start = len(row.input_ids) - len(row.labels) + 1  # the inputs end before the last label
-    prompt, labels = torch.tensor([row.input_ids[:start]]), torch.tensor([row.labels])
-    log_probs, _ = packed_log_probs(
-        model,
-        prompt,
-        torch.ones_like(prompt),
-        labels,
-        torch.ones_like(labels),
-        temperature,
-        recompute=spares_memory(model),
-    )
-    gradients = torch.autograd.grad(log_probs.sum(), list(parameters.values()))
-    return dict(zip(parameters, gradients, strict=True))
+    found = []
+    for row in rows:
+        start = len(row.input_ids) - len(row.labels) + 1  # the inputs end before the last label
+        prompt, labels = torch.tensor([row.input_ids[:start]]), torch.tensor([row.labels])
+        log_probs, _ = packed_log_probs(
+            model,
+            prompt,
+            torch.ones_like(prompt),
+            labels,
+            torch.ones_like(labels),
+            temperature,
+            recompute=spares_memory(model),
+        )
+        found.append(torch.autograd.grad(log_probs.sum(), list(parameters.values())))
+    return {name: torch.stack(g) for name, g in zip(parameters, zip(*found), strict=True)}
 
 
 # --- A heuristic, for comparison ------------------------------------------------
