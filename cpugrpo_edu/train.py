@@ -149,7 +149,7 @@ def train(
     if isinstance(rewards, str):
         rewards = parse_rewards(rewards, settings.max_new_tokens)
     if not any(reward.weight for reward in rewards):
-        raise ValueError("no reward has a weight above 0, so nothing can be learnt; give one")
+        raise ValueError("no reward has a weight above 0, so nothing can be learned; give one")
     sampling = Sampling(settings.max_new_tokens, settings.temperature)
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)

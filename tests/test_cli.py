@@ -100,7 +100,7 @@ def test_unknown_command_and_option():
 def test_doctor_as_json():
     code, out, _ = invoke("doctor", "--json")
     checks = json.loads(out)
-    assert {"name", "ok", "detail", "mend"} <= set(checks[0])
+    assert {"name", "ok", "detail", "fix"} <= set(checks[0])
     assert code == int(any(check["ok"] == "fail" for check in checks))
 
 

@@ -20,7 +20,7 @@ def test_every_check_names_what_to_do():
     names = [c.name for c in checks]
     assert len(set(names)) == len(names) and {"limits", "BLAS", "swap", "versions"} <= set(names)
     for c in checks:
-        assert c.detail and bool(c.mend) == (c.ok != "ok"), c
+        assert c.detail and bool(c.fix) == (c.ok != "ok"), c
 
 
 @pytest.mark.parametrize(

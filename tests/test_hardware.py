@@ -293,12 +293,12 @@ def check(name):
     return found
 
 
-def test_doctor_always_says_how_to_mend():
+def test_doctor_always_says_how_to_fix_it():
     checks = D.installation()
     assert len({c.name for c in checks}) == len(checks) == 10
     for c in checks:
         assert c.ok in ("ok", "warn", "fail") and c.detail
-        assert bool(c.mend) == (c.ok != "ok")
+        assert bool(c.fix) == (c.ok != "ok")
 
 
 def test_doctor_on_the_bundled_model(tmp_path, monkeypatch):
@@ -375,4 +375,4 @@ def test_doctor_on_packages_and_pins(monkeypatch):
     assert check("packages").ok == "warn"
     monkeypatch.setattr(M, "CORE_PACKAGES", ("psutil", "surely-not-a-package"))
     found = check("packages")
-    assert found.ok == "fail" and found.mend == "pip install surely-not-a-package"
+    assert found.ok == "fail" and found.fix == "pip install surely-not-a-package"

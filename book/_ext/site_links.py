@@ -1,4 +1,4 @@
-"""Where this copy of the book is published, from the environment; mends of the theme.
+"""Where this copy of the book is published, from the environment; fixes of the theme.
 
 A course that publishes its own copy sets these instead of editing `_config.yml`:
 

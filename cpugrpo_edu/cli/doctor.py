@@ -20,7 +20,7 @@ def doctor(call: Call) -> None:
     from cpugrpo_edu.engine.doctor import examine
 
     checks = examine()
-    rows = [[check.name, MARKS[check.ok], check.detail, check.mend] for check in checks]
+    rows = [[check.name, MARKS[check.ok], check.detail, check.fix] for check in checks]
     headings = ["Check", "", "Found", "What to do"]
     call.give([asdict(check) for check in checks], table("cpugrpo doctor", headings, rows))
     if any(check.ok == "fail" for check in checks):

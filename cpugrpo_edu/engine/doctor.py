@@ -35,19 +35,19 @@ SHOWN = ("torch", "transformers", "trl", "peft", "datasets")
 
 @dataclass(frozen=True)
 class Check:
-    """One finding of the doctor; ``mend`` says what to do and is empty when all is well."""
+    """One finding of the doctor; ``fix`` says what to do and is empty when all is well."""
 
     name: str
     ok: Literal["ok", "warn", "fail"]
     detail: str
-    mend: str = ""
+    fix: str = ""
 
 
-def _judge(name: str, value: float, warn: float, fail: float, detail: str, mend: str) -> Check:
+def _judge(name: str, value: float, warn: float, fail: float, detail: str, fix: str) -> Check:
     """Less than ``fail`` fails, less than ``warn`` warns."""
     if value >= warn:
         return Check(name, "ok", detail)
-    return Check(name, "fail" if value < fail else "warn", detail, mend)
+    return Check(name, "fail" if value < fail else "warn", detail, fix)
 
 
 def _check_python() -> Check:
@@ -64,8 +64,8 @@ def _check_torch() -> Check:
         return Check("torch", "fail", str(error), "pip install torch")
     detail = f"{torch.__version__}, {torch.get_num_threads()} threads"
     if torch.version.cuda or getattr(torch.version, "hip", None):
-        mend = "works, but the CPU build of torch is several times smaller"
-        return Check("torch", "warn", detail + ", GPU build", mend)
+        fix = "works, but the CPU build of torch is several times smaller"
+        return Check("torch", "warn", detail + ", GPU build", fix)
     return Check("torch", "ok", detail + ", CPU build")
 
 
@@ -93,8 +93,8 @@ def _check_packages() -> Check:
         if have == "missing" or not need.specifier.contains(have, prereleases=True):
             wrong.append(f"{need.name} is {have}, needed {need.specifier or 'any'}")
     if wrong:
-        mend = f"pip install --upgrade {DISTRIBUTION}, in a fresh environment if that conflicts"
-        return Check("packages", "fail", "; ".join(wrong), mend)
+        fix = f"pip install --upgrade {DISTRIBUTION}, in a fresh environment if that conflicts"
+        return Check("packages", "fail", "; ".join(wrong), fix)
     return Check("packages", "ok", f"{len(required)} requirements met")
 
 
@@ -135,7 +135,7 @@ def installation() -> list[Check]:
     """Checks of the installation and the machine's basics."""
     machine = describe_machine()
     have = f"{machine.available_memory / GIB:.1f} of {machine.total_memory / GIB:.1f} GiB available"
-    mend = "close other programs, or keep to the bundled model"
+    fix = "close other programs, or keep to the bundled model"
     bundled = Check("bundled model", "ok", f"{BUNDLED_MODEL.name} present")
     if not BUNDLED_MODEL.exists():
         how = "reinstall the package, or rebuild the model as its model card says"
@@ -146,7 +146,7 @@ def installation() -> list[Check]:
         _check_torch(),
         _check_packages(),
         _judge("cores", machine.usable_cores, 2, 1, cores, "allow the process a second core"),
-        _judge("memory", machine.available_memory, 2 * GIB, GIB, have, mend),
+        _judge("memory", machine.available_memory, 2 * GIB, GIB, have, fix),
         _check_isa(),
         _check_threads(),
         *_check_disk_and_temp(),
@@ -171,8 +171,8 @@ def check_limits() -> Check:
     if quota is not None and quota < 1:
         return Check("limits", "warn", detail, "allow the container a whole CPU")
     if quota is not None and quota % 1 and quota < 4:
-        mend = f"{usable_cpus()} threads are used; a whole number of CPUs wastes none"
-        return Check("limits", "warn", detail, mend)
+        fix = f"{usable_cpus()} threads are used; a whole number of CPUs wastes none"
+        return Check("limits", "warn", detail, fix)
     return Check("limits", "ok", detail)
 
 
@@ -184,8 +184,8 @@ def check_numbers() -> Check:
     detail = f"INT8: {', '.join(integer) or 'none'}; bfloat16: {', '.join(half) or 'none'}"
     if integer:
         return Check("short numbers", "ok", detail)
-    mend = "INT8 rollouts work, but try --no-int8-rollouts as well: which is faster differs"
-    return Check("short numbers", "warn", detail, mend)
+    fix = "INT8 rollouts work, but try --no-int8-rollouts as well: which is faster differs"
+    return Check("short numbers", "warn", detail, fix)
 
 
 def check_speed() -> Check:

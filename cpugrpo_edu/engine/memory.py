@@ -96,7 +96,7 @@ class PeakMemory:
         count = 0
         while not self._done.wait(self.interval):
             count += 1
-            if count % RESCAN == 0:  # walking the process table is the dear part
+            if count % RESCAN == 0:  # walking the process table is the expensive part
                 self._rescan()
             self._sample()
 
