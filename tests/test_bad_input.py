@@ -360,7 +360,7 @@ VERIFIER_FILES: list[Case] = [
         ("cannot be imported: SystemExit", "judge.py:judge", "raise SystemExit(0)"),
         ("did not finish within", "judge.py:judge", "while True: pass"),
         ("cannot be imported", "judge.py:judge", b"\x00\xff"),
-        ("takes two", "judge.py:judge", "def judge(completion): return True"),
+        ("must take two", "judge.py:judge", "def judge(completion): return True"),
     ]
 ]
 
