@@ -15,14 +15,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.machine import GIB, available_memory, usable_cpus
 
-Mode = Literal["full", "lora"]
 RESCAN = 10  # samples between two looks for new child processes
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -156,7 +155,7 @@ def saved_activation_bytes(model: Any, forward: Callable[[], Any]) -> int:
 
 
 def release_memory() -> int:
-    """Collect garbage and give freed heap back to the system; returns bytes given back."""
+    """Collect garbage and return freed heap to the system; how many bytes that were."""
     process = psutil.Process()
     before = process.memory_info().rss
     gc.collect()
@@ -165,13 +164,13 @@ def release_memory() -> int:
 
 
 def trim_heap() -> None:
-    """Give freed pages back to the system, also those between blocks in use (glibc only)."""
+    """Return freed pages to the system, also those between blocks in use (glibc only)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def swap_pressure() -> str | None:
-    """A warning when the system leans on its swap, else None. Swapping makes training crawl."""
+    """A warning if much is swapped out, else None. Swapping makes training crawl."""
     swap, memory = psutil.swap_memory(), psutil.virtual_memory()
     if swap.used > 0.1 * memory.total or (swap.used and memory.available < 0.05 * memory.total):
         return (
@@ -197,7 +196,10 @@ def memory_alarm() -> str | None:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "4GB" (10**9 each), "500 MiB" (2**20 each) or "4" (GiB). UserError otherwise."""
+    """Bytes of "4GB" (10**9 each), "500 MiB" (2**20 each) or "4" (GiB).
+
+    Raises ``UserError`` for anything else.
+    """
     match = re.fullmatch(r"\s*([-+.\deE]+|nan|inf)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
     try:
         number = float(match[1]) if match else math.nan
@@ -231,16 +233,17 @@ def allocation_failed(error: BaseException) -> bool:
 
 
 def retry_smaller(
-    work: Callable[[int], T], size: int, say: Callable[[str], None] = log.warning
+    attempt: Callable[[int], T], size: int, say: Callable[[str], None] = log.warning
 ) -> T:
-    """``work(size)``; where memory is refused, again with half the size, down to 1.
+    """``attempt(size)``; where memory is refused, again with half the size, down to 1.
 
-    ``work`` begins anew each time, so it has to undo what a failed attempt left. UserError
-    when even a size of 1 is refused.
+    Each attempt begins anew, so it must undo what a failed one left. Raises ``UserError`` if even
+    a size of 1 is refused. (``accelerate.find_executable_batch_size`` does less: it does not know
+    Python's MemoryError, says nothing, and ends with a RuntimeError.)
     """
     while True:
         try:
-            return work(size)
+            return attempt(size)
         except (MemoryError, RuntimeError) as error:
             if not allocation_failed(error):
                 raise
@@ -249,7 +252,8 @@ def retry_smaller(
                     "the system refused memory for a single completion; free some memory, or "
                     "choose a smaller model, LoRA, checkpointing or shorter completions"
                 ) from error
-        # Only here, with the error gone, are the tensors of the failed attempt free as well.
+        # The error's traceback holds the tensors of the failed attempt: only here, where it is
+        # gone, can they be freed.
         release_memory()
         size = (size + 1) // 2
         say(f"the system refused memory; trying again with {size} at a time")

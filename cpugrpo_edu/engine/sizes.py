@@ -6,7 +6,6 @@ with a gated feed-forward block (Llama, Qwen2, SmolLM2) in PyTorch.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,8 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.machine import GIB, available_memory
 
 Mode = Literal["full", "lora"]
-log = logging.getLogger(__name__)
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1}
+"""Of a number, by the name of its dtype."""
 
 # --- estimating --------------------------------------------------------------------------
 
@@ -75,7 +75,11 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: Any) -> Architecture:
-        """Read a transformers config, or a local model folder."""
+        """Read a transformers config, or a local model folder; an Architecture stays as it is.
+
+        Raises ``UserError`` for a folder without a config, and for other kinds of models: what
+        the estimates below say would not be true of them.
+        """
         if isinstance(config, Architecture):
             return config
         config = _load_config(config)
@@ -140,22 +144,17 @@ def count_parameters(config: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _bytes_per_number(dtype: Any) -> int:
-    name = str(dtype).removeprefix("torch.")
-    sizes = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1}
-    if name not in sizes:
-        raise UserError(f"dtype is {name!r}; choose one of {', '.join(sizes)}")
-    return sizes[name]
-
-
 def estimate_model_bytes(config: Any, dtype: Any = "float32") -> int:
     """Bytes of the weights alone: what loading the model for evaluation takes.
 
-    ``config`` is an Architecture, a transformers config, or a local model folder.
+    ``config`` is an Architecture, a transformers config, or a local model folder. Raises
+    ``UserError`` for a folder without a config, and for an unknown dtype.
     """
-    size = _bytes_per_number(dtype)
+    name = str(dtype).removeprefix("torch.")
+    if name not in BYTES:
+        raise UserError(f"dtype is {name!r}; choose one of {', '.join(BYTES)}")
     known = isinstance(config, Architecture)
-    return size * (config.parameters if known else count_parameters(config))
+    return BYTES[name] * (config.parameters if known else count_parameters(config))
 
 
 def estimate_training_memory(
@@ -183,20 +182,22 @@ def estimate_training_memory(
     * logits: three float32 arrays (logits, softmax, gradient) over the vocabulary,
       for all tokens or for a tile of ``logits_tile`` of them.
 
-    Not included: the libraries themselves (about 0.5 GiB of code) and short-lived
-    buffers; :class:`PeakMemory` measures what it really came to.
+    Not included: the libraries themselves (about 0.5 GiB of code) and short-lived buffers;
+    :class:`.memory.PeakMemory` measures what it really came to. Raises ``ValueError`` for an
+    unknown mode and for sizes below 1.
     """
     if mode not in ("full", "lora"):
-        raise UserError(f"mode is {mode!r}; choose 'full' or 'lora'")
-    for name, value in (
-        ("lora_rank", lora_rank),
-        ("dtype_bytes", dtype_bytes),
-        ("tokens_per_sequence", tokens_per_sequence),
-        ("micro_batch", micro_batch),
-        ("logits_tile", 1 if logits_tile is None else logits_tile),
-    ):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+        raise ValueError(f"mode is {mode!r}; choose 'full' or 'lora'")
+    given = {
+        "lora_rank": lora_rank,
+        "dtype_bytes": dtype_bytes,
+        "tokens_per_sequence": tokens_per_sequence,
+        "micro_batch": micro_batch,
+        "logits_tile": logits_tile,
+    }
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     a = Architecture.from_config(config)
     adapters = a.lora_parameters(lora_rank) if mode == "lora" else 0
     trained = 4 * adapters if mode == "lora" else dtype_bytes * a.parameters
@@ -217,9 +218,9 @@ def estimate_training_memory(
 def rows_that_fit(config: Any, tokens: int, free: int, *, dtype_bytes: int = 4) -> int:
     """Completions of ``tokens`` (prompt included) to decode at a time in ``free`` bytes, >= 1.
 
-    A power of two, so that a little more or less memory draws the same completions. A row
-    holds its keys and values twice, since the cache is copied when finished rows retire;
-    the distribution over the vocabulary (logits, scaled, and 64-bit sums); and one layer's
+    A power of two, so that a little more or less memory draws the same completions. A row holds
+    its keys and values twice, since the cache is copied when finished rows retire; a distribution
+    over the vocabulary (logits, scaled logits, and 64-bit sums: 24 bytes a token); and one layer's
     activations of its prompt.
     """
     a = Architecture.from_config(config)
@@ -260,16 +261,16 @@ def plan_micro_batch(
     """Sequences per micro-batch, so that as few equal micro-batches as possible fit.
 
     The fewest that fit are evened out: 32 sequences of which 20 fit give 16 and 16,
-    not 20 and 12. ``must_divide`` insists on a divisor of ``sequences``. UserError
-    when not even one sequence fits.
+    not 20 and 12. ``must_divide`` insists on a divisor of ``sequences``. Raises ``UserError`` if
+    not even one sequence fits, and ``ValueError`` for arguments that make no sense.
     """
     if per_sequence_bytes < 1 or sequences < 1 or (maximum is not None and maximum < 1):
-        raise UserError(
+        raise ValueError(
             f"cannot plan micro-batches for {sequences} sequences of {per_sequence_bytes} bytes "
             f"with maximum {maximum}; all of them must be at least 1"
         )
     if not 0 < safety <= 1:
-        raise UserError(f"safety is {safety}; it is a share of the memory, above 0 and at most 1")
+        raise ValueError(f"safety is {safety}; it is a share of the memory, above 0 and at most 1")
     budget = int(safety * available_bytes)
     most = min(budget // per_sequence_bytes, sequences, maximum or sequences)
     if most < 1:
@@ -288,11 +289,12 @@ def checkpointing_policy(
 ) -> bool:
     """Whether to recompute activations in the backward pass (Chen et al. 2016, 1604.06174).
 
-    It costs about one more forward pass, so "auto" does it only when the step
-    without it (``need_without`` bytes) would not fit.
+    It costs about one more forward pass, so "auto" does it only when the step without it
+    (``need_without`` bytes) would not fit. Raises ``ValueError`` for another mode than "auto",
+    "on" and "off".
     """
     if mode not in ("auto", "on", "off"):
-        raise UserError(f"checkpointing is {mode!r}; choose 'auto', 'on' or 'off'")
+        raise ValueError(f"checkpointing is {mode!r}; choose 'auto', 'on' or 'off'")
     return mode == "on" or (mode == "auto" and not fits(need_without, available, safety=safety))
 
 
