@@ -97,6 +97,7 @@ def test_another_model_can_stand_in(tiny_policy, problems):
 
     class StandIn:
         training = False
+        config = tiny_policy.model.config
         generation_config = tiny_policy.model.generation_config
 
         def eval(self):
