@@ -355,7 +355,7 @@ def test_doctor_on_old_python_and_torch(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
     assert check("torch").ok == "ok"
     monkeypatch.setitem(sys.modules, "torch", None)  # import raises ImportError
-    assert D._check_torch().ok == "fail"
+    assert D.check_torch().ok == "fail"
 
 
 def test_doctor_on_packages_and_pins(monkeypatch):

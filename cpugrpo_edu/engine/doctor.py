@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+from packaging.requirements import Requirement
 
 from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
 from cpugrpo_edu.engine.memory import swap_pressure
@@ -43,33 +44,58 @@ class Check:
     fix: str = ""
 
 
-def _judge(name: str, value: float, warn: float, fail: float, detail: str, fix: str) -> Check:
-    """Less than ``fail`` fails, less than ``warn`` warns."""
-    if value >= warn:
+def check(name: str, fine: bool, detail: str, fix: str, *, fails: bool = False) -> Check:
+    """A finding that is well if ``fine``, else a warning, or a failure if it ``fails``."""
+    if fine:
         return Check(name, "ok", detail)
-    return Check(name, "fail" if value < fail else "warn", detail, fix)
+    return Check(name, "fail" if fails else "warn", detail, fix)
 
 
-def _check_python() -> Check:
-    detail = platform.python_version()
-    if tuple(sys.version_info) >= MINIMUM_PYTHON:
-        return Check("python", "ok", detail)
-    return Check("python", "fail", detail, "install Python 3.11 or newer")
+def examine() -> list[Check]:
+    """Every check, the installation first; "fail" means that a run will not work."""
+    more = (check_limits, check_numbers, check_speed, check_blas, check_swap, check_versions)
+    return [*installation(), *(look() for look in more)]
 
 
-def _check_torch() -> Check:
+def installation() -> list[Check]:
+    """Checks of the installation and the machine's basics."""
+    machine, python = describe_machine(), platform.python_version()
+    recent = tuple(sys.version_info) >= MINIMUM_PYTHON
+    cores = f"{machine.usable_cores} usable of {machine.physical_cores} physical, {machine.cpu}"
+    free, disk = machine.available_memory, shutil.disk_usage(Path.cwd()).free
+    memory = f"{free / GIB:.1f} of {machine.total_memory / GIB:.1f} GiB available"
+    less = "close other programs, or keep to the bundled model"
+    room = f"{disk / GIB:.1f} GiB free in the working folder"
+    there = BUNDLED_MODEL.exists()
+    bundled = f"{BUNDLED_MODEL.name} present" if there else f"{BUNDLED_MODEL} is missing"
+    anew = "reinstall the package, or rebuild the model as its model card says"
+    return [
+        check("python", recent, python, "install Python 3.11 or newer", fails=True),
+        check_torch(),
+        check_packages(),
+        check("cores", machine.usable_cores >= 2, cores, "allow the process a second core"),
+        check("memory", free >= 2 * GIB, memory, less, fails=free < GIB),
+        check_isa(),
+        check_threads(),
+        check("disk", disk >= 2 * GIB, room, "free some disk space", fails=disk < 0.2 * GIB),
+        check_temporary_folder(),
+        check("bundled model", there, bundled, anew, fails=True),
+    ]
+
+
+def check_torch() -> Check:
     try:
         import torch
     except ImportError as error:
         return Check("torch", "fail", str(error), "pip install torch")
-    detail = f"{torch.__version__}, {torch.get_num_threads()} threads"
-    if torch.version.cuda or getattr(torch.version, "hip", None):
-        fix = "works, but the CPU build of torch is several times smaller"
-        return Check("torch", "warn", detail + ", GPU build", fix)
-    return Check("torch", "ok", detail + ", CPU build")
+    gpu = torch.version.cuda or getattr(torch.version, "hip", None)
+    detail = f"{torch.__version__}, {torch.get_num_threads()} threads, {'GPU' if gpu else 'CPU'}"
+    fix = "works, but the CPU build of torch is several times smaller"
+    return check("torch", not gpu, detail + " build", fix)
 
 
-def _check_packages() -> Check:
+def check_packages() -> Check:
+    """Whether every package is there, in a version that this one can work with."""
     missing = [name for name, version in versions().items() if version == "missing"]
     missing = [name for name in missing if name != DISTRIBUTION]
     if missing:
@@ -80,8 +106,6 @@ def _check_packages() -> Check:
     except importlib.metadata.PackageNotFoundError:
         detail = "all present; the package itself runs uninstalled, so its pins are unknown"
         return Check("packages", "warn", detail, "pip install -e . in the repository")
-    from packaging.requirements import Requirement
-
     wrong = []
     for need in map(Requirement, required):
         if need.marker and not need.marker.evaluate({"extra": ""}):
@@ -92,72 +116,38 @@ def _check_packages() -> Check:
             have = "missing"
         if have == "missing" or not need.specifier.contains(have, prereleases=True):
             wrong.append(f"{need.name} is {have}, needed {need.specifier or 'any'}")
-    if wrong:
-        fix = f"pip install --upgrade {DISTRIBUTION}, in a fresh environment if that conflicts"
-        return Check("packages", "fail", "; ".join(wrong), fix)
-    return Check("packages", "ok", f"{len(required)} requirements met")
+    detail = "; ".join(wrong) or f"{len(required)} requirements met"
+    fix = f"pip install --upgrade {DISTRIBUTION}, in a fresh environment if that conflicts"
+    return check("packages", not wrong, detail, fix, fails=True)
 
 
-def _check_threads() -> Check:
+def check_threads() -> Check:
     cores = usable_cores()
     threads = int(sys.modules["torch"].get_num_threads()) if "torch" in sys.modules else cores
     detail = f"torch uses {threads} threads on {cores} usable cores"
-    if threads == cores:
-        return Check("threads", "ok", detail)
-    return Check("threads", "warn", detail, "call configure_threads() before other work")
+    fix = "call configure_threads() before other work"
+    return check("threads", threads == cores, detail, fix)
 
 
-def _check_isa() -> Check:
-    isa = describe_machine().isa
+def check_isa() -> Check:
+    """Whether the processor has the instructions that torch's products need to be fast."""
+    isa, native = describe_machine().isa, native_bfloat16()
+    fast = bool({"AVX2", "AVX-512", "NEON"} & set(isa))
     detail = ", ".join(isa) or "unknown instruction set"
-    if native_bfloat16():
-        return Check("instruction set", "ok", detail + "; native bfloat16")
-    detail += "; no native bfloat16"
-    if {"AVX2", "AVX-512", "NEON"} & set(isa):
-        return Check("instruction set", "ok", detail + ": keep float32 for training")
-    return Check("instruction set", "warn", detail, "expect slow matrix products on this CPU")
+    detail += "; native bfloat16" if native else "; no native bfloat16"
+    if fast and not native:
+        detail += ": keep float32 for training"
+    return check("instruction set", native or fast, detail, "expect slow matrix products")
 
 
-def _check_disk_and_temp() -> list[Check]:
+def check_temporary_folder() -> Check:
     folder = tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
-        temp = Check("temporary folder", "ok", f"{folder} is writable")
     except OSError as error:
-        temp = Check("temporary folder", "fail", str(error), "set TMPDIR to a writable folder")
-    free = shutil.disk_usage(Path.cwd()).free
-    detail = f"{free / GIB:.1f} GiB free in the working folder"
-    return [_judge("disk", free, 2 * GIB, 0.2 * GIB, detail, "free some disk space"), temp]
-
-
-def installation() -> list[Check]:
-    """Checks of the installation and the machine's basics."""
-    machine = describe_machine()
-    have = f"{machine.available_memory / GIB:.1f} of {machine.total_memory / GIB:.1f} GiB available"
-    fix = "close other programs, or keep to the bundled model"
-    bundled = Check("bundled model", "ok", f"{BUNDLED_MODEL.name} present")
-    if not BUNDLED_MODEL.exists():
-        how = "reinstall the package, or rebuild the model as its model card says"
-        bundled = Check("bundled model", "fail", f"{BUNDLED_MODEL} is missing", how)
-    cores = f"{machine.usable_cores} usable of {machine.physical_cores} physical, {machine.cpu}"
-    return [
-        _check_python(),
-        _check_torch(),
-        _check_packages(),
-        _judge("cores", machine.usable_cores, 2, 1, cores, "allow the process a second core"),
-        _judge("memory", machine.available_memory, 2 * GIB, GIB, have, fix),
-        _check_isa(),
-        _check_threads(),
-        *_check_disk_and_temp(),
-        bundled,
-    ]
-
-
-def examine() -> list[Check]:
-    """Every check, the installation first; "fail" means that a run will not work."""
-    more = [check_limits(), check_numbers(), check_speed(), check_blas(), check_swap(), which()]
-    return [*installation(), *more]
+        return Check("temporary folder", "fail", str(error), "set TMPDIR to a writable folder")
+    return Check("temporary folder", "ok", f"{folder} is writable")
 
 
 def check_limits() -> Check:
@@ -170,10 +160,9 @@ def check_limits() -> Check:
     )
     if quota is not None and quota < 1:
         return Check("limits", "warn", detail, "allow the container a whole CPU")
-    if quota is not None and quota % 1 and quota < 4:
-        fix = f"{usable_cpus()} threads are used; a whole number of CPUs wastes none"
-        return Check("limits", "warn", detail, fix)
-    return Check("limits", "ok", detail)
+    wasteful = quota is not None and quota < 4 and quota % 1 > 0
+    fix = f"{usable_cpus()} threads are used; a whole number of CPUs wastes none"
+    return check("limits", not wasteful, detail, fix)
 
 
 def check_numbers() -> Check:
@@ -182,10 +171,8 @@ def check_numbers() -> Check:
     integer = [name for name in isa if "VNNI" in name or name in ("AMX INT8", "ARM I8MM")]
     half = [name for name in isa if "BF16" in name]
     detail = f"INT8: {', '.join(integer) or 'none'}; bfloat16: {', '.join(half) or 'none'}"
-    if integer:
-        return Check("short numbers", "ok", detail)
     fix = "INT8 rollouts work, but try --no-int8-rollouts as well: which is faster differs"
-    return Check("short numbers", "warn", detail, fix)
+    return check("short numbers", bool(integer), detail, fix)
 
 
 def check_speed() -> Check:
@@ -208,31 +195,30 @@ def check_blas() -> Check:
     """The libraries that multiply matrices for torch."""
     import torch
 
+    build = torch.__config__.show().lower()
     libraries = {
         "MKL": torch.backends.mkl.is_available(),
         "oneDNN": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "OpenMP": torch.backends.openmp.is_available(),
-        "Accelerate": "accelerate" in torch.__config__.show().lower(),
-        "OpenBLAS": "open" in torch.__config__.show().lower().split("blas_info=")[-1][:8],
+        "Accelerate": "accelerate" in build,
+        "OpenBLAS": "open" in build.split("blas_info=")[-1][:8],
     }
     found = [name for name, there in libraries.items() if there]
     detail = f"{', '.join(found) or 'none'}; kernels for {torch.backends.cpu.get_cpu_capability()}"
-    if set(found) - {"OpenMP"}:
-        return Check("BLAS", "ok", detail)
-    return Check("BLAS", "warn", detail, "reinstall torch from its own wheels: products are slow")
+    fix = "reinstall torch from its own wheels: products are slow"
+    return check("BLAS", bool(set(found) - {"OpenMP"}), detail, fix)
 
 
 def check_swap() -> Check:
     """Whether the machine is swapping now, and whether it could."""
     swap, pressure = psutil.swap_memory(), swap_pressure()
     detail = f"{swap.used / GIB:.1f} of {swap.total / GIB:.1f} GiB of swap in use"
-    if pressure:
-        return Check("swap", "warn", detail, pressure)
-    return Check("swap", "ok", detail if swap.total else "no swap")
+    if not swap.total and not pressure:
+        detail = "no swap"
+    return check("swap", pressure is None, detail, pressure or "")
 
 
-def which() -> Check:
+def check_versions() -> Check:
     """The versions that a report of trouble should name."""
     have = versions()
-    shown = ", ".join(f"{name} {have[name]}" for name in SHOWN)
-    return Check("versions", "ok", shown)
+    return Check("versions", "ok", ", ".join(f"{name} {have[name]}" for name in SHOWN))
