@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,8 @@ import torch
 from cpugrpo_edu.engine import doctor as D
 from cpugrpo_edu.engine import threads as T
 from cpugrpo_edu.record import machine as M
+
+GIB = 2**30
 
 
 def test_every_check_names_what_to_do():
@@ -114,3 +118,96 @@ def test_without_the_bundled_model_the_doctor_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(D, "usable_cores", lambda: 2)
     found = D.check_speed()
     assert found.ok == "ok" and "no readable config.json" in found.detail
+
+
+# The installation
+
+
+def check(name):
+    (found,) = [c for c in D.installation() if c.name == name]
+    return found
+
+
+def test_doctor_always_says_how_to_fix_it():
+    checks = D.installation()
+    assert len({c.name for c in checks}) == len(checks) == 10
+    for c in checks:
+        assert c.ok in ("ok", "warn", "fail") and c.detail
+        assert bool(c.fix) == (c.ok != "ok")
+
+
+def test_doctor_on_the_bundled_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(D, "BUNDLED_MODEL", tmp_path / "model.safetensors")
+    assert check("bundled model").ok == "fail"
+    D.BUNDLED_MODEL.write_bytes(b"x")
+    assert check("bundled model").ok == "ok"
+
+
+@pytest.mark.parametrize(("gib", "ok"), [(8, "ok"), (1.5, "warn"), (0.5, "fail")])
+def test_doctor_on_memory_and_disk(monkeypatch, gib, ok):
+    monkeypatch.setattr(M, "available_memory", lambda: int(gib * GIB))
+    assert check("memory").ok == ok
+    free = SimpleNamespace(free=int(gib / 4 * GIB) if ok == "fail" else gib * GIB)
+    monkeypatch.setattr(D.shutil, "disk_usage", lambda _: free)
+    assert check("disk").ok == ok
+
+
+def test_doctor_on_one_core_and_threads(monkeypatch):
+    import torch
+
+    for module in (M, D):
+        monkeypatch.setattr(module, "usable_cores", lambda: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert check("cores").ok == "warn" and check("threads").ok == "ok"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert check("threads").ok == "warn"
+
+
+def test_doctor_on_instruction_sets(monkeypatch):
+    for flags, ok, said in (
+        ({"avx2"}, "ok", "no native bfloat16"),
+        ({"avx512f", "avx512_bf16"}, "ok", "; native bfloat16"),
+        ({"sse2"}, "warn", "unknown"),
+    ):
+        monkeypatch.setattr(M, "_cpuinfo", lambda f=flags: ("CPU", f))
+        found = check("instruction set")
+        assert found.ok == ok and said in found.detail
+
+
+def test_doctor_on_an_unwritable_temporary_folder(monkeypatch):
+    monkeypatch.setattr(D.tempfile, "gettempdir", lambda: "/surely/not/there")
+    assert check("temporary folder").ok == "fail"
+
+
+def test_doctor_on_old_python_and_torch(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(D, "MINIMUM_PYTHON", (3, 99))
+    assert check("python").ok == "fail"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert check("torch").ok == "warn"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    assert check("torch").ok == "ok"
+    monkeypatch.setitem(sys.modules, "torch", None)  # import raises ImportError
+    assert D.check_torch().ok == "fail"
+
+
+def test_doctor_on_packages_and_pins(monkeypatch):
+    def requires(*lines):
+        monkeypatch.setattr(importlib.metadata, "requires", lambda name: list(lines))
+        return check("packages")
+
+    assert requires("psutil>=1", 'absent>=1; extra == "book"').ok == "ok"
+    found = requires("psutil>=1", "numpy==0.1.*", "surely-not-a-package>=2")
+    assert found.ok == "fail" and "psutil" not in found.detail
+    assert "numpy" in found.detail and "surely-not-a-package is missing" in found.detail
+
+    def uninstalled(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", uninstalled)
+    assert check("packages").ok == "warn"
+    monkeypatch.setattr(M, "CORE_PACKAGES", ("psutil", "surely-not-a-package"))
+    found = check("packages")
+    assert found.ok == "fail" and found.fix == "pip install surely-not-a-package"
