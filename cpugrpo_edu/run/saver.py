@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from cpugrpo_edu.engine import ranks
 from cpugrpo_edu.engine.guard import Guard, RolloutTally
+from cpugrpo_edu.engine.int8 import Drift
 from cpugrpo_edu.engine.memory import memory_alarm
 from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer
 from cpugrpo_edu.errors import UserError
@@ -61,7 +62,13 @@ class CheckpointSaver(TrainerCallback):
         # TRL's settings, a pickle: resuming does not read them, and we never load a pickle
         (checkpoint / "training_args.bin").unlink(missing_ok=True)
         flush(checkpoint)
-        kept = {"tally": asdict(tally), "guard": asdict(self.trainer.guard)}
+        drift = self.trainer.drift
+        kept = {
+            "tally": asdict(tally),
+            "guard": asdict(self.trainer.guard),
+            # A resumed stage samples from the same copy, whatever a new measurement would say.
+            "copy": [self.trainer.copy_kind, drift and asdict(drift)],
+        }
         write_text(checkpoint / MARK, json.dumps(kept))
         for other in self.folder.glob("checkpoint-*"):
             if other != checkpoint:
@@ -88,6 +95,8 @@ class CheckpointSaver(TrainerCallback):
             if ranks.is_main():  # it is the sum over all ranks, so only one may hold it
                 self.trainer.tally = RolloutTally(**kept["tally"])
             self.trainer.guard = Guard(**kept["guard"])
+            self.trainer.copy_kind, drift = kept["copy"]
+            self.trainer.drift = drift and Drift(**drift)
         return last
 
 
