@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import GRPOConfig, GRPOTrainer
 
 from cpugrpo_edu.data import Problem
@@ -22,7 +23,7 @@ from cpugrpo_edu.engine.trl_internals import Offloaded
 from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.ewc import Anchor
-from cpugrpo_edu.models.load import fingerprint, load_policy
+from cpugrpo_edu.models.load import add_lora, fingerprint, load_policy
 from cpugrpo_edu.rewards import Reward
 
 PROMPTS = ["a", "a b c", "Compute 1 + 2.", "x"]
@@ -462,6 +463,17 @@ def test_a_step_changes_what_is_trained_and_reports_it(tiny_folder, tmp_path, lo
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     assert rows[0]["rollout/tokens_per_second"] > 0 and trainer.tally.tokens > 0
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_another_architecture_trains_too(tiny_policy, tmp_path):
+    """GPT-2: learned positions, fused projections, no estimate of its memory."""
+    config = GPT2Config(vocab_size=320, n_positions=96, n_embd=16, n_layer=1, n_head=2)
+    torch.manual_seed(0)
+    tiny_policy.model = add_lora(GPT2LMHeadModel(config), 2)
+    before = fingerprint(tiny_policy.model)
+    rows = []
+    make(tiny_policy, tmp_path, on_step=rows.append, max_steps=1, learning_rate=1e-2).train()
+    assert rows[0]["grad_norm"] > 0 and fingerprint(tiny_policy.model) != before
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])

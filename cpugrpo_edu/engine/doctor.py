@@ -68,7 +68,7 @@ def installation() -> list[Check]:
     room = f"{disk / GIB:.1f} GiB free in the working folder"
     there = BUNDLED_MODEL.exists()
     bundled = f"{BUNDLED_MODEL.name} present" if there else f"{BUNDLED_MODEL} is missing"
-    anew = "reinstall the package, or rebuild the model as its model card says"
+    again = "reinstall the package, or rebuild the model as its model card says"
     return [
         check("python", recent, python, "install Python 3.11 or newer", fails=True),
         check_torch(),
@@ -79,7 +79,7 @@ def installation() -> list[Check]:
         check_threads(),
         check("disk", disk >= 2 * GIB, room, "free some disk space", fails=disk < 0.2 * GIB),
         check_temporary_folder(),
-        check("bundled model", there, bundled, anew, fails=True),
+        check("bundled model", there, bundled, again, fails=True),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Fisher estimates within the memory at hand, on INT8 bases too, and two that are no Fisher.
+"""Fisher estimates that fit into memory, on INT8 bases too, and two estimates that are no Fisher.
 
 ``estimate_fisher`` adds to the root's ``fisher_diagonal`` what a run needs. The two variants
 "batched" and "lightning" are kept to be compared with the truth, not to be used.

@@ -237,7 +237,7 @@ def retry_smaller(
 ) -> T:
     """``attempt(size)``; where memory is refused, again with half the size, down to 1.
 
-    Each attempt begins anew, so it must undo what a failed one left. Raises ``UserError`` if even
+    Each attempt starts again, so it must undo what a failed one left. Raises ``UserError`` if even
     a size of 1 is refused. (``accelerate.find_executable_batch_size`` does less: it does not know
     Python's MemoryError, says nothing, and ends with a RuntimeError.)
     """

@@ -1,4 +1,4 @@
-"""One object for every choice of the engine."""
+"""Every choice of the engine, in one object."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class EngineOptions:
     ``int8_base.spares_memory``."""
     spare_memory: bool = False
     """Hold a second model only while it is needed, so that the backward pass has the memory: the
-    INT8 copy is made anew for each rollout, and a reference (a KL term with full fine-tuning) is
+    INT8 copy is made again for each rollout, and a reference (a KL term with full fine-tuning) is
     read from its files in each step."""
     ewc_strength: float = 0.0
     patience: int = 8

@@ -47,7 +47,7 @@ from cpugrpo_edu.engine.micro_batches import (
 )
 from cpugrpo_edu.engine.options import IMPORTANCE_LEVELS, LOSS_TYPES, EngineOptions
 from cpugrpo_edu.engine.shared_prefix import packed_log_probs
-from cpugrpo_edu.engine.sizes import estimate_training_memory
+from cpugrpo_edu.engine.sizes import Architecture, estimate_training_memory
 from cpugrpo_edu.engine.trl_internals import GRPOInternals, LogProbs, Offloaded, without_notices
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.ewc import Anchor, add_ewc_gradient
@@ -245,6 +245,7 @@ class CPUGRPOTrainer(GRPOInternals):
         }
 
     def encode(self, prompt: Any) -> list[int]:
+        """Token ids of a conversation, through the chat template, or of a text."""
         if isinstance(prompt, str):
             return list(self.policy.tokenizer(prompt)["input_ids"])
         return self.policy.encode_chat(prompt)
@@ -268,8 +269,8 @@ class CPUGRPOTrainer(GRPOInternals):
 
     def choose_copy(self, prompts: list[list[int]], sampling: Sampling) -> None:
         """Roll out from the INT8 copy if it is close enough to the policy, measured on a few
-        prompts; else from a bfloat16 copy where the processor multiplies in bfloat16, and in the
-        last resort from the policy itself."""
+        prompts; else from a bfloat16 copy, where the processor multiplies in bfloat16; else from
+        the policy itself."""
         live = self.accelerator.unwrap_model(self.model)
         if is_frozen(live):
             return
@@ -334,8 +335,8 @@ class CPUGRPOTrainer(GRPOInternals):
     def with_old_log_probs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with the log-probs of the policy that sampled, where they are to count.
 
-        The clipped surrogate's ratio is pi / pi_old, and pi_old is whoever sampled: for INT8
-        rollouts the INT8 policy. Without them TRL takes the live policy's, so a ratio of 1.
+        The clipped surrogate's ratio is pi / pi_old, where pi_old is the policy that sampled: for
+        rollouts from a copy, the copy. Without these log-probs TRL takes a ratio of 1.
         """
         inputs = {**inputs, "advantages": inputs["advantages"].float()}
         sampled = inputs.pop("sampling_per_token_logps", None)
@@ -436,6 +437,7 @@ class CPUGRPOTrainer(GRPOInternals):
         return size
 
     def planned_size(self, inputs: dict[str, Any]) -> int:
+        """What ``size_that_fits`` says of this batch; tells the user if memory makes it small."""
         length = inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
         free = self.free_memory()
         size, wanted = size_that_fits(
@@ -464,7 +466,7 @@ class CPUGRPOTrainer(GRPOInternals):
     def sequence_bytes(self, tokens: int, checkpointing: bool) -> int:
         """Estimated bytes of one sequence's activations and logits."""
         parts = estimate_training_memory(
-            self.policy.model.config,
+            Architecture.roughly(self.policy.model.config),
             tokens_per_sequence=tokens,
             checkpointing=checkpointing,
             dtype_bytes=self.policy.model.dtype.itemsize,

@@ -203,6 +203,7 @@ def add_lora(model: Any, rank: int, seed: int = 0) -> Any:
         with warnings.catch_warnings():
             # PEFT uses a name that transformers 6 will drop: nothing that a user can act on.
             warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # it corrects that
             return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
