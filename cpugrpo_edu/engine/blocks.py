@@ -37,7 +37,7 @@ def is_supported(model: Any) -> bool:
     return config.model_type in {"qwen2", "llama"} and not sliding
 
 
-Layer = Callable[[Tensor], Tensor]
+TensorMap = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Projection:
     """A linear layer as plain tensors: base(x) + x A^T (s B)^T, with LoRA's A, B and scale s, or
     the base alone."""
 
-    base: Layer  # (..., in) to (..., out)
+    base: TensorMap  # (..., in) to (..., out)
     down: Tensor | None = None  # A, (rank, in)
     up: Tensor | None = None  # (s B)^T, (rank, out): for few rows twice as fast as (out, rank)
 
@@ -120,7 +120,7 @@ class Projections:
         return [p.finish(x, low) for p, low in zip(self.each, lows, strict=True)]
 
 
-def norm_of(norm: Any) -> Layer:
+def norm_of(norm: Any) -> TensorMap:
     """An RMS norm as one fused call in float32; other norms and dtypes as they are."""
     epsilon = getattr(norm, "variance_epsilon", None)
     if epsilon is None or norm.weight.dtype != torch.float32:
@@ -150,13 +150,13 @@ class _GatedUnit(torch.autograd.Function):
 class Block:
     """One transformer layer as plain functions, valid until the weights change."""
 
-    before_attention: Layer
+    before_attention: TensorMap
     query_key_value: Projections
     output: Projection
-    before_mlp: Layer
+    before_mlp: TensorMap
     gate_up: Projections
     down: Projection
-    activation: Layer | None  # None: silu
+    activation: TensorMap | None  # None: silu
     head_dim: int
 
     @classmethod
