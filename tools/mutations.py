@@ -59,8 +59,8 @@ MUTATIONS = [
     ),
     Mutation(
         "loss-mask",
-        "    loss = loss * mask  # also",
-        "    loss = loss * torch.ones_like(mask)  # also",
+        "    return reduce_tokens(loss * mask, mask, ",
+        "    return reduce_tokens(loss * torch.ones_like(mask), mask, ",
         "03_grpo_from_zero",
     ),
     Mutation(

@@ -84,7 +84,7 @@ class Architecture:
             return config
         config = _load_config(config)
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-        missing = [name for name in (*names, "vocab_size") if not hasattr(config, name)]
+        missing = [name for name in (*names, "vocab_size") if not getattr(config, name, None)]
         experts = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0)
         if missing or experts:
             raise UserError(
