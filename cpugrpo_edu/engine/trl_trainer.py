@@ -123,14 +123,15 @@ def cpu_config(
     }
     if overrides.get("loss_type") == "cispo":  # it bounds the ratio itself; TRL's default is 0.2
         defaults["epsilon_high"] = 5.0
-    return GRPOConfig(
-        output_dir=str(output_dir),
-        per_device_train_batch_size=prompts_per_step * num_generations,
-        num_generations=num_generations,
-        max_completion_length=max_completion_length,
-        gradient_checkpointing=gradient_checkpointing,
-        **{**defaults, **overrides},
-    )
+    with without_notices():
+        return GRPOConfig(
+            output_dir=str(output_dir),
+            per_device_train_batch_size=prompts_per_step * num_generations,
+            num_generations=num_generations,
+            max_completion_length=max_completion_length,
+            gradient_checkpointing=gradient_checkpointing,
+            **{**defaults, **overrides},
+        )
 
 
 class CPUGRPOTrainer(GRPOInternals):
