@@ -2,7 +2,7 @@
 
 Decoding with torch takes some thousand calls a token, and for a model of half a billion
 parameters and two completions they take as long as reading its weights. The same arithmetic in
-C leaves the reading. Optional, and only where a C compiler is found: torch alone always works.
+C is limited only by that reading. It is optional and needs a C compiler; torch alone always works.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from cpugrpo_edu.record.files import cache_folder
 SOURCE = Path(__file__).with_name("decode.c")
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
 FLAGS = ("-O3", "-march=native", *WIDE, "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
-"""Nothing that would let the compiler take NaN for impossible."""
+"""No flag that lets the compiler assume that NaN cannot occur."""
 
 FEW_ROWS = 16
-"""With more rows the arithmetic counts, which torch's products do faster."""
+"""With more rows the arithmetic dominates, and torch's products are faster."""
 
 LARGE_PAGE = 2**21
 ARENA = 64 * 2**20
-"""Bytes that are asked of the system together."""
+"""Bytes requested from the system at a time."""
 
 Pointer = ctypes.c_void_p
 
 
 class Linear(ctypes.Structure):
-    """A linear layer as C sees it: ``linear`` of ``decode.c``."""
+    """A linear layer as the C code sees it: ``linear`` in ``decode.c``."""
 
     _fields_ = (
         *((name, Pointer) for name in ("q", "scale", "row_sum", "bias", "down", "up")),
@@ -57,7 +57,7 @@ LINEARS = {
     **{"output": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj"},
     "down": "mlp.down_proj",
 }
-"""C's names for a layer's products, in its order, and where they lie in the model."""
+"""C's names for a layer's products, in its order, and their paths in the model."""
 
 
 class Layer(ctypes.Structure):
@@ -70,19 +70,19 @@ class Layer(ctypes.Structure):
     )
 
 
-ROOM = (
+WORKSPACE = (
     *("normed", "mixed", "change", "query", "key", "value"),
     *("gate", "up", "scores", "low", "sizes", "levels"),
 )
 
 
-class Room(ctypes.Structure):
-    """Where C keeps what lies between the steps of a layer."""
+class Workspace(ctypes.Structure):
+    """Buffers of the C code for intermediate results of a layer."""
 
-    _fields_ = tuple((name, Pointer) for name in ROOM)
+    _fields_ = tuple((name, Pointer) for name in WORKSPACE)
 
     @classmethod
-    def make(cls, layers: Any, rows: int, kv_heads: int, capacity: int, dim: int) -> Room:
+    def make(cls, layers: Any, rows: int, kv_heads: int, capacity: int, dim: int) -> Workspace:
         first = layers[0]
         hidden, attention, ffn = first.query.inputs, first.query.outputs, first.gate.outputs
         rank = max(getattr(layer, name).rank for layer in layers for name in LINEARS)
@@ -95,15 +95,15 @@ class Room(ctypes.Structure):
         }
         tensors = {name: torch.empty(rows * n) for name, n in numbers.items()}
         tensors["levels"] = torch.empty(rows * max(hidden, attention, ffn), dtype=torch.uint8)
-        room = cls(*(tensors[name].data_ptr() for name in ROOM))
-        room.tensors = tensors
-        return room
+        workspace = cls(*(tensors[name].data_ptr() for name in WORKSPACE))
+        workspace.tensors = tensors
+        return workspace
 
 
 def compile_library(folder: Path) -> Path:
     """Compile ``decode.c`` into ``folder``, once for this source, processor and compiler.
 
-    RuntimeError where that cannot be done.
+    Raises RuntimeError if there is no compiler, or if it fails.
     """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if sys.platform != "linux" or compiler is None:
@@ -129,9 +129,9 @@ def compile_library(folder: Path) -> Path:
 
 @lru_cache
 def library() -> tuple[Any, str]:
-    """The compiled functions, or None and why there are none."""
+    """The compiled functions; or None and the reason."""
     try:
-        # torch has loaded its OpenMP already: the library finds that one, and its threads
+        # torch has already loaded OpenMP: the library uses the same one and its threads
         functions = ctypes.CDLL(str(compile_library(cache_folder())))
         for name in ("decode", "few_rows", "round_rows", "scale_rows"):
             getattr(functions, name).restype = None
@@ -146,7 +146,7 @@ def available() -> bool:
 
 
 def check(functions: Any) -> None:
-    """RuntimeError where torch's integer product, which training needs, is wrong or missing.
+    """Raise RuntimeError if torch's integer product, which training needs, is wrong or missing.
 
     Without VNNI it may add two products in 16 bits, which 2 * 127 * 127 does not fit.
     """
@@ -157,43 +157,43 @@ def check(functions: Any) -> None:
 
 
 _arena: tuple[Callable[[], mmap.mmap | None], int, int] = (lambda: None, 0, 0)
-"""What was asked for last, as long as anything in it is in use, and what of it is free."""
+"""The last block requested, while any of it is in use, and the free part of it."""
 
 
 def in_large_pages(shape: torch.Size) -> Tensor:
-    """Room for int8 weights where the system may keep them in pages of 2 MiB, if it has such.
+    """Memory for int8 weights that the system may keep in pages of 2 MiB, if it has them.
 
-    All weights are read once a token; in pages of 4 KiB a fourth of that time is spent in
-    looking up where they lie.
+    Every token reads all weights; with pages of 4 KiB a quarter of that time goes into address
+    translation.
     """
     global _arena
-    size = -(-shape.numel() // 64) * 64  # the next one begins at a line of the cache
+    size = -(-shape.numel() // 64) * 64  # the next one starts on a cache line
     pages, start, end = _arena[0](), *_arena[1:]
     if pages is None or end - start < size:
-        room = max(ARENA, size)
-        pages = mmap.mmap(-1, room + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block = max(ARENA, size)
+        pages = mmap.mmap(-1, block + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
         start = -torch.frombuffer(pages, dtype=torch.int8).data_ptr() % LARGE_PAGE
-        end = start + room
+        end = start + block
     _arena = weakref.ref(pages), start + size, end
     place = torch.frombuffer(pages, dtype=torch.int8, count=shape.numel(), offset=start)
     return place.view(shape)
 
 
 def row_sums(q: Tensor) -> Tensor:
-    """Of int8 weights (out, in), as int32 (out); torch's own sum takes eight times as long."""
+    """Row sums (out,) of int8 weights (out, in), int32; torch's own sum takes eight times as long."""
     return torch._int_mm(q, q.new_ones(q.shape[1], 8))[:, 0].contiguous()
 
 
-def place(q: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Int8 weights (out, in) in large pages, or in ``room``, and the sums of their rows."""
-    placed = (in_large_pages(q.shape) if room is None else room).copy_(q)
+def place(q: Tensor, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Int8 weights (out, in) in large pages, or in ``into``, and the sums of their rows."""
+    placed = (in_large_pages(q.shape) if into is None else into).copy_(q)
     return placed, row_sums(placed)
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where C finds it. The caller keeps the tensor alive."""
+    """The tensor's address for C. The caller keeps the tensor alive."""
     if tensor is None:
         return None
     assert tensor.is_contiguous()
@@ -211,7 +211,7 @@ def describe(layer: Any, down: Tensor | None = None, up: Tensor | None = None) -
 
 def decode(
     layers: Any,
-    room: Room,
+    workspace: Workspace,
     hidden: Tensor,
     shape: tuple[int, ...],
     start: int,
@@ -235,7 +235,7 @@ def decode(
         *(Pointer(address(tensor)) for tensor in (cos, sin, bias)),
         ctypes.c_float(epsilon),
         Pointer(address(hidden)),
-        ctypes.byref(room),
+        ctypes.byref(workspace),
     )
 
 
@@ -264,7 +264,8 @@ def many_rows(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None) -
     functions = library()[0]
     into = (Pointer(address(tensor)) for tensor in (levels, sizes))
     functions.round_rows(Pointer(address(flat)), rows, inputs, *into)
-    y = x.new_empty(*x.shape[:-1], q.shape[1])  # not a view: autograd lets no one change those
+    # Allocate directly: autograd forbids in-place writes to views.
+    y = x.new_empty(*x.shape[:-1], q.shape[1])
     torch._int_mm(levels, q, out=y.view(rows, -1).view(torch.int32))
     given = (Pointer(address(tensor)) for tensor in (sizes, scale, bias))
     functions.scale_rows(Pointer(address(y)), rows, q.shape[1], *given)

@@ -1,23 +1,23 @@
 /* One token through the layers of a frozen INT8 model with LoRA, for a few rows.
  *
- * What rollout.Decoder does with some thousand calls of torch a token is one call here, so that
- * little is left of a token's time but reading the weights. compiled.py compiles this file, hands
- * it the model's tensors as they are, and says what every pointer is.
+ * decode.Decoder makes a few thousand torch calls for each token; here it is a single call, so
+ * almost all of a token's time goes into reading the weights. c_kernel.py compiles this file and
+ * passes the model's tensors as they are; it names every pointer.
  *
  * A product with INT8 weights W = diag(scale) Q: a row of x becomes the levels
  * round(127 x / peak) + 128, from 1 to 255, since processors multiply unsigned by signed bytes;
- * the 128 comes off again as 128 times the sum of a row of Q. Compilers turn `dot` into such
- * instructions (VNNI) themselves.
+ * the shift by 128 is subtracted again as 128 times the sum of a row of Q. Compilers turn
+ * `dot` into such instructions (VNNI) by themselves.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define BLOCK 64 /* outputs that a thread takes at a time */
-#define FEW 4    /* of them, that are computed together */
-#define LANES 32 /* numbers of a head that are summed together */
-#define AHEAD 6144 /* bytes of weights that are asked for before their turn; a line is 64 */
-#define LEVEL_2 2  /* into which cache: the first has room for fewer requests at a time */
+#define FEW 4    /* of these, computed together */
+#define LANES 32 /* numbers of a head summed together */
+#define AHEAD 6144 /* prefetch distance in bytes; a cache line is 64 */
+#define LEVEL_2 2  /* prefetch into the second cache: the first holds fewer outstanding requests */
 
 typedef struct { /* y = x W^T + bias + (x down^T) up */
   const int8_t *q;         /* (out, in) */
@@ -34,7 +34,7 @@ typedef struct {
   float *keys, *values; /* (rows, kv heads, capacity, dim) */
 } layer;
 
-typedef struct { /* room to work in; as many floats as said, for all rows together */
+typedef struct { /* buffers between the steps; the number of floats in brackets */
   float *normed, *mixed, *change; /* (rows, hidden), (rows, heads * dim), (rows, hidden) */
   float *query, *key, *value;
   float *gate, *up;                       /* (rows, ffn) */
@@ -42,7 +42,7 @@ typedef struct { /* room to work in; as many floats as said, for all rows togeth
   float *low;                             /* (3, rows, rank) */
   float *sizes;                           /* (rows) */
   uint8_t *levels;                        /* (rows, largest input) */
-} room;
+} workspace;
 
 /* The largest |x|, compared as integers: the same order, and NaN above all, so that it shows. */
 static float peak_of(const float *x, int n) {
@@ -115,8 +115,8 @@ static float float_dot(const float *a, const float *b, int n) {
   return sum;
 }
 
-/* Without LoRA's second half, which needs all of `low`. The threads share the work and do not
- * wait for each other at the end. */
+/* The product without the second half of LoRA, which needs all of `low`. The threads share the
+ * work and do not wait for each other at the end (nowait): the caller places the barrier. */
 static void product(const linear *l, const float *x, const uint8_t *levels, const float *sizes,
                     int rows, float *y, float *low) {
 #pragma omp for schedule(static) nowait
@@ -207,7 +207,7 @@ static void attend(const float *query, const float *keys, const float *values, c
  * the cache; cos, sin (rows, dim); mask (rows, start + 1), added to the scores, or none. */
 void decode(const layer *layers, int count, int rows, int hidden, int heads, int kv_heads, int dim,
             long capacity, long start, const float *cos, const float *sin, const float *mask,
-            float epsilon, float *x, const room *w) {
+            float epsilon, float *x, const workspace *w) {
   const int ffn = layers->gate.out, attention = heads * dim;
 #pragma omp parallel
   for (int index = 0; index < count; index++) {

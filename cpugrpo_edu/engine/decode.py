@@ -182,7 +182,7 @@ class CompiledDecoder(Decoder):
         """Tell C where this cache lies, and make room for it to work in."""
         for ours, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             ours.keys, ours.values = c_kernel.address(keys), c_kernel.address(values)
-        self.room = c_kernel.Room.make(self.layers, *cache.keys[0].shape)
+        self.workspace = c_kernel.Workspace.make(self.layers, *cache.keys[0].shape)
         self.cache = cache
 
     def forward(self, ids: Tensor, positions: Tensor, valid: Tensor, cache: Cache) -> Tensor:
@@ -198,7 +198,9 @@ class CompiledDecoder(Decoder):
         bias = attention_bias(cache.mask[:, : cache.length], 1, torch.float32)
         bias = None if bias is None else bias.flatten(1)
         shape = cache.keys[0].shape
-        c_kernel.decode(self.layers, self.room, hidden, shape, start, cos, sin, bias, self.epsilon)
+        c_kernel.decode(
+            self.layers, self.workspace, hidden, shape, start, cos, sin, bias, self.epsilon
+        )
         return self.norm(hidden[:, -1])
 
 

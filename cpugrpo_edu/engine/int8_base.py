@@ -8,14 +8,14 @@ et al. 2023, arXiv:2305.14314). Both products that training needs are integer pr
     forward   y = x W^T          = (x Q^T) * s
     backward  dL/dx = g W        = (g * s) Q
 
-The kernel quantizes x and g on the fly, with one scale for all rows, so rows are brought to
-equal size first. The adapters stay in float32; the gradient reaches them through the frozen
-layers.
+The kernel quantizes x and g at every call with one scale for all rows, so every row is divided
+by its largest entry first. The adapters stay in float32; the gradient reaches them through the
+frozen layers.
 
-``kernel`` says how: "packed" by torch's INT8 layers, which keep copies in an order of their own;
+``kernel`` says how: "packed" by torch's INT8 layers, which keep reordered copies;
 "compiled" from the plain integers, one copy of them, by :mod:`.c_kernel`; "exact" by
-float products of the dequantized weights: the reference in tests, and what happens where the
-machine has no working INT8 kernel.
+float products of the dequantized weights: the reference in tests, and the fallback on a machine
+without a working INT8 kernel.
 """
 
 from __future__ import annotations
@@ -46,20 +46,21 @@ KERNELS = ("packed", "compiled", "exact")
 ABSENT_IS_NONE = {"_raise_exceptions_for_missing_entries": False}
 
 TILE_ROWS = 4096
-"""Rows of the vocabulary that are made float at a time: they stay in the cache."""
+"""Rows of the vocabulary converted to float at a time: they stay in the cache."""
 
-FEW_ROWS = 8
-"""So few rows share one scale: when decoding, calls cost more than the arithmetic."""
+SHARED_SCALE_ROWS = 8
+"""Up to this many rows share one scale: in decoding, calls cost more than the arithmetic."""
 
 
 def pack(q: Tensor, scale: Tensor) -> Any:
-    """Integers (out, in) and a scale a row, in the kernel's own order."""
+    """Pack integers (out, in) with one scale per row in the kernel's own order."""
     return _pack(q, scale, torch.zeros(len(q), dtype=torch.int32), None)
 
 
 def rowwise(x: Tensor, packed: Any) -> Tensor:
-    """x Q^T * s for x (..., in) with rows of any size: each is brought to a peak of 1 first."""
-    # Two vectorized passes: torch's infinity norm is a single one and 20 times slower.
+    """x Q^T * s for x (..., in). Each row is divided by its largest entry first, since the kernel
+    has one scale for all rows."""
+    # Two vectorized passes: torch's infinity norm is not vectorized and 20 times slower.
     peak = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
     peak.clamp_(min=torch.finfo(torch.float32).tiny)
     result: Tensor = _linear_dynamic(x / peak, packed, True).mul_(peak)
@@ -110,7 +111,7 @@ class FrozenInt8Linear(nn.Linear):
             return c_kernel.product(x, self)
         if self.kernel == "exact":
             y = F.linear(x, self.q.float()).mul_(self.scale)
-        elif x.numel() <= FEW_ROWS * self.in_features:
+        elif x.numel() <= SHARED_SCALE_ROWS * self.in_features:
             y = _linear_dynamic(x, self.packed, True)
         else:
             y = rowwise(x, self.packed)
@@ -208,7 +209,7 @@ class FrozenInt8Head(nn.Linear):
             if self.kernel == "compiled":
                 return c_kernel.many_rows(hidden, q.t(), scale, None)
             return F.linear(hidden, q.float()).mul_(scale)
-        if hidden.numel() <= FEW_ROWS * self.in_features:
+        if hidden.numel() <= SHARED_SCALE_ROWS * self.in_features:
             logits: Tensor = _linear_dynamic(hidden, self.packed[index], True)
             return logits
         return rowwise(hidden, self.packed[index])
@@ -233,13 +234,13 @@ class FrozenInt8Head(nn.Linear):
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log pi(token) and entropy from hidden states, one tile of the vocabulary after another.
+    """Log-probabilities and entropies from hidden states, one tile of the vocabulary at a time.
 
     With z = W h / T and p = softmax(z), the gradient of log p(y) with respect to h is
-    (W_y - p W) / T. It is computed at once, while p is at hand, so the backward pass only
-    multiplies. The softmax's sums grow tile by tile and are scaled again whenever a larger
-    logit turns up (Milakov and Gimelshein 2018, arXiv:1805.02867), so that neither the logits
-    nor p ever exist for more than one tile. The entropy gets no gradient: it is a metric here.
+    (W_y - p W) / T. The forward pass computes it while it has p, so the backward pass only
+    multiplies. The sums of the softmax grow tile by tile and are rescaled whenever a larger
+    logit appears (Milakov and Gimelshein 2018, arXiv:1805.02867), so the logits
+    and p exist for one tile only. The entropy gets no gradient: it is a metric here.
     """
 
     @staticmethod
@@ -249,7 +250,10 @@ class _TokenLogProbs(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         peak = hidden.new_full((len(hidden),), torch.finfo(hidden.dtype).min)
         total, expected, chosen = (torch.zeros_like(peak) for _ in range(3))
-        mean = torch.zeros_like(hidden)  # sum of exp(z - peak) W, at the end of p W
+        # Running sums over the tiles seen so far, relative to the largest logit seen so far
+        # (peak): total = sum exp(z - peak), expected = sum exp(z - peak) (z - peak), and
+        # mean = sum exp(z - peak) W, which divided by total gives p W in the end.
+        mean = torch.zeros_like(hidden)
         for index, tile in enumerate(head.tiles):
             z = head.tile_product(hidden, index).div_(temperature)
             inside = ((tokens >= tile.start) & (tokens < tile.stop)).nonzero().squeeze(1)
@@ -257,7 +261,7 @@ class _TokenLogProbs(torch.autograd.Function):
             larger = torch.maximum(peak, z.amax(1))
             shrink = (peak - larger).exp()
             weights = z.sub_(larger[:, None]).exp()  # z is relative to the peak from here on
-            # sum of exp(z) z, with the earlier z relative to the new peak as well
+            # A new peak moves every earlier z by (peak - larger), so it adds total times that.
             expected.addcmul_(total, peak - larger).mul_(shrink).add_(
                 torch.linalg.vecdot(weights, z)
             )
@@ -289,7 +293,7 @@ def token_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs in nats and entropies, (n,) each, of ``tokens`` (n,) after ``hidden`` (n, hidden).
 
-    ``head`` is a ``FrozenInt8Head`` or any linear layer; only for the first no logits are kept.
+    ``head`` is a ``FrozenInt8Head`` or any linear layer; with the first, no logits are kept.
     ``bfloat16``: see :mod:`cpugrpo_edu.engine.bf16`.
     """
     if isinstance(head, FrozenInt8Head):
