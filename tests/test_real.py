@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine.decode import sample as fast_sample
 from cpugrpo_edu.engine.fisher import estimate_fisher
-from cpugrpo_edu.engine.int8 import DRIFT_LIMIT, measure_drift, quantize_for_rollout
+from cpugrpo_edu.engine.int8 import Drift, measure_drift, quantize_for_rollout
 from cpugrpo_edu.engine.shared_prefix import packed_log_probs
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.fisher import examples_from_groups
@@ -115,12 +115,16 @@ def test_the_gradient_through_a_shared_prefix_is_that_of_separate_sequences(poli
     assert (a - b).norm() < 1e-3 * a.norm()
 
 
-def test_an_int8_copy_that_is_another_policy_is_recognised(policy, groups):
-    copy = quantize_for_rollout(policy.model)
-    drift = measure_drift(policy.model, copy, groups, 0.8)
-    assert drift.acceptable == (drift.kl <= DRIFT_LIMIT)
+def test_the_int8_copy_is_another_policy_and_recognised_as_such(policy, groups):
+    drift = measure_drift(policy.model, quantize_for_rollout(policy.model), groups, 0.8)
+    assert not drift.acceptable and drift.outside > 0.15
     exact = measure_drift(policy.model, policy.model, groups, 0.8)
     assert exact.acceptable and exact.kl < 1e-6 and exact.agreement == 1 and exact.outside == 0
+
+
+def test_both_limits_of_drift_count():
+    assert Drift(0.049, 0.9, 0.14).acceptable
+    assert not Drift(0.051, 0.9, 0.0).acceptable and not Drift(0.0, 1.0, 0.16).acceptable
 
 
 def test_a_bfloat16_copy_is_the_policy(policy, groups):

@@ -326,9 +326,10 @@ def refresh(served: nn.Module, model: nn.Module) -> nn.Module:
 # --- how far the copy is from the policy ---------------------------------------------------
 
 
-DRIFT_LIMIT = 0.02
-"""Nats a token, KL(policy || copy). Beyond it the copy samples from another policy: importance
-ratios leave the clip range at the first step and most of the gradient is lost."""
+KL_LIMIT, OUTSIDE_LIMIT = 0.05, 0.15
+"""The most that a copy may drift: KL in nats per token, and the share of importance ratios outside
+[0.8, 1.2]. Beyond them it is another policy that samples, and the clip removes much of the gradient
+in the first step."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,7 @@ class Drift:
 
     @property
     def acceptable(self) -> bool:
-        return self.kl <= DRIFT_LIMIT
+        return self.kl <= KL_LIMIT and self.outside <= OUTSIDE_LIMIT
 
     def __str__(self) -> str:
         return (

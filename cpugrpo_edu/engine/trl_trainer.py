@@ -31,7 +31,8 @@ from cpugrpo_edu.engine import ranks
 from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.guard import Guard, RolloutTally
 from cpugrpo_edu.engine.int8 import (
-    DRIFT_LIMIT,
+    KL_LIMIT,
+    OUTSIDE_LIMIT,
     Drift,
     measure_drift,
     quantize_for_rollout,
@@ -55,7 +56,7 @@ from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.machine import native_bfloat16
 from cpugrpo_edu.sample import Sampling
 
-DRIFT_PROMPTS, DRIFT_TOKENS = 4, 32
+DRIFT_PROMPTS, DRIFT_TOKENS = 8, 32
 """What the drift of an INT8 copy is measured on, once a stage."""
 
 UNSUPPORTED: dict[str, Any] = {
@@ -288,8 +289,8 @@ class CPUGRPOTrainer(GRPOInternals):
                 return
             using = "a bfloat16 copy" if next_kind else "the float weights"
             self.say(
-                f"the {name} differs too much from this policy ({self.drift}; allowed is a KL of "
-                f"{DRIFT_LIMIT} nats a token), so rollouts use {using}"
+                f"the {name} differs too much from this policy ({self.drift}; allowed are a KL of "
+                f"{KL_LIMIT} and {OUTSIDE_LIMIT:.0%} of the ratios), so rollouts use {using}"
             )
             self.copy_kind, self.rollout_copy = next_kind, None
 
