@@ -380,7 +380,7 @@ def test_a_copy_that_is_another_policy_is_not_sampled_from(
     monkeypatch.setattr(
         trainer_module,
         "measure_drift",
-        lambda *given: Drift(1.0 if trainer.copy_kind in far else 0.001, 0.5, 0.5),
+        lambda *given: Drift(1.0 if trainer.copy_kind in far else 0.001, 0.5, 0.05),
     )
     rows = [r for i in range(2) for r in [trainer.train_dataset[i]] * 2]
     output = trainer.with_old_log_probs(trainer._generate_and_score_completions(rows))
