@@ -112,7 +112,7 @@ def rows_at_a_time(model: Any, length: int, memory_limit: int | None = None) -> 
 
 
 def frozen_scores(model: Any, rows: Sequence[Row], temperature: float = 1.0) -> dict[str, Tensor]:
-    """As ``per_sequence_scores``, (rows, *shape) by name, on a frozen INT8 base.
+    """As ``per_sequence_scores``, name to (rows, parameter shape), on a frozen INT8 base.
 
     ``vmap`` cannot enter the INT8 products, so every row has a backward pass of its own.
     """
