@@ -313,3 +313,11 @@ def test_every_model_of_the_catalogue_has_its_step(recorded):
     assert steps["Qwen2.5-1.5B-Instruct"]["int8_step_seconds"] > 0
     recorded.unlink()
     assert catalogue_steps()[0] == {} and "bench sweep" in catalogue_steps()[1]
+
+
+def test_a_packaged_model_that_was_fetched_has_an_estimate(tiny_folder, monkeypatch):
+    monkeypatch.setattr(estimate, "fetched", lambda name: tiny_folder)
+    assert estimate.architecture_of("smollm2").layers == 2
+    monkeypatch.setattr(estimate, "fetched", lambda name: None)
+    with pytest.raises(UserError, match="cannot read a model config from 'smollm2'"):
+        estimate.architecture_of("smollm2")

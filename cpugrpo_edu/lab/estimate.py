@@ -17,6 +17,7 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.cost import CostModel, StepSpec, fit_sweep, rollout_work
 from cpugrpo_edu.lab.floors import calibration
 from cpugrpo_edu.lab.recorded import completion_lengths, recorded_runs
+from cpugrpo_edu.models.fetch import PACKAGED, fetched
 from cpugrpo_edu.record.machine import GIB, available_memory
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.show.text import records_folder
@@ -41,8 +42,11 @@ def model_here() -> CostModel:
 
 
 def architecture_of(model: str) -> Architecture:
-    """Of the bundled model, a local folder, or a hub id that was downloaded before."""
-    return Architecture.from_config(str(BUNDLED_MODEL.parent) if model == "bundled" else model)
+    """Of the bundled model, a local folder, or a hub id or packaged model that is here already."""
+    if model == "bundled":
+        return Architecture.from_config(BUNDLED_MODEL.parent)
+    here = fetched(model) if model in PACKAGED else None
+    return Architecture.from_config(here or model)
 
 
 def is_usual(config: Any) -> bool:
