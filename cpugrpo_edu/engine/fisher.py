@@ -56,7 +56,7 @@ def estimate_fisher(
     scores = frozen_scores if is_frozen(model) else per_sequence_scores
     if variant == "batched":
         chosen = fisher.choose_examples(examples, n_examples, seed)
-        return squared_batch_means(model, chosen, temperature, batch_size)
+        return squared_batch_means(model, chosen, temperature, batch_size, scores)
     if examples:
         longest = max(len(e.prompt_ids) + len(e.completion_ids) - 1 for e in examples)
         batch_size = min(batch_size, rows_at_a_time(model, longest, memory_limit))
@@ -74,10 +74,13 @@ def estimate_fisher(
 
 
 def squared_batch_means(
-    model: Any, examples: Sequence[Example], temperature: float, batch_size: int
+    model: Any,
+    examples: Sequence[Example],
+    temperature: float,
+    batch_size: int,
+    scores: fisher.Scores,
 ) -> dict[str, Tensor]:
     """Mean over batches of (mean score of the batch) squared: the variant "batched"."""
-    scores = frozen_scores if is_frozen(model) else per_sequence_scores
     rows = [Row(e.prompt_ids + e.completion_ids[:-1], e.completion_ids) for e in examples]
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     parameters = trainable_parameters(model)

@@ -351,6 +351,12 @@ class Drift:
         )
 
 
+def divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Of log-probs p and q (..., V): KL(p || q) in nats, and 1.0 where both have the same most
+    likely token, else 0.0; (...) each."""
+    return (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).float()
+
+
 @torch.no_grad()
 def measure_drift(
     model: nn.Module, copy: nn.Module, groups: Sequence[Group], temperature: float = 1.0
@@ -370,8 +376,9 @@ def measure_drift(
                 )
                 drawn = ids[0, start + 1 :, None]
                 ratio = (p - q).gather(-1, drawn).exp()
-                kl.append((p.exp() * (p - q)).sum(-1))
-                same.append((p.argmax(-1) == q.argmax(-1)).float())
+                far, agree = divergence(p, q)
+                kl.append(far)
+                same.append(agree)
                 outside.append(((ratio < 0.8) | (ratio > 1.2)).float().flatten())
     finally:
         model.train(training)
@@ -423,7 +430,7 @@ def quantization_report(
     theirs = served(input_ids=input_ids, attention_mask=attention_mask).logits.float()
     if attention_mask is not None:
         ours, theirs = ours[attention_mask.bool()], theirs[attention_mask.bool()]
-    p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    kl, same = divergence(ours.log_softmax(-1), theirs.log_softmax(-1))
     return {
         "engine": quantized_engine(),
         "bytes_before": sum(before.values()),
@@ -431,6 +438,6 @@ def quantization_report(
         "bytes_extra": packed + sum(n for at, n in shared.items() if at not in before),
         "layer_error": errors,
         "max_logit_error": float((ours - theirs).abs().max()),
-        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
-        "top1_agreement": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        "kl": float(kl.mean()),
+        "top1_agreement": float(same.mean()),
     }

@@ -225,9 +225,9 @@ class CPUGRPOTrainer(GRPOInternals):
             seed=self.rollout_seed(),
             stop_at_eos=self.options.stop_at_eos,
         )
-        start = time.perf_counter()
         if self.drift is None and self.copy_kind is not None:
             self.choose_copy(prompt_ids[:DRIFT_PROMPTS], sampling)
+        start = time.perf_counter()
         groups = sample(self.sampling_model(), prompt_ids, copies, sampling, **self.sampler)
         if self.options.spare_memory:
             self.rollout_copy = None

