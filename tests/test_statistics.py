@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.evaluations import Evaluation
 from cpugrpo_edu.record.stats import (
+    _difference,
     accuracy_table,
     compare,
     difficulty_order,
@@ -20,6 +21,7 @@ from cpugrpo_edu.record.stats import (
     mcnemar,
     over_seeds,
     paired_bootstrap,
+    score_interval,
     wilson_interval,
 )
 
@@ -136,6 +138,97 @@ def test_bootstrap_coverage_by_simulation():
         i = paired_bootstrap(outcome == 1, outcome == 0, samples=500, seed=run)
         hits += i.low <= truth <= i.high
     assert 0.90 < hits / runs <= 0.99
+
+
+# Tango's score interval, and when it replaces the bootstrap
+
+
+def score_statistic(gained, lost, n, d):
+    """Standard errors from d to the estimate, by maximizing the likelihood numerically."""
+
+    def minus_log_likelihood(share_lost):
+        shares = share_lost + d, share_lost, 1 - d - 2 * share_lost
+        counts = gained, lost, n - gained - lost
+        return -sum(k * np.log(max(p, 1e-300)) for k, p in zip(counts, shares, strict=True) if k)
+
+    ends = max(0.0, -d), (1 - d) / 2
+    share = optimize.minimize_scalar(
+        minus_log_likelihood, bounds=ends, method="bounded", options={"xatol": 1e-12}
+    ).x
+    return ((gained - lost) / n - d) / np.sqrt((2 * share + d - d * d) / n)
+
+
+@pytest.mark.parametrize("gained,lost,n", [(4, 1, 6), (0, 3, 20), (7, 7, 14), (90, 5, 300)])
+def test_score_interval_is_what_the_score_test_does_not_reject(gained, lost, n):
+    i = score_interval(*pairs(gained, lost, 0, n - gained - lost))
+    assert i.low < i.estimate < i.high
+    assert score_statistic(gained, lost, n, i.low) == pytest.approx(1.959964, abs=1e-4)
+    assert score_statistic(gained, lost, n, i.high) == pytest.approx(-1.959964, abs=1e-4)
+    mirrored = score_interval(*pairs(lost, gained, 0, n - gained - lost))
+    assert (mirrored.low, mirrored.high) == pytest.approx((-i.high, -i.low))
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 3600])
+def test_score_interval_where_every_item_did_the_same(n):
+    """(1 - d)^2 = z^2 (1 - d^2) / n: Wilson's interval for n of n, stretched from [0, 1] to
+    [-1, 1], and never a point."""
+    gained, lost = score_interval(*pairs(n, 0, 0, 0)), score_interval(*pairs(0, n, 0, 0))
+    assert gained.high == 1 and lost.low == -1
+    low = 2 * wilson_interval(n, n).low - 1
+    assert (gained.low, lost.high) == pytest.approx((low, -low), abs=1e-6)
+
+
+CELLS = {  # shares gained and lost in each of twelve cells
+    "alike": [(0.3, 0.05)] * 12,
+    "balanced": [(0.2, 0.2)] * 12,
+    "rare": [(0.03, 0.01)] * 12,
+    "different": [(0.02 + 0.05 * i, 0.05) for i in range(12)],
+    "all or nothing": [(0.0, 0.0)] * 6 + [(0.95, 0.0)] * 6,
+}
+
+
+@pytest.mark.parametrize("per_cell", [1, 2, 3, 5, 20, 100])
+@pytest.mark.parametrize("shares", CELLS)
+def test_compare_covers_the_truth_in_small_cells(per_cell, shares):
+    """At least 95 % of 600 test sets, up to three standard errors of that share (0.027)."""
+    rng = np.random.default_rng(11)
+    truth = np.mean([gained - lost for gained, lost in CELLS[shares]])
+    cell = np.repeat(np.arange(12), per_cell)
+    runs, hits = 600, 0
+    for run in range(runs):
+        counts = [rng.multinomial(per_cell, [g, x, 1 - g - x]) for g, x in CELLS[shares]]
+        change = np.concatenate([np.repeat([1, -1, 0], count) for count in counts])
+        row = _difference(change < 0, change > 0, cell, 500, run, 0.95)
+        hits += row["low"] - 1e-9 <= truth <= row["high"] + 1e-9
+    assert hits / runs >= 0.95 - 0.027
+
+
+@pytest.mark.parametrize("gained", [0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 20, 100])
+def test_compare_covers_the_truth_in_one_cell(gained, n):
+    """Exactly, by adding up the probabilities of all counts; a score interval may fall short of
+    the nominal coverage at single values, Wilson's too."""
+    covered = 0.0
+    for k in range(n + 1):
+        row = _difference(*map(np.array, pairs(k, 0, 0, n - k)), np.zeros(n), 500, 0, 0.95)
+        if row["low"] <= gained <= row["high"]:
+            covered += stats.binom.pmf(k, n, gained)
+    assert covered >= 0.89
+
+
+def test_large_changing_cells_keep_their_stratified_bootstrap():
+    cells = np.repeat([0, 1], 40)
+    was, now = (np.array(side) for side in pairs(30, 10, 20, 20))
+    row = _difference(was, now, cells, 2000, 3, 0.95)
+    ours = paired_bootstrap(was, now, samples=2000, seed=3, strata=cells)
+    assert (row["low"], row["high"]) == (ours.low, ours.high)
+
+
+def test_cells_that_moved_as_one_are_no_proof():
+    """One cell all gained, one all lost: the stratified bootstrap says [0, 0]."""
+    was, now = (np.array(side) for side in pairs(30, 30, 0, 0))
+    row = _difference(was, now, np.repeat([0, 1], 30), 500, 0, 0.95)
+    assert row["low"] < -0.1 and row["high"] > 0.1
 
 
 def test_pairing_narrows_the_interval():
@@ -288,8 +381,9 @@ def test_no_change_is_not_proof_of_equality():
     same = evaluation([True] * 30)
     row = compare(same, same)["overall"]
     assert row["difference"] == 0 and not row["significant"]
-    assert (1 - row["high"]) ** 30 == pytest.approx(0.025)
-    assert row["low"] == -row["high"]
+    z2 = 1.959964**2  # d^2 = z^2 d (1 - d) / n, if all who change change the same way
+    assert row["high"] == pytest.approx(z2 / (30 + z2), abs=1e-6)
+    assert row["low"] == pytest.approx(-row["high"])
 
 
 @pytest.mark.parametrize(

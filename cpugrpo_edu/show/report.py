@@ -181,8 +181,8 @@ def _comparisons(record: RunRecord) -> list[Block]:
         ]
         caption = (
             f"{name}: paired on the same problems, difference in points with "
-            f"{round(100 * compared['confidence'])} % bootstrap interval "
-            "(exact bound where no item changed), McNemar's exact test"
+            f"{round(100 * compared['confidence'])} % interval (bootstrap; "
+            "Tango's score interval for small or hardly changed groups), McNemar's exact test"
         )
         header = ["Problems", "n", compared["before"], compared["after"], "Difference"]
         blocks.append(Table(caption, [*header, "Gained / lost", "p"], rows))
