@@ -121,13 +121,13 @@ def update(
 
 
 def measure(groups: Sequence[Group]) -> dict[str, float]:
-    """Metrics to watch: reward, its spread within groups, groups that teach nothing, length."""
+    """Metrics to watch: reward, its spread over the step, groups that teach nothing, length."""
     rewards = torch.tensor([[e.reward for e in g.episodes] for g in groups])
     lengths = [len(e.completion_ids) for g in groups for e in g.episodes]
     spread = rewards.std(dim=1, correction=1)
     return {
         "reward": rewards.mean().item(),
-        "reward_std": spread.mean().item(),
+        "reward_std": rewards.std().item(),
         "frac_zero_std": (spread < 1e-6).float().mean().item(),
         "completion_length": sum(lengths) / len(lengths),
     }
