@@ -106,6 +106,9 @@ def update(
 ) -> dict[str, float]:
     """One optimizer step on a batch; returns the loss and the gradient's norm before clipping."""
     total_tokens, loss = batch.mask.sum(), 0.0
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p.dtype is torch.bfloat16 for p in trained):  # a step is mostly below their rounding
+        raise ValueError("bfloat16 weights lose their updates; load them in float32, or use LoRA")
     for part in batch.split(settings.micro_batch):
         share = len(part.advantages) / len(batch.advantages)
         part_loss = batch_loss(model, part, settings, total_tokens)
@@ -113,7 +116,6 @@ def update(
             part_loss = part_loss * share
         part_loss.backward()
         loss += part_loss.item()
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -124,11 +126,10 @@ def measure(groups: Sequence[Group]) -> dict[str, float]:
     """Metrics to watch: reward, its spread over the step, groups that teach nothing, length."""
     rewards = torch.tensor([[e.reward for e in g.episodes] for g in groups])
     lengths = [len(e.completion_ids) for g in groups for e in g.episodes]
-    spread = rewards.std(dim=1, correction=1)
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
-        "frac_zero_std": (spread < 1e-6).float().mean().item(),
+        "frac_zero_std": (rewards.std(dim=1) < 1e-6).float().mean().item(),
         "completion_length": sum(lengths) / len(lengths),
     }
 

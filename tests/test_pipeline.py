@@ -322,6 +322,7 @@ def test_output_that_is_a_file_and_resume_of_nothing(config, tmp_path):
         ({"learning_rates": (1e-3, -1e-3, 1e-3)}, "--lr is"),
         ({"model": "./nowhere"}, "no model folder at ./nowhere"),
         ({"dtype": "float8"}, "unknown --dtype 'float8'"),
+        ({"dtype": "bfloat16"}, "in bfloat16 loses most updates.*use --dtype float32"),
         ({"memory_budget_gib": 1e-4}, "training .* needs about .* GiB"),
         ({"data": "./nowhere.jsonl"}, "nowhere.jsonl"),
     ],
@@ -441,6 +442,26 @@ def test_lora_goes_on_after_a_complete_stage(config, tmp_path, no_report):
 def test_lora_on_a_bfloat16_base(config, tmp_path, no_report, engine):
     config = small(config, dtype="bfloat16", lora_rank=2, engine=engine)
     assert run(config, tmp_path / engine).results["weights_changed"]["changed"]
+
+
+@pytest.mark.parametrize(
+    "lora_rank, wanted", [(0, {torch.float32}), (2, {torch.bfloat16, torch.float32})]
+)
+def test_auto_trains_in_float32(config, tmp_path, no_report, monkeypatch, lora_rank, wanted):
+    """All weights, or the adapters of LoRA, whose base may be bfloat16."""
+    monkeypatch.setattr("cpugrpo_edu.models.load.native_bfloat16", lambda: True)
+    trained, held = set(), set()
+
+    def begin(session, learner, index):
+        for parameter in learner.policy.model.parameters():
+            held.add(parameter.dtype)
+            trained.update([parameter.dtype] if parameter.requires_grad else [])
+        raise Interrupted("seen")
+
+    monkeypatch.setattr(pipeline, "begin_stage", begin)
+    with pytest.raises(Interrupted):
+        run(small(config, dtype="auto", lora_rank=lora_rank), tmp_path / "out")
+    assert (trained, held) == ({torch.float32}, wanted)
 
 
 def test_too_few_problems_show_before_anything_is_trained(config, tmp_path):

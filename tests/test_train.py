@@ -175,6 +175,12 @@ def test_the_batch_and_its_metrics_are_those_of_the_products_trainer(tiny_folder
     assert metrics["reward_std"] == pytest.approx(row["reward_std"], abs=1e-6)
 
 
+def test_bfloat16_weights_are_not_trained(tiny_folder):
+    policy = load_policy(tiny_folder, dtype="bfloat16")
+    with pytest.raises(ValueError, match="load them in float32, or use LoRA"):
+        train(policy, PROBLEMS, ODD, steps=1, settings=Settings(max_new_tokens=4))
+
+
 def test_a_batch_by_hand():
     groups = [
         Group([5, 6], [Episode([7], [-1.0], reward=1.0), Episode([8, 9], [-2.0, -3.0])]),

@@ -652,6 +652,13 @@ def test_bad_settings(tmp_path, settings, words):
         cpu_config(tmp_path, **settings)
 
 
+def test_bfloat16_weights_are_not_trained(tiny_folder, tmp_path):
+    """AdamW's step of about the learning rate is below the rounding of most of them."""
+    with pytest.raises(UserError, match="load the model in float32, or train LoRA"):
+        make(load_policy(tiny_folder, dtype="bfloat16"), tmp_path)
+    make(load_policy(tiny_folder, dtype="bfloat16", lora_rank=2), tmp_path)
+
+
 # Groups without signal, and settings that would be wrong without a word
 
 

@@ -85,7 +85,7 @@ class RunConfig:
     lora_rank: int = setting(0, "LoRA rank; 0 trains all weights.", least=0)
     dtype: str = setting(
         "float32",
-        "Type of the weights: float32, bfloat16, auto, or int8 (LoRA only).",
+        "Type of the weights: float32, auto, or with LoRA also bfloat16 or int8.",
         ("auto", "float32", "bfloat16", "int8"),
     )
     kernel: str = setting(
@@ -153,6 +153,12 @@ class RunConfig:
         )
 
     @property
+    def weights(self) -> str:
+        """The dtype to load: "auto" trains all weights in float32, since bfloat16 would round
+        their updates away, and leaves the choice to the loader where LoRA trains."""
+        return "float32" if self.dtype == "auto" and not self.lora_rank else self.dtype
+
+    @property
     def frozen(self) -> bool:
         """Whether LoRA trains on a frozen INT8 base."""
         return self.dtype == "int8"
@@ -206,6 +212,11 @@ def check_settings(config: RunConfig) -> None:
         )
     if len(set(config.domains)) < len(config.domains):
         raise UserError(f"--domains names one twice: {', '.join(config.domains)}; name each once")
+    if config.dtype == "bfloat16" and not config.lora_rank:
+        raise UserError(
+            "full fine-tuning in bfloat16 loses most updates, since a step is smaller than the "
+            "weights' rounding; use --dtype float32, or train LoRA on a bfloat16 base (--lora 16)"
+        )
     if config.frozen and not config.lora_rank:
         raise UserError("an int8 base is frozen, so only LoRA can train on it; add --lora 16")
     if config.kernel == "compiled" and not (config.int8_rollouts or config.frozen):

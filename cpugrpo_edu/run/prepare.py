@@ -119,7 +119,7 @@ def load(session: Session) -> Learner:
         available = min(available, session.memory_limit)
     policy = load_policy(
         config.model if last is None or config.lora_rank else last,
-        dtype=config.dtype,
+        dtype=config.weights,
         kernel=config.kernel,
         lora_rank=config.lora_rank,
         system=config.system,
@@ -140,7 +140,7 @@ def load(session: Session) -> Learner:
             adapter = load_file(last / "adapter" / "adapter_model.safetensors")
             set_peft_model_state_dict(policy.model, adapter)
         else:
-            first = snapshot(load_policy(config.model, dtype=config.dtype).model)
+            first = snapshot(load_policy(config.model, dtype=config.weights).model)
         if (last / "anchor.safetensors").exists():
             anchor = load_anchor(last / "anchor.safetensors")
     checkpointing = plan_memory(session, policy)
