@@ -54,8 +54,9 @@ def export(
     done = export_run(run, to, output or run / f"export-{to}")
     call.give(
         done,
-        f"Exported to {done['folder']} ({done['bytes'] / 1e6:.1f} MB); loaded again, it gives the "
-        f"trained model's greedy answer to {done['agree']} of {done['compared']} problems",
+        f"Exported to {done['folder']} ({done['bytes'] / 1e6:.1f} MB); loaded again, it is "
+        f"{done['kl']:.2g} nats a token (KL) from the trained model, with the same most likely "
+        f"token in {done['agreement']:.1%} of the places",
     )
 
 
