@@ -159,14 +159,14 @@ class CPUGRPOTrainer(GRPOInternals):
     ):
         if len(dataset) == 0:
             raise UserError("the training data is empty; give at least one problem")
-        self.options = options or EngineOptions()
-        if args.top_p < 1 and self.options.int8_rollouts and self.options.importance_correction:
-            raise UserError(
         if any(p.requires_grad and p.dtype is torch.bfloat16 for p in policy.model.parameters()):
             raise UserError(
                 "training bfloat16 weights loses most updates, since a step is smaller than their "
                 "rounding; load the model in float32, or train LoRA, whose adapters are float32"
             )
+        self.options = options or EngineOptions()
+        if args.top_p < 1 and self.options.int8_rollouts and self.options.importance_correction:
+            raise UserError(
                 f"top_p is {args.top_p}, but importance correction needs the log-probs of a whole "
                 "policy, and top-p renormalizes them over the tokens it keeps; "
                 "give top_p 1, or importance_correction=False"
