@@ -659,6 +659,18 @@ def test_bfloat16_weights_are_not_trained(tiny_folder, tmp_path):
     make(load_policy(tiny_folder, dtype="bfloat16", lora_rank=2), tmp_path)
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_batch_that_is_masked_out_teaches_nothing(trainer, batch, monkeypatch, loss_type):
+    """With TRL's mask_truncated_completions, when all were truncated: 0, not 0 / 0."""
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
+    batch["num_items_in_batch"] = torch.tensor(0)
+    for micro_batch in (2, 8):
+        loss, found = gradient(trainer, batch, monkeypatch, micro_batch=micro_batch)
+        stock, wanted = gradient(trainer, batch, stock=True)
+        assert loss == stock == 0 and not found.any() and not wanted.any()
+
+
 # Groups without signal, and settings that would be wrong without a word
 
 

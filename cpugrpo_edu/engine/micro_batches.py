@@ -93,6 +93,6 @@ def share_of_loss(
     if loss_type in MEAN_OVER_ROWS:
         return len(micro["completion_ids"]) / rows
     if loss_type == "bnpo":
-        share: Tensor = micro["completion_mask"].sum() / tokens
+        share: Tensor = micro["completion_mask"].sum() / (tokens or 1)  # 0: all were masked out
         return share
     return 1.0
