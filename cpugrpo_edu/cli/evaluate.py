@@ -39,6 +39,7 @@ def evaluate(
     Example: `cpugrpo evaluate --model runs/first/model --per-cell 300`
     """
     hardware.configure_threads()
+    from cpugrpo_edu.engine.architectures import require
     from cpugrpo_edu.engine.int8 import quantize_for_rollout
     from cpugrpo_edu.evaluate import evaluate as measure
     from cpugrpo_edu.models.load import check_policy, load_policy
@@ -57,6 +58,7 @@ def evaluate(
     policy = load_policy(model)
     check_policy(policy)
     if int8:
+        require(policy.model.config, "INT8 copy")
         policy = replace(policy, model=quantize_for_rollout(policy.model))
     with ProgressDisplay(quiet=call.quiet) as display:
         bar = display.counter("evaluate", len(problems))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cpugrpo_edu.engine.architectures import supports
 from cpugrpo_edu.engine.bf16 import product_of
 from cpugrpo_edu.engine.int8_base import is_frozen
 from cpugrpo_edu.engine.memory import trim_heap
@@ -31,10 +32,7 @@ def causal_lm(model: Any) -> Any:
 
 def is_supported(model: Any) -> bool:
     """Whether the fast engine knows this architecture's layers."""
-    lm = causal_lm(model)
-    config = lm.config
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    return config.model_type in {"qwen2", "llama"} and not sliding
+    return supports(causal_lm(model).config, "fast engine") is None
 
 
 TensorMap = Callable[[Tensor], Tensor]

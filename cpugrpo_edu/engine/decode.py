@@ -27,6 +27,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cpugrpo_edu.data import Episode, Group
 from cpugrpo_edu.engine import c_kernel
+from cpugrpo_edu.engine.architectures import require_context
 from cpugrpo_edu.engine.blocks import Block, Projection, causal_lm, is_supported, norm_of
 from cpugrpo_edu.engine.memory import free_memory, retry_smaller
 from cpugrpo_edu.engine.options import EngineOptions
@@ -341,12 +342,13 @@ def sample(
     like length are decoded together, at most ``options.max_rows`` rows at a time, or fewer where
     memory is short or the process would come to hold more than ``options.memory_limit`` bytes;
     where memory is refused, half as many are tried. Raises ``ValueError`` for an empty prompt or
-    n < 1.
+    n < 1, and ``UserError`` for completions beyond the model's context.
     """
     if n < 1 or not all(prompts):
         raise ValueError(f"{n} completions were asked, or a prompt has no tokens; give at least 1")
     lm, was_training = causal_lm(model), model.training
     decoding = decode if options.engine == "fast" and is_supported(lm) else decode_with_generate
+    require_context(lm.config, max(map(len, prompts), default=0), sampling.max_new_tokens)
     generator = torch.Generator().manual_seed(sampling.seed)
     stop = eos_ids if sampling.stop_at_eos else set()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cpugrpo_edu import fisher
+from cpugrpo_edu.engine.architectures import supports
 from cpugrpo_edu.engine.int8_base import is_frozen, spares_memory
 from cpugrpo_edu.engine.memory import drop_input_grad_hooks, free_memory, trim_heap
 from cpugrpo_edu.engine.options import FISHER_VARIANTS
@@ -20,6 +21,7 @@ from cpugrpo_edu.engine.options import FisherVariant as Variant
 from cpugrpo_edu.engine.shared_prefix import packed_log_probs
 from cpugrpo_edu.engine.sizes import Architecture
 from cpugrpo_edu.fisher import Example, Row, per_sequence_scores, trainable_parameters
+from cpugrpo_edu.policy import gather_log_probs
 
 GRADIENT_MEMORY = 256 * 2**20
 """Bytes that the per-sequence gradients of one batch may take."""
@@ -41,7 +43,8 @@ def estimate_fisher(
     - ``batch_size`` is a maximum: fewer sequences go together where memory is short or the
       process would hold more than ``memory_limit`` bytes (except for "batched", whose result
       depends on it).
-    - On a frozen INT8 base, which ``vmap`` cannot enter, rows go one by one.
+    - Rows go one by one where ``vmap`` cannot enter: on a frozen INT8 base, and in
+      architectures with data-dependent layers.
     - "batched" is the square of the batch-mean gradient of the given completions, a common bug:
       E[(mean g)^2] = (E g)^2 + Var(g) / B, about B times too small, and with given labels biased
       towards the squared mean gradient. (With *sampled* labels E g = 0, and B times it is
@@ -53,7 +56,8 @@ def estimate_fisher(
     if variant == "lightning":
         return lightning_fisher(model)
     drop_input_grad_hooks(model)  # vmap rejects them
-    scores = frozen_scores if is_frozen(model) else per_sequence_scores
+    together = not is_frozen(model) and supports(model.config, "vmap") is None
+    scores = per_sequence_scores if together else scores_one_by_one
     if variant == "batched":
         chosen = fisher.choose_examples(examples, n_examples, seed)
         return squared_batch_means(model, chosen, temperature, batch_size, scores)
@@ -114,27 +118,48 @@ def rows_at_a_time(model: Any, length: int, memory_limit: int | None = None) -> 
     return max(1, min(GRADIENT_MEMORY // parameters, free // (2 * parameters + 6 * activations)))
 
 
-def frozen_scores(model: Any, rows: Sequence[Row], temperature: float = 1.0) -> dict[str, Tensor]:
-    """As ``per_sequence_scores``, name to (rows, parameter shape), on a frozen INT8 base.
-
-    ``vmap`` cannot enter the INT8 products, so every row has a backward pass of its own.
-    """
+def scores_one_by_one(
+    model: Any, rows: Sequence[Row], temperature: float = 1.0
+) -> dict[str, Tensor]:
+    """As ``per_sequence_scores``, name to (rows, parameter shape), a backward pass for each row."""
     parameters = trainable_parameters(model)
     found = []
     for row in rows:
-        start = len(row.input_ids) - len(row.labels) + 1  # the inputs end before the last label
-        prompt, labels = torch.tensor([row.input_ids[:start]]), torch.tensor([row.labels])
-        log_probs, _ = packed_log_probs(
-            model,
-            prompt,
-            torch.ones_like(prompt),
-            labels,
-            torch.ones_like(labels),
-            temperature,
-            recompute=spares_memory(model),
+        log_probs = (frozen_log_probs if is_frozen(model) else plain_log_probs)(
+            model, row, temperature
         )
-        found.append(torch.autograd.grad(log_probs.sum(), list(parameters.values())))
+        found.append(
+            torch.autograd.grad(
+                log_probs.sum(),
+                list(parameters.values()),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
     return {name: torch.stack(g) for name, g in zip(parameters, zip(*found), strict=True)}
+
+
+def frozen_log_probs(model: Any, row: Row, temperature: float) -> Tensor:
+    """Log-probs of the row's labels, (1, labels), without the logits of the whole vocabulary."""
+    start = len(row.input_ids) - len(row.labels) + 1  # the inputs end before the last label
+    prompt, labels = torch.tensor([row.input_ids[:start]]), torch.tensor([row.labels])
+    log_probs, _ = packed_log_probs(
+        model,
+        prompt,
+        torch.ones_like(prompt),
+        labels,
+        torch.ones_like(labels),
+        temperature,
+        recompute=spares_memory(model),
+    )
+    return log_probs
+
+
+def plain_log_probs(model: Any, row: Row, temperature: float) -> Tensor:
+    """Log-probs of the row's labels, (labels,)."""
+    logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0]
+    chosen = logits[-len(row.labels) :].float() / temperature
+    return gather_log_probs(chosen, torch.tensor(row.labels))
 
 
 # --- A heuristic, for comparison ------------------------------------------------

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpugrpo_edu.engine.architectures import require
 from cpugrpo_edu.engine.blocks import causal_lm, hidden_states, is_supported
 from cpugrpo_edu.engine.int8_base import token_log_probs
 
@@ -73,16 +74,18 @@ def packed_log_probs(
     Prompts (rows, P) are padded on the left, completions (rows, C) on the right. Rows with
     the same prompt share it, wherever they stand. The entropies carry no gradient. With
     ``recompute`` the inside of each MLP is computed again in the backward pass; with ``bfloat16``
-    products are computed in it. Both only where ``hidden_states`` does the passes.
+    products are computed in it. Both only where ``hidden_states`` does the passes. Raises
+    ``UserError`` for an architecture on which the values would be others.
     """
     lm = causal_lm(model)
+    require(lm.config, "packed pass")
     width = completion_ids.shape[1]
     log_probs: dict[int, Tensor] = {}
     entropies: dict[int, Tensor] = {}
     for rows in group_rows(prompt_ids, prompt_mask):
         prompt = prompt_ids[rows[0]][prompt_mask[rows[0]].bool()]
         completions = [completion_ids[row][completion_mask[row].bool()] for row in rows]
-        packed = pack_group(prompt, completions, lm.model.norm.weight.dtype)
+        packed = pack_group(prompt, completions, lm.dtype)
         hidden = states_of(lm, *packed, recompute, bfloat16)
         # The state before a token predicts it: for the first one of each completion that of the
         # prompt's end, which is not its neighbour.

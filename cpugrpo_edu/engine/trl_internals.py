@@ -7,6 +7,7 @@ that ``trl_trainer`` overrides. ``tests/test_trl_contract.py`` fails first, and 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from cpugrpo_edu.engine import ranks
+from cpugrpo_edu.engine.blocks import causal_lm
+from cpugrpo_edu.errors import UserError
 
 LogProbs = tuple[Tensor, Tensor | None, Tensor | None]
 """Log-probs in nats and entropies, (B, C) each, and a loss that only mixtures of experts have."""
@@ -118,12 +121,46 @@ class GRPOInternals(GRPOTrainer):
             values = [mean[name] for mean in means if name in mean]
             self.metrics[name][:] = [sum(values) / len(values)]
 
-    def log_probs_of_completions(self, *args: Any, **kwargs: Any) -> LogProbs:
+    def log_probs_of_completions(self, model: Any, *args: Any, **kwargs: Any) -> LogProbs:
         """TRL's log-probs, without those of prompt and padding, which it discards.
 
         TRL leaves them out only on devices with Triton. On a CPU it puts every position through
-        the head, the most expensive layer of a model with a large vocabulary.
+        the head, the most expensive layer of a model with a large vocabulary. It also names no
+        positions, so that learned ones (GPT-2) would count the padding in front of a prompt.
         """
+        lm = causal_lm(self.accelerator.unwrap_model(model))
+        takes_positions = "position_ids" in inspect.signature(type(lm).forward).parameters
+
+        def forward(**inputs: Any) -> Any:
+            if takes_positions:
+                positions = inputs["attention_mask"].cumsum(1) - 1
+                inputs["position_ids"] = positions.clamp(min=0)
+            return model(**inputs)
+
         with mock.patch.object(trl.trainer.utils, "_use_triton", lambda device: True):
-            found: LogProbs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            found: LogProbs = super()._get_per_token_logps_and_entropies(forward, *args, **kwargs)
         return found
+
+    def check_log_probs(self) -> None:
+        """UserError if TRL's log-probs are not those of a plain forward pass.
+
+        For architectures on which nobody has compared them: TRL multiplies hidden states with the
+        head itself, and so must know what else a model does to its logits.
+        """
+        model: Any = self.model
+        rows = [[5, 6, 7, 8, 9], [7, 8, 9]]  # three tokens of prompt, or one; two of completion
+        ids = torch.tensor([rows[0], [0, 0, *rows[1]]])
+        mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            found = self.log_probs_of_completions(model, ids, mask, 2)[0]
+            plain = [model(input_ids=torch.tensor([row])).logits[0, -3:-1].float() for row in rows]
+        model.train(training)
+        log_p = (torch.stack(plain) / self.temperature).log_softmax(-1)
+        error = (log_p.gather(-1, ids[:, -2:, None]).squeeze(-1) - found).abs().max()
+        if not error < (0.01 if plain[0].dtype == model.dtype else 0.3):  # by rounding
+            raise UserError(
+                f"TRL computes other log-probs for a {model.config.model_type!r} model than the "
+                "model itself; choose another model, such as one built like Qwen2 or Llama"
+            )

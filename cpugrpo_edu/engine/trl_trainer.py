@@ -28,6 +28,7 @@ from trl import GRPOConfig
 
 from cpugrpo_edu.data import Group
 from cpugrpo_edu.engine import ranks
+from cpugrpo_edu.engine.architectures import require, supports
 from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.guard import Guard, RolloutTally
 from cpugrpo_edu.engine.int8 import (
@@ -68,6 +69,7 @@ UNSUPPORTED: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "generation_kwargs": None,
     "chat_template_kwargs": None,
+    "router_aux_loss_coef": 0.0,
 }
 """Fields of TRL's config that must keep their default: a bonus or a quantile of each micro-batch
 differs from that of the batch, and our engine samples by temperature and top-p only."""
@@ -120,6 +122,7 @@ def cpu_config(
         "optim": "adamw_torch",
         "lr_scheduler_type": "constant",
         "gradient_accumulation_steps": 1,
+        "router_aux_loss_coef": 0.0,  # else that of the model, which weighs other micro-batches
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
     }
     if overrides.get("loss_type") == "cispo":  # it bounds the ratio itself; TRL's default is 0.2
@@ -177,6 +180,7 @@ class CPUGRPOTrainer(GRPOInternals):
         self.micro_batch_limit: int | None = None  # set once memory was refused
         # What rolls out: an INT8 copy by this kernel, a "bf16" copy, or None: the live policy.
         self.copy_kind = self.options.kernel if self.options.int8_rollouts else None
+        self.choose_ways()
         self.rollout_copy: Any = None
         self.drift: Drift | None = None
         self.last_groups: list[Group] = []
@@ -204,6 +208,19 @@ class CPUGRPOTrainer(GRPOInternals):
             # TRL would take a copy of the adapter, as it is now, for the reference. Ours is the
             # base model, in every stage: the policy with its adapter switched off.
             policy.model.delete_adapter("ref")
+        if supports(policy.model.config, "rollouts"):
+            self.check_log_probs()
+
+    def choose_ways(self) -> None:
+        """Leave out the short cuts that this architecture does not allow, and say so."""
+        config = self.policy.model.config
+        if is_frozen(self.policy.model):
+            require(config, "frozen base")
+        elif self.copy_kind and (reason := supports(config, "INT8 copy")):
+            self.say(f"rollouts use the float weights, not an INT8 copy: {reason}")
+            self.copy_kind = None
+        if self.options.share_prefix and (reason := supports(config, "packed pass")):
+            self.say(f"a prompt is scored again for each of its completions: {reason}")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with without_notices():
@@ -417,8 +434,7 @@ class CPUGRPOTrainer(GRPOInternals):
             one = WORKING_SPACE * self.sequence_bytes(input_ids.shape[1], True)
             rows = self.free_memory() // one
             kwargs["batch_size"] = max(1, min(kwargs.get("batch_size") or 2**20, rows))
-        packed = self.options.share_prefix or is_frozen(live)
-        if not packed or self.accelerator.num_processes > 1:
+        if not self.packs(live) or self.accelerator.num_processes > 1:
             return self.log_probs_of_completions(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
@@ -433,6 +449,11 @@ class CPUGRPOTrainer(GRPOInternals):
             self.args.bf16,
         )
         return log_probs, entropies, None
+
+    def packs(self, live: Any) -> bool:
+        """Whether the completions of a prompt are scored in one packed pass."""
+        asked = self.options.share_prefix or is_frozen(live)
+        return asked and supports(live.config, "packed pass") is None
 
     # Memory
 

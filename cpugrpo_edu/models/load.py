@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cpugrpo_edu.data import Problem
+from cpugrpo_edu.engine.architectures import require, require_context, supports
 from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
 from cpugrpo_edu.engine.int8_base import is_frozen, load_frozen
@@ -28,12 +30,23 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.fetch import PACKAGED, fetch
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.machine import native_bfloat16
+from cpugrpo_edu.sample import Sampling
+from cpugrpo_edu.tasks import prompt_messages
 
 BUNDLED = BUNDLED_MODEL.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FROZEN = "int8"
 """The dtype whose base is integers, for LoRA only, see :mod:`cpugrpo_edu.engine.int8_base`."""
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+SYSTEM_TO_USER = (
+    "{% if messages and messages[0]['role'] == 'system' and messages | length > 1 %}"
+    "{% set messages = [{'role': messages[1]['role'], "
+    "'content': messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + messages[2:] %}"
+    "{% endif %}"
+)
+"""In front of a chat template that has no system role: its text begins the first turn. As a part of
+the template it is saved with the model, so that its prompts stay those it was trained with."""
+SHORT = Problem("short", "", "", "1", "")
 SYSTEM_PROMPT = (
     "Work step by step, one step a line such as 12 * 3 = 36. "
     "Then write the final answer alone on the last line after #### ."
@@ -101,13 +114,18 @@ def load_policy(
     try:
         # Never run code from a model folder, never load a pickle: safetensors only.
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        switch_off_dropout(config)
+        if lora_rank:
+            require(config, "LoRA")
+        if dtype == FROZEN:
+            require(config, "frozen base")
         if check_memory:
             ensure_fits(f"loading {name}", estimate_model_bytes(config, dtype))
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if dtype == FROZEN:
             model = load_frozen(source, config, kernel)
         else:
-            model = load_float(source, DTYPES[dtype])
+            model = load_float(source, config, DTYPES[dtype])
     except (UserError, MemoryError):
         raise
     except Exception as error:  # the loaders raise a dozen unrelated kinds
@@ -125,10 +143,19 @@ def load_policy(
     return Policy(model, tokenizer, source, system, sampler)
 
 
-def load_float(source: str, dtype: torch.dtype) -> Any:
+def switch_off_dropout(config: Any) -> None:
+    """Set every dropout of the config to 0. GRPO compares the policy that samples, without
+    dropout, with the one that is trained: they must be the same function."""
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def load_float(source: str, config: Any, dtype: torch.dtype) -> Any:
     """The model with weights of this dtype. Raises ``ValueError`` if any of them is missing."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
+        config=config,
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=False,
@@ -143,7 +170,7 @@ def load_float(source: str, dtype: torch.dtype) -> Any:
 def check_policy(policy: Policy) -> None:
     """One prompt through tokenizer and model: UserError if either cannot answer."""
     try:
-        ids = policy.encode_chat([{"role": "user", "content": "1"}])
+        ids = policy.encode_problem(SHORT)
     except Exception as error:  # whatever a template does
         raise UserError(
             f"the chat template of {policy.source!r} fails ({first_sentence(error)}); fix "
@@ -155,6 +182,7 @@ def check_policy(policy: Policy) -> None:
             f"the tokenizer of {policy.source!r} does not fit its model of {known} tokens "
             f"(it gives {ids[:8]}); take both from the same folder"
         )
+    require_context(policy.model.config, len(ids), 1)
     with torch.inference_mode():
         logits = policy.model(torch.tensor([ids])).logits
     if not torch.isfinite(logits).all():
@@ -162,6 +190,28 @@ def check_policy(policy: Policy) -> None:
             f"the model {policy.source!r} gives logits that are not finite numbers, so its weights "
             "are damaged; download or save it again"
         )
+    if supports(policy.model.config, "rollouts"):
+        check_rollouts(policy, ids)
+
+
+@torch.inference_mode()
+def check_rollouts(policy: Policy, ids: list[int]) -> None:
+    """UserError if two prompts of unlike lengths, decoded together, get other log-probs than by a
+    plain forward pass. For architectures on which nobody has measured that."""
+    prompts, sampling = [ids, ids[-1:]], Sampling(4, stop_at_eos=False)
+    groups = sample(policy.model, prompts, 1, sampling, eos_ids=set(), pad_id=policy.pad_id)
+    for group in groups:
+        tokens = group.episodes[0].completion_ids
+        logits = policy.model(torch.tensor([group.prompt_ids + tokens])).logits[0].float()
+        log_p = logits[len(group.prompt_ids) - 1 : -1].log_softmax(-1)
+        exact = log_p.gather(-1, torch.tensor(tokens)[:, None]).squeeze(-1)
+        error = (exact - torch.tensor(group.episodes[0].logprobs)).abs().max()
+        if not error < (0.01 if logits.dtype == policy.model.dtype else 0.3):  # by rounding
+            raise UserError(
+                f"a {policy.model.config.model_type!r} model gives other probabilities when it "
+                "generates than when it scores (in this release of transformers), so GRPO cannot "
+                "train it; choose another model, such as one built like Qwen2 or Llama"
+            )
 
 
 def first_sentence(error: BaseException) -> str:
@@ -180,6 +230,17 @@ def prepare_tokenizer(tokenizer: Any) -> None:
         )
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
+    if not takes_system(tokenizer):
+        tokenizer.chat_template = SYSTEM_TO_USER + tokenizer.chat_template
+
+
+def takes_system(tokenizer: Any) -> bool:
+    """Whether the chat template shows a system prompt; some refuse it, some drop it silently."""
+    text = "Answer in one word."
+    try:
+        return text in tokenizer.apply_chat_template(prompt_messages(SHORT, text), tokenize=False)
+    except Exception:  # whatever a template does
+        return False
 
 
 def add_lora(model: Any, rank: int, seed: int = 0) -> Any:
@@ -187,10 +248,11 @@ def add_lora(model: Any, rank: int, seed: int = 0) -> Any:
 
     They go on every linear layer except the head, whatever the architecture calls them: fused
     projections, such as Phi-3's ``qkv_proj``, too. The base is frozen; B starts at zero, so the
-    policy is unchanged at first. Raises ``UserError`` for a model without linear layers.
+    policy is unchanged at first. Raises ``UserError`` where they would leave weights out.
     """
     from peft import LoraConfig, get_peft_model
 
+    require(model.config, "LoRA")
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
@@ -199,17 +261,11 @@ def add_lora(model: Any, rank: int, seed: int = 0) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    try:
-        with warnings.catch_warnings():
-            # PEFT uses a name that transformers 6 will drop: nothing that a user can act on.
-            warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-            warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # it corrects that
-            return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(
-            f"LoRA finds no linear layers in a {model.config.model_type!r} model; "
-            "give another model, or train with lora_rank 0"
-        ) from error
+    with warnings.catch_warnings():
+        # PEFT uses a name that transformers 6 will drop: nothing that a user can act on.
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # it corrects that
+        return get_peft_model(model, config)
 
 
 SNAPSHOT_NUMBERS = 65_536

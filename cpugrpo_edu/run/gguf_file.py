@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cpugrpo_edu.engine.architectures import require
 from cpugrpo_edu.errors import UserError
 
 BLOCK = 32
@@ -27,15 +28,11 @@ def write_gguf(
     """Write ``tensors`` by their names in transformers, as float32, or matrices as INT8 (Q8_0).
 
     Without a ``tokenizer`` the file takes and gives token ids only. UserError for another
-    architecture than Qwen2.
+    architecture than Qwen2's usual one.
     """
     import gguf
 
-    if config.model_type != "qwen2":
-        raise UserError(
-            f"GGUF export knows qwen2 models, not {config.model_type}; export --to merged and use "
-            "the converter of the program that will run the model"
-        )
+    require(config, "GGUF")
     writer = gguf.GGUFWriter(target, "qwen2")
     writer.add_name(name or target.stem)
     writer.add_context_length(config.max_position_embeddings)

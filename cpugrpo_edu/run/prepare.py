@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from cpugrpo_edu.curriculum import stage_problems
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import c_kernel, ranks
+from cpugrpo_edu.engine.architectures import context_length, require_context
 from cpugrpo_edu.engine.hardware import configure_threads
 from cpugrpo_edu.engine.memory import PeakMemory, free_memory
 from cpugrpo_edu.engine.options import EngineOptions
@@ -136,6 +137,7 @@ def load(session: Session) -> Learner:
     first = snapshot(policy.model)
     anchor = None
     if last is not None:
+    check_lengths(session, policy)
         if config.lora_rank:
             adapter = load_file(last / "adapter" / "adapter_model.safetensors")
             set_peft_model_state_dict(policy.model, adapter)
@@ -155,6 +157,20 @@ def load(session: Session) -> Learner:
 def plan_memory(session: Session, policy: Policy) -> bool:
     """Whether to checkpoint activations. UserError if not even one completion would fit."""
     config, limit = session.config, session.memory_limit
+def check_lengths(session: Session, policy: Policy) -> None:
+    """UserError if a prompt and a completion are longer than the model's context."""
+    config, limit = session.config, context_length(policy.model.config)
+    if limit is None:
+        return
+    rest = len(policy.encode_problem(Problem("short", "", "", "1", "")))
+    problems = {p.question: p for part in (*session.problems, session.held_out) for p in part}
+    for question, problem in problems.items():
+        # No text has more tokens than bytes, so most need not be tokenized.
+        if rest + len(question.encode()) + config.max_completion > limit:
+            length = len(policy.encode_problem(problem))
+            require_context(policy.model.config, length, config.max_completion)
+
+
 
     def need(checkpointing: bool) -> int:
         """Bytes on top of what the process holds now, with the model loaded."""
