@@ -11,7 +11,7 @@ from cpugrpo_edu.curriculum import Stage
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.run.config import RunConfig
-from cpugrpo_edu.tasks import DOMAINS, held_out_problems, split_of
+from cpugrpo_edu.tasks import TASKS, held_out_problems, split_of
 from cpugrpo_edu.tasks.custom import load_custom
 from cpugrpo_edu.tasks.gsm8k import load_gsm8k
 
@@ -25,11 +25,11 @@ def load_data(config: RunConfig) -> tuple[list[Problem] | None, list[Problem]]:
     """
     per_cell = max(1, config.per_cell)
     if config.data == "generated":
-        unknown = sorted(set(config.domains) - set(DOMAINS))
+        unknown = sorted(set(config.domains) - set(TASKS))
         if unknown or not config.domains:
             raise UserError(
                 f"unknown domains {', '.join(unknown) or '(none given)'}; "
-                f"allowed are {', '.join(DOMAINS)}"
+                f"allowed are {', '.join(TASKS)}"
             )
         if config.verifier is not None:
             raise UserError(

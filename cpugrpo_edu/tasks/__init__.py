@@ -1,6 +1,7 @@
 """Domains of problems. Each task generates, solves and verifies its own problems.
 
-Splits are disjoint by construction: the hash of a question decides its split, for every seed.
+Splits are disjoint by construction: the hash of a question, or of what its task gives as its id,
+decides its split, for every seed.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks.algebra import Algebra
 from cpugrpo_edu.tasks.arithmetic import Arithmetic
 from cpugrpo_edu.tasks.lists import Lists
+from cpugrpo_edu.tasks.stories import Stories
 from cpugrpo_edu.tasks.word_problems import WordProblems
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Arithmetic(), WordProblems(), Algebra(), Lists())
+    task.name: task for task in (Arithmetic(), WordProblems(), Algebra(), Lists(), Stories())
 }
 
-DOMAINS: tuple[str, ...] = tuple(TASKS)
-"""The generated domains, in the order in which tables show them."""
+DOMAINS: tuple[str, ...] = ("arithmetic", "word_problems", "algebra", "lists")
+"""The domains of the bundled model, in the order in which tables show them. ``stories`` need the
+words of a real model."""
 
 SPLIT_SHARES: dict[Split, float] = {"pretrain": 0.70, "train": 0.15, "eval": 0.15}
 
@@ -43,7 +46,7 @@ def question_hash(question: str) -> str:
 
 
 def split_of(question: str) -> Split:
-    """The one split that a question belongs to."""
+    """The one split that a question (or an id) belongs to."""
     position = int(question_hash(question)[:8], 16) / 16**8
     for split, share in SPLIT_SHARES.items():
         if position < share:
@@ -70,7 +73,7 @@ def make_problems(
             break
         in_vain += 1
         problem = task.generate(difficulty, rng)
-        if problem.question not in problems and split_of(problem.question) == split:
+        if problem.question not in problems and split_of(problem.id or problem.question) == split:
             identity = f"{domain}/{difficulty}/{question_hash(problem.question)[:10]}"
             problems[problem.question] = replace(problem, id=identity, task=task)
             in_vain = 0

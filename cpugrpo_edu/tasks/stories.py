@@ -1,0 +1,118 @@
+"""Word problems in everyday English, for real chat models.
+
+A basic story takes one step, an intermediate one two; an advanced story takes three or more, or
+two and has a sentence that is beside the point. `story_schemas` holds the stories and
+`story_words` their words.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from types import SimpleNamespace
+
+from cpugrpo_edu.data import ANSWER_MARK, Problem, StepReport
+from cpugrpo_edu.tasks.answers import ExactMatch
+from cpugrpo_edu.tasks.equations import apply
+from cpugrpo_edu.tasks.gsm8k import check_prose
+from cpugrpo_edu.tasks.story_schemas import BESIDE_THE_POINT, SCHEMAS, Schema
+from cpugrpo_edu.tasks.story_words import Scene, count
+
+_WORKING = re.compile(r"\[([^\]:]+)(?:: (\w+))?\]")
+_SENTENCE_END = re.compile(r"(?<=[.?!]) (?=[A-Z{])")
+
+
+@dataclass(frozen=True)
+class Stories(ExactMatch):
+    """The domain ``stories``. ``ending`` is the last line of a worked solution, with the answer
+    for ``{}``; another is ``The answer is {}.``"""
+
+    name: str = "stories"
+    ending: str = f"{ANSWER_MARK} {{}}"
+
+    def generate(self, difficulty: str, rng: random.Random) -> Problem:
+        """Draw one story. Its ``id`` is the schema and the numbers, without those that are beside
+        the point: it decides the split, so no instance is in two splits in other words."""
+        distract = difficulty == "advanced" and rng.random() < 0.4
+        schema = rng.choice(SCHEMAS["intermediate" if distract else difficulty])
+        numbers, results = draw_numbers(schema, rng)
+        kind, _, text = rng.choice(schema.texts).rpartition("| ")
+        scene = Scene(rng, kind or "thing", pair="{B" in text)
+        if distract:
+            text, numbers["x"] = add_beside_the_point(text, schema, rng)
+        question = scene.fill(text, numbers)
+        known = numbers | {f"r{i}": result for i, result in enumerate(results, start=1)}
+        steps = [write_step(step, scene, known) for step in schema.steps]
+        answer = str(results[-1])
+        solution = "\n".join([*steps, self.ending.format(answer)])
+        values = sorted(value for name, value in numbers.items() if name != "x")
+        instance = f"{schema.name}/{'-'.join(map(str, values))}"
+        return Problem(instance, self.name, difficulty, question, answer, solution)
+
+    def check_steps(self, problem: Problem, completion: str) -> StepReport:
+        """The steps are the equations in the prose, as for GSM8K."""
+        return check_prose(problem, completion)
+
+
+def draw_numbers(schema: Schema, rng: random.Random) -> tuple[dict[str, int], list[int]]:
+    """Numbers for which the story makes sense, and the result of each step."""
+    while True:
+        numbers = {name: rng.choice(values) for name, values in schema.numbers.items()}
+        results = work_out(schema, numbers)
+        if results and schema.where(SimpleNamespace(**numbers)):
+            return numbers, results
+
+
+def work_out(schema: Schema, numbers: dict[str, int]) -> list[int]:
+    """The result of each step; empty if one is not a whole number above 1."""
+    known, results = dict(numbers), []
+    for step in schema.steps:
+        for expression, _ in _WORKING.findall(step):
+            value = evaluate(expression, known)
+            if value.denominator != 1 or value < 2:
+                return []
+            results.append(int(value))
+            known[f"r{len(results)}"] = int(value)
+    return results
+
+
+def evaluate(expression: str, known: dict[str, int]) -> Fraction:
+    """The value of ``$n * k / 100``, from left to right."""
+    first, *rest = expression.replace("$", "").split()
+    value = Fraction(known.get(first) or int(first))
+    for operator, operand in zip(rest[::2], rest[1::2], strict=True):
+        number = apply(value, operator, Fraction(known.get(operand) or int(operand)))
+        assert number is not None  # no schema divides by 0
+        value = number
+    return value
+
+
+def write_step(step: str, scene: Scene, known: dict[str, int]) -> str:
+    """``They have [n * m: thing].`` becomes ``They have 3 x 4 = 12 apples.``"""
+
+    def equation(match: re.Match[str]) -> str:
+        expression, noun = match[1], match[2]
+        left = re.sub(r"[a-z]\d?", lambda name: str(known[name[0]]), expression)
+        result = int(evaluate(expression, known))
+        if noun:
+            right = count(result, scene.word(noun))
+        else:
+            right = f"${result}" if "$" in expression else str(result)
+        return f"{left.replace('*', 'x')} = {right}"
+
+    return scene.fill(_WORKING.sub(equation, step), known)
+
+
+def add_beside_the_point(text: str, schema: Schema, rng: random.Random) -> tuple[str, int]:
+    """The text with a sentence that changes nothing, first or before the last; its number."""
+    fits = [
+        (sentence, values)
+        for topic, sentence, values in BESIDE_THE_POINT
+        if topic not in schema.topics and ("{A" in text or "{A" not in sentence)
+    ]
+    sentence, values = rng.choice(fits)
+    sentences = _SENTENCE_END.split(text)
+    sentences.insert(rng.choice((0, len(sentences) - 1)), sentence)
+    return " ".join(sentences), rng.choice(values)
