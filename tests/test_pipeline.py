@@ -17,13 +17,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command_line import invoke
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cpugrpo_edu
 from cpugrpo_edu.curriculum import make_stages
-from cpugrpo_edu.data import DIFFICULTIES
+from cpugrpo_edu.data import DIFFICULTIES, Problem
 from cpugrpo_edu.engine.memory import PeakMemory
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.record.evaluations import load_evaluation
 from cpugrpo_edu.record.files import write_text
 from cpugrpo_edu.record.metrics import read_metrics
@@ -32,6 +34,7 @@ from cpugrpo_edu.rewards import REWARDS
 from cpugrpo_edu.run import pipeline, results
 from cpugrpo_edu.run.anchors import load_anchor
 from cpugrpo_edu.run.config import RunConfig, flag_of, plain
+from cpugrpo_edu.run.consolidate import fisher_examples
 from cpugrpo_edu.run.data import load_data
 from cpugrpo_edu.run.pause import Control, Interrupted
 from cpugrpo_edu.run.pipeline import run
@@ -520,6 +523,37 @@ def test_lora_on_a_frozen_int8_base(config, tmp_path, no_report):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fisher", ["empirical", "batched"])
+def test_a_fisher_of_solutions_needs_some_before_anything_is_trained(config, tmp_path, fisher):
+    judge, data = tmp_path / "judge.py", tmp_path / "prompts.jsonl"
+    judge.write_text("def judge(problem, completion):\n    return 1.0\n")
+    data.write_text("".join(json.dumps({"prompt": f"Say {x}."}) + "\n" for x in ascii_letters))
+    given = {"data": str(data), "verifier": f"{judge}:judge", "rewards": "odd_tokens=1"}
+    with pytest.raises(UserError, match=f"--fisher {fisher} .*choose --fisher rollout_score"):
+        run(small(config, fisher=fisher, fisher_examples=2, **given), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_given_completion_is_what_the_policy_would_write(tiny_folder):
+    """A tokenizer that begins texts with a token of its own does not do so in the middle."""
+    policy = load_policy(tiny_folder)
+    tokenizer = policy.tokenizer
+    plain = tokenizer("12 + 3 = 15\n#### 15", add_special_tokens=False)["input_ids"]
+    begin = tokenizer.pad_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.pad_token_id)]
+    )
+    assert tokenizer("x")["input_ids"][0] == tokenizer.pad_token_id
+    problem = Problem("p", "arithmetic", "basic", "12 + 3", "15", "12 + 3 = 15\n#### 15")
+    config = RunConfig(fisher="empirical")
+    [example] = fisher_examples(config, policy, [problem], 0)
+    assert example.completion_ids == [*plain, tokenizer.eos_token_id]
+    assert example.prompt_ids == policy.encode_problem(problem)
+    bare = replace(problem, solution="")
+    [example] = fisher_examples(config, policy, [bare], 0)
+    assert tokenizer.decode(example.completion_ids[:-1]) == "15"
+
+
 def test_prompts_and_verifier_of_ones_own(config, tmp_path, no_report):
     data = write_lines(
         tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}.", "id": str(i)} for i in range(24)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,43 @@ from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import ranks
 from cpugrpo_edu.engine.fisher import estimate_fisher
 from cpugrpo_edu.engine.memory import retry_smaller
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.ewc import merge_anchors, normalize_fisher, take_anchor
 from cpugrpo_edu.fisher import Example, examples_from_groups
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.run.config import RunConfig
 from cpugrpo_edu.run.state import Learner, Session
 from cpugrpo_edu.sample import Sampling, rollout
+
+GIVEN = ("empirical", "batched")
+"""The estimates that score a given completion: a worked solution, or a bare answer."""
+
+
+def check_solutions(config: RunConfig, problems: Sequence[Sequence[Problem]]) -> None:
+    """UserError if the estimate scores given completions and a problem of a stage has none."""
+    if config.fisher not in GIVEN or not config.fisher_examples:
+        return
+    stages = zip(config.stages, problems, strict=True)
+    scored = [p for stage, part in stages if stage.steps for p in part[-config.fisher_examples :]]
+    without = sum(not given_completion(problem) for problem in scored)
+    if without:
+        raise UserError(
+            f"--fisher {config.fisher} scores solutions, and {without} of {len(scored)} problems "
+            "have neither a solution nor an answer; choose --fisher rollout_score, which scores "
+            "the policy's own completions"
+        )
+
+
+def given_completion(problem: Problem) -> str:
+    return (problem.solution or problem.answer).strip()
+
+
+def solution_ids(policy: Policy, problem: Problem) -> list[int]:
+    """Tokens of the given completion as the policy would have to write it: without the token that
+    begins a text, and with the one that ends it."""
+    ids = policy.tokenizer(given_completion(problem), add_special_tokens=False)["input_ids"]
+    end = policy.tokenizer.eos_token_id
+    return [*ids, min(policy.eos_ids) if end is None else end]
 
 
 def consolidate(session: Session, learner: Learner, index: int) -> dict[str, Any]:
@@ -72,12 +104,9 @@ def fisher_examples(
     """What the chosen estimate looks at: worked solutions, the policy's rollouts, or nothing."""
     if config.fisher == "lightning":
         return []
-    if config.fisher in ("empirical", "batched"):
+    if config.fisher in GIVEN:
         return [
-            Example(
-                policy.encode_problem(problem),
-                policy.tokenizer(problem.solution or problem.answer)["input_ids"],
-            )
+            Example(policy.encode_problem(problem), solution_ids(policy, problem))
             for problem in problems
         ]
     sampling = Sampling(config.max_completion, 1.0, seed=seed)

@@ -39,6 +39,7 @@ from cpugrpo_edu.record.metrics import MetricsLog
 from cpugrpo_edu.rewards import parse_rewards
 from cpugrpo_edu.run.anchors import load_anchor
 from cpugrpo_edu.run.config import RunConfig, check_settings, check_tracker
+from cpugrpo_edu.run.consolidate import check_solutions
 from cpugrpo_edu.run.data import load_data, select_problems
 from cpugrpo_edu.run.pause import Control
 from cpugrpo_edu.run.stage import grpo_arguments
@@ -73,12 +74,14 @@ def prepare(
             f"{output} already exists and is not empty; give another --output, "
             "or --resume to continue the run in it"
         )
+    problems = [problems_of_stage(config, i, training) for i in range(len(config.stages))]
+    check_solutions(config, problems)
     session = Session(
         config=config,
         output=output,
         state=load_state(output, config) if resume else RunState.new(config),
         rewards=parse_rewards(config.rewards, config.max_completion),
-        problems=[problems_of_stage(config, i, training) for i in range(len(config.stages))],
+        problems=problems,
         held_out=held_out,
         threads=configure_threads(config.threads),
         display=display,
@@ -137,7 +140,6 @@ def load(session: Session) -> Learner:
     first = snapshot(policy.model)
     anchor = None
     if last is not None:
-    check_lengths(session, policy)
         if config.lora_rank:
             adapter = load_file(last / "adapter" / "adapter_model.safetensors")
             set_peft_model_state_dict(policy.model, adapter)
@@ -171,6 +173,9 @@ def check_lengths(session: Session, policy: Policy) -> None:
             require_context(policy.model.config, length, config.max_completion)
 
 
+def plan_memory(session: Session, policy: Policy) -> bool:
+    """Whether to checkpoint activations. UserError if not even one completion would fit."""
+    config, limit = session.config, session.memory_limit
 
     def need(checkpointing: bool) -> int:
         """Bytes on top of what the process holds now, with the model loaded."""

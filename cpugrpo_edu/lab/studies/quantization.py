@@ -156,7 +156,7 @@ def layer_errors(policy: Any, changed: Any, problems: Sequence[Any]) -> dict[str
     try:
         with torch.inference_mode():
             for problem in problems:
-                solution = policy.tokenizer(problem.solution)["input_ids"]
+                solution = policy.tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
                 policy.model(torch.tensor([policy.encode_problem(problem) + solution]))
     finally:
         policy.model.train(was_training)
