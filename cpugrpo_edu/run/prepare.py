@@ -137,6 +137,7 @@ def load(session: Session) -> Learner:
             f"no compiled kernel here ({c_kernel.library()[1]}); using torch's instead"
         )
     check_policy(policy)
+    check_lengths(session, policy)
     first = snapshot(policy.model)
     anchor = None
     if last is not None:
@@ -156,9 +157,6 @@ def load(session: Session) -> Learner:
     return Learner(policy, anchor, first, checkpointing, available, log)
 
 
-def plan_memory(session: Session, policy: Policy) -> bool:
-    """Whether to checkpoint activations. UserError if not even one completion would fit."""
-    config, limit = session.config, session.memory_limit
 def check_lengths(session: Session, policy: Policy) -> None:
     """UserError if a prompt and a completion are longer than the model's context."""
     config, limit = session.config, context_length(policy.model.config)
