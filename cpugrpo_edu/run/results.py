@@ -10,6 +10,7 @@ import torch
 
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import ranks
+from cpugrpo_edu.engine.architectures import supports
 from cpugrpo_edu.engine.int8 import quantization_report, quantize_for_rollout, usable_kernel
 from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.models.load import relative_change
@@ -69,7 +70,10 @@ def results_of(session: Session, learner: Learner) -> dict[str, Any]:
     evaluations = [e for e in (evaluation(session, learner, label) for label in labels) if e]
     int8 = None
     quantization: dict[str, Any] = {}
-    if config.int8_evaluation and not config.frozen:
+    unable = supports(model.config, "INT8 copy")
+    if config.int8_evaluation and unable:
+        session.display.message(f"no evaluation of an INT8 copy: {unable}")
+    elif config.int8_evaluation and not config.frozen:
         served = quantize_for_rollout(model)
         ids = torch.tensor([learner.policy.encode_problem(session.held_out[0])])
         quantization = quantization_report(model, served, ids)
