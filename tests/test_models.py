@@ -27,7 +27,9 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models import load
 from cpugrpo_edu.models.load import (
     SYSTEM_PROMPT,
+    SYSTEM_TO_USER,
     add_lora,
+    check_policy,
     fingerprint,
     load_policy,
     prepare_tokenizer,
@@ -104,6 +106,61 @@ class Bare:
 
     def __init__(self, eos_token):
         self.eos_token = eos_token
+
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ '<start>' + message['role'] + '\n' + message['content'] | trim + '<end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start>model\n' }}{% endif %}"
+)
+FORGETFUL_TEMPLATE = (
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{{ '<start>' + message['role'] + '\n' + message['content'] + '<end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start>model\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [GEMMA_TEMPLATE, FORGETFUL_TEMPLATE])
+def test_a_template_without_a_system_role_gets_its_text_in_the_first_turn(
+    folder, tmp_path, template
+):
+    (folder / "chat_template.jinja").write_text(template)
+    policy = load_policy(folder, system="Be brief.")
+    check_policy(policy)
+
+    def shown(messages):
+        return policy.tokenizer.decode(policy.encode_chat(messages))
+
+    bare = "<start>user\nCompute 1+2.<end>\n<start>model\n"
+    asked = bare.replace("Compute", "Be brief.\n\nCompute")
+    system = {"role": "system", "content": "Be brief."}
+    assert shown(QUESTION) == bare
+    assert shown([system, *QUESTION]) == asked
+    longer = [system, *QUESTION, {"role": "assistant", "content": "3"}, *QUESTION]
+    assert shown(longer).startswith(asked[: -len("<start>model\n")] + "<start>assistant\n3<end>")
+    assert shown(longer).count("Be brief.") == 1
+    # Saved with the model, for whoever loads it without us; and once only.
+    saved = AutoTokenizer.from_pretrained(save_policy(policy, tmp_path / "saved"))
+    assert saved.chat_template == SYSTEM_TO_USER + template
+    assert load_policy(tmp_path / "saved").tokenizer.chat_template == saved.chat_template
+
+
+def test_a_template_that_shows_the_system_prompt_stays_as_it_is(folder):
+    before = (folder / "chat_template.jinja").read_text()
+    assert load_policy(folder).tokenizer.chat_template == before
+
+
+def test_the_policys_own_system_prompt_is_tried(folder):
+    refuse = "{% if messages[0]['content'] == 'X' %}{{ raise_exception('no X') }}{% endif %}"
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(refuse + template)
+    check_policy(load_policy(folder, system="Y"))
+    with pytest.raises(UserError, match="chat template .* fails .no X"):
+        check_policy(load_policy(folder, system="X"))
+
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)

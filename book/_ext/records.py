@@ -27,7 +27,7 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab import bench_plots
 from cpugrpo_edu.lab.tables import COEFFICIENT_HEADER, coefficient_rows, sweep_summary
 from cpugrpo_edu.lab.tables import TABLES as BENCH_TABLES
-from cpugrpo_edu.record.markdown import markdown_table
+from cpugrpo_edu.record.markdown import markdown_table, markdown_text
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import over_seeds
 from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
@@ -199,6 +199,33 @@ def table_origin() -> str:
     )
 
 
+def table_architectures() -> str:
+    """What each feature gives on each architecture, a row for each."""
+    record = RunRecord.load(RECORDS / "architectures.json")
+    features, found = record.config["features"], record.results["table"]
+    rows = [
+        [name, *(found[name][feature].partition(":")[0] for feature in features)]
+        for name in record.config["architectures"]
+    ]
+    return markdown_table(["Architecture", *features], rows)
+
+
+def table_refusals() -> str:
+    """The sentences that say why, each with the architectures that get it."""
+    record = RunRecord.load(RECORDS / "architectures.json")
+    names: dict[str, list[str]] = {}
+    for name in record.config["architectures"]:
+        for result in record.results["table"][name].values():
+            verdict, _, sentence = result.partition(": ")
+            if verdict == "refused":
+                general = re.sub(r"'\w+' model", "model", sentence)
+                names.setdefault(general, []).append(name)
+    return "\n".join(
+        f"- *{markdown_text(sentence)}* ({', '.join(dict.fromkeys(who))})"
+        for sentence, who in sorted(names.items())
+    )
+
+
 def table_outcomes() -> str:
     """Objectives and exercises of every chapter, as its notebook states them."""
     parts = []
@@ -224,6 +251,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmarks": table_benchmarks,
     "origin": table_origin,
     "outcomes": table_outcomes,
+    "architectures": table_architectures,
+    "refusals": table_refusals,
 }
 
 

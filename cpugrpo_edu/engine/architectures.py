@@ -62,7 +62,7 @@ def supports(config: Any, feature: Feature) -> str | None:
         raise ValueError(f"feature is {feature!r}; allowed are {', '.join(get_args(Feature))}")
     text = config.get_text_config()
     if text.model_type not in TYPES[feature]:
-        return "no test shows it to be right there, as on Qwen2 and others"
+        return "it is tested on Qwen2 and others, but not on this architecture"
     return next(peculiarities(text, feature), None)
 
 
