@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from cpugrpo_edu.engine.shared_prefix import group_rows, pack_group, packed_log_probs
+from cpugrpo_edu.engine.blocks import norm_of
+from cpugrpo_edu.engine.shared_prefix import (
+    group_attention,
+    group_bias,
+    group_rows,
+    pack_group,
+    packed_log_probs,
+)
 from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.policy import completion_logits
 
@@ -72,9 +80,10 @@ def test_weights_in_bfloat16_are_multiplied_as_they_are(tiny_folder, lora_rank):
 
 
 def test_a_completion_sees_the_prompt_and_itself():
-    ids, positions, bias = pack_group(
+    ids, positions = pack_group(
         torch.tensor([10, 11]), [torch.tensor([20, 21]), torch.tensor([30])]
     )
+    bias = group_bias(2, [2, 1], torch.float32)
     assert ids.tolist() == [10, 11, 20, 21, 30]
     assert positions.tolist() == [0, 1, 2, 3, 2]
     assert (bias == 0).long().tolist() == [
@@ -84,6 +93,36 @@ def test_a_completion_sees_the_prompt_and_itself():
         [1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1],
     ]
+
+
+@pytest.mark.parametrize("lengths", [[3, 5, 1], [4], [2, 0, 3], [0, 2, 0], [0, 0]])
+def test_attention_in_parts_is_that_of_the_mask(lengths):
+    torch.manual_seed(0)
+    prompt, heads, dim = 6, 4, 8
+    length = prompt + sum(lengths)
+    states = [torch.randn(1, n, length, dim, requires_grad=True) for n in (heads, 2, 2)]
+    bias = group_bias(prompt, lengths, torch.float32)
+    expected = F.scaled_dot_product_attention(*states, attn_mask=bias, enable_gqa=True)
+    found = group_attention(prompt, lengths)(*states)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(expected.shape)
+    slopes = [torch.autograd.grad((y * weights).sum(), states) for y in (found, expected)]
+    for got, want in zip(*slopes, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_norm_and_its_gradient():
+    torch.manual_seed(0)
+    norm = torch.nn.RMSNorm(16, eps=1e-5)
+    norm.variance_epsilon = norm.eps
+    norm.weight.data = torch.rand(16)
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    g = torch.randn(3, 5, 16)
+    results = [norm_of(norm)(x), F.rms_norm(x, (16,), norm.weight, 1e-5)]
+    torch.testing.assert_close(*results)
+    slopes = [torch.autograd.grad((y * g).sum(), (x, norm.weight)) for y in results]
+    for got, want in zip(*slopes, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_rows_are_grouped_by_their_prompt():

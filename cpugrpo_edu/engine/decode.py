@@ -28,7 +28,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from cpugrpo_edu.data import Episode, Group
 from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.architectures import require_context
-from cpugrpo_edu.engine.blocks import Block, Projection, causal_lm, is_supported, norm_of
+from cpugrpo_edu.engine.blocks import Block, Projection, causal_lm, is_supported, norm_of, rotary
+from cpugrpo_edu.engine.int8_matrix import BlockInt8Linear, unpacked
 from cpugrpo_edu.engine.memory import free_memory, retry_smaller
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.sizes import Architecture, rows_that_fit
@@ -94,8 +95,7 @@ class Decoder:
         cache.mask[:, start:end] = valid
         cache.length = end
         hidden = self.lm.model.embed_tokens(ids)
-        cos, sin = self.lm.model.rotary_emb(hidden, positions)
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        cos, sin = rotary(self.lm, hidden, positions)
         bias = attention_bias(cache.mask[:, :end], ids.shape[1], hidden.dtype)
         for index, block in enumerate(self.blocks):
             normed = block.before_attention(hidden)
@@ -152,7 +152,7 @@ def attend(
 
 
 class CompiledDecoder(Decoder):
-    """The same for a frozen INT8 model; single tokens of few rows are one call of C."""
+    """The same for a model with compiled INT8 layers: a single token is one call of C."""
 
     def __init__(self, plain: Decoder):
         self.lm, self.blocks, self.norm, self.head = plain.lm, plain.blocks, plain.norm, plain.head
@@ -161,8 +161,8 @@ class CompiledDecoder(Decoder):
             ours.before_attention = c_kernel.address(layer.input_layernorm.weight)
             ours.before_mlp = c_kernel.address(layer.post_attention_layernorm.weight)
             for name, module, projection in products(layer, block):
-                linear = c_kernel.describe(module, projection.down, projection.up)
-                setattr(ours, name, linear)
+                adapter = (projection.down, projection.up)
+                setattr(ours, name, c_kernel.describe(module.matrix, module.bias, *adapter))
         self.epsilon = self.lm.model.layers[0].input_layernorm.variance_epsilon
         self.cache: Cache | None = None
 
@@ -174,8 +174,8 @@ class CompiledDecoder(Decoder):
             if block.activation is not None or any(n.weight.dtype != torch.float32 for n in norms):
                 return False
             for _, module, projection in products(layer, block):
-                compiled = getattr(module, "kernel", "") == "compiled"
-                if not compiled or projection.base != module.forward:
+                ours = isinstance(module, BlockInt8Linear) and module.kernel == "compiled"
+                if not ours or projection.base != module.forward:
                     return False
         return True
 
@@ -187,7 +187,7 @@ class CompiledDecoder(Decoder):
         self.cache = cache
 
     def forward(self, ids: Tensor, positions: Tensor, valid: Tensor, cache: Cache) -> Tensor:
-        if ids.shape[1] > 1 or len(ids) > c_kernel.FEW_ROWS:
+        if ids.shape[1] > 1:
             return super().forward(ids, positions, valid, cache)
         if cache is not self.cache:
             self.attach(cache)
@@ -347,8 +347,8 @@ def sample(
     if n < 1 or not all(prompts):
         raise ValueError(f"{n} completions were asked, or a prompt has no tokens; give at least 1")
     lm, was_training = causal_lm(model), model.training
-    decoding = decode if options.engine == "fast" and is_supported(lm) else decode_with_generate
     require_context(lm.config, max(map(len, prompts), default=0), sampling.max_new_tokens)
+    decoding = decode if options.engine == "fast" and is_supported(lm) else decode_with_generate
     generator = torch.Generator().manual_seed(sampling.seed)
     stop = eos_ids if sampling.stop_at_eos else set()
 
@@ -369,11 +369,12 @@ def sample(
     found: dict[int, Group] = {}
     model.eval()  # dropout must not act on rollouts
     try:
-        for chunk in chunks_by_length(prompts, max(1, rows // n)):
-            texts = [prompts[i] for i in chunk]
-            attempt = functools.partial(complete, texts, generator.get_state())
-            found.update(zip(chunk, retry_smaller(attempt, rows), strict=True))
-            on_done(len(chunk))
+        with unpacked(lm):
+            for chunk in chunks_by_length(prompts, max(1, rows // n)):
+                texts = [prompts[i] for i in chunk]
+                attempt = functools.partial(complete, texts, generator.get_state())
+                found.update(zip(chunk, retry_smaller(attempt, rows), strict=True))
+                on_done(len(chunk))
     finally:
         model.train(was_training)
     return [found[i] for i in range(len(prompts))]

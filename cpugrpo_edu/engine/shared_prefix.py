@@ -10,8 +10,8 @@ completion. Rotary positions go on from the prompt's end in each of them, so all
 states, log-probabilities and gradients are those of the separate sequences: G (P + C) tokens
 become P + G C. (Prefix Grouper, arXiv:2506.05433, does the same by other means.)
 
-Attention costs (P + G C)^2 instead of G (P + C)^2 products. That is little where the linear layers
-dominate, as in models of some hundred million parameters, but not in tiny ones.
+With our own layers (:mod:`.blocks`) no score is computed that the mask would hide. With the model's
+own, attention costs (P + G C)^2 instead of G (P + C)^2 products.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpugrpo_edu.engine.architectures import require
-from cpugrpo_edu.engine.blocks import causal_lm, hidden_states, is_supported
+from cpugrpo_edu.engine.blocks import Attention, causal_lm, hidden_states, is_supported
 from cpugrpo_edu.engine.int8_base import token_log_probs
 
 
@@ -38,10 +38,8 @@ def group_rows(prompt_ids: Tensor, prompt_mask: Tensor) -> list[list[int]]:
     return list(groups.values())
 
 
-def pack_group(
-    prompt: Tensor, completions: list[Tensor], dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (L,), rotary positions (L,) and additive attention mask (L, L) of one group.
+def pack_group(prompt: Tensor, completions: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Token ids and rotary positions of one group, (L,) each.
 
     ``prompt`` is (P,), each of the completions (C_k,), so L = P + sum of C_k.
     """
@@ -50,13 +48,46 @@ def pack_group(
     positions = torch.cat(
         [torch.arange(start), *(torch.arange(start, start + len(c)) for c in completions)]
     )
+    return ids, positions
+
+
+def group_bias(prompt: int, lengths: list[int], dtype: torch.dtype) -> Tensor:
+    """What to add to the scores, (L, L): 0 where a token sees another, else the least number."""
     # Segment 0 is the prompt, k the k-th completion.
-    lengths = torch.tensor([start, *map(len, completions)])
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    sizes = torch.tensor([prompt, *lengths])
+    segment = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
     visible = (segment[None, :] == 0) | (segment[None, :] == segment[:, None])
-    visible &= torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-    bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-    return ids, positions, bias
+    visible &= torch.ones(len(segment), len(segment), dtype=torch.bool).tril()
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def group_attention(prompt: int, lengths: list[int]) -> Attention:
+    """The same attention without the scores that the mask would hide: the prompt by itself, then
+    each completion, filled up to the longest, over the prompt and itself."""
+    sizes, longest = torch.tensor(lengths), max(lengths)
+    starts = prompt + sizes.cumsum(0) - sizes
+    step = torch.arange(longest)
+    # Where the token of each place stands. A place without one repeats another token, which comes
+    # after all real tokens of its row, so that none of them sees it.
+    where = (starts[:, None] + step).clamp(max=prompt + sum(lengths) - 1).flatten()
+    real = (step < sizes[:, None]).flatten().nonzero().squeeze(1)
+    visible = torch.ones(longest, prompt + longest, dtype=torch.bool).tril(prompt)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        shared = [x[:, :, :prompt] for x in (query, key, value)]
+        first = F.scaled_dot_product_attention(*shared, is_causal=True, enable_gqa=True)
+        own_query, *own = (
+            x[0].index_select(1, where).unflatten(1, (len(lengths), longest)).transpose(0, 1)
+            for x in (query, key, value)
+        )
+        both = (
+            torch.cat([x.expand(len(lengths), -1, -1, -1), mine], 2)
+            for x, mine in zip(shared[1:], own, strict=True)
+        )
+        rest = F.scaled_dot_product_attention(own_query, *both, attn_mask=visible, enable_gqa=True)
+        return torch.cat([first, rest.transpose(0, 1).flatten(1, 2).index_select(1, real)[None]], 2)
+
+    return attend
 
 
 def packed_log_probs(
@@ -85,8 +116,7 @@ def packed_log_probs(
     for rows in group_rows(prompt_ids, prompt_mask):
         prompt = prompt_ids[rows[0]][prompt_mask[rows[0]].bool()]
         completions = [completion_ids[row][completion_mask[row].bool()] for row in rows]
-        packed = pack_group(prompt, completions, lm.dtype)
-        hidden = states_of(lm, *packed, recompute, bfloat16)
+        hidden = states_of(lm, prompt, completions, recompute, bfloat16)
         # The state before a token predicts it: for the first one of each completion that of the
         # prompt's end, which is not its neighbour.
         lengths = torch.tensor([len(completion) for completion in completions])
@@ -103,13 +133,16 @@ def packed_log_probs(
 
 
 def states_of(
-    lm: Any, ids: Tensor, positions: Tensor, bias: Tensor, recompute: bool, bfloat16: bool
+    lm: Any, prompt: Tensor, completions: list[Tensor], recompute: bool, bfloat16: bool
 ) -> Tensor:
     """Last hidden states (L, hidden) of a packed group."""
+    ids, positions = pack_group(prompt, completions)
+    lengths = [len(completion) for completion in completions]
     # With checkpointing switched on, the model's own layers are the ones that do it.
     if is_supported(lm) and not lm.model.is_activation_checkpointing:
-        sequence = (ids[None], positions[None], bias[None, None])
-        return hidden_states(lm, *sequence, recompute, bfloat16)[0]
+        attend = group_attention(len(prompt), lengths)
+        return hidden_states(lm, ids[None], positions[None], attend, recompute, bfloat16)[0]
+    bias = group_bias(len(prompt), lengths, lm.dtype)
     states: Tensor = lm.model(
         input_ids=ids[None],
         attention_mask=bias[None, None],
