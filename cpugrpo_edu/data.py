@@ -15,7 +15,7 @@ DIFFICULTIES: tuple[Difficulty, ...] = ("basic", "intermediate", "advanced")
 Split = Literal["pretrain", "train", "eval"]
 
 ANSWER_MARK = "####"
-"""A completion states its final answer after this mark, as in GSM8K."""
+"""A worked solution states its final answer after this mark, as in GSM8K."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class Problem:
         if self.task is None:
             raise ValueError(f"problem {self.id!r} has no task, so no completion can be judged")
         return self.task
+
+    @property
+    def answer_format(self) -> str:
+        """Where the task reads the answer of a completion, see `cpugrpo_edu.tasks.statements`."""
+        return getattr(self.task, "answer_format", "hash")
 
     def verify(self, completion: str) -> bool:
         """Whether the completion's stated final answer is exactly right."""

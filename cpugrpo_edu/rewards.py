@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
-from cpugrpo_edu.data import ANSWER_MARK, Episode, Group, Problem
+from cpugrpo_edu.data import Episode, Group, Problem
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.tasks.answers import extract_answer, stated_answers
+from cpugrpo_edu.tasks.answers import well_formed
 
 RewardFunction = Callable[[Problem, Episode], float]
 
@@ -97,16 +97,11 @@ def valid_steps(problem: Problem, episode: Episode) -> float:
 
 
 def good_format(problem: Problem, episode: Episode) -> float:
-    """1 if the completion has working and then one final line ``#### answer``, else 0.
+    """1 if the completion has working, then one stated answer and nothing after it, else 0.
 
     It does not check the answer: alone it would teach only the format, so keep its weight small.
     """
-    text = episode.text
-    answer = extract_answer(text)
-    if answer is None or len(stated_answers(text)) != 1:
-        return 0.0
-    working, _, last = text.strip().replace("\r\n", "\n").rpartition("\n")
-    return float(last == f"{ANSWER_MARK} {answer}" and any(map(str.isalnum, working)))
+    return float(well_formed(episode.text, problem.answer_format))
 
 
 def make_length_penalty(soft_limit: int = 192, hard_limit: int = 256) -> RewardFunction:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpugrpo_edu.tasks import answers
+from cpugrpo_edu.tasks import spelling
 from cpugrpo_edu.tasks.answers import (
     MAX_ANSWER_CHARS,
     MAX_NUMBER_CHARS,
@@ -14,8 +14,8 @@ from cpugrpo_edu.tasks.answers import (
     extract_answer,
     normalize_answer,
     parse_number,
-    stated_answers,
 )
+from cpugrpo_edu.tasks.statements import MAX_STATEMENTS, statements
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,11 @@ def test_refuses_what_is_no_single_answer(completion):
     assert extract_answer(completion) is None
 
 
-def test_stated_answers_keeps_order_and_bare_marks():
-    assert stated_answers("a #### 1 #### 2\n####\n#### 3") == ["1", "2", "", "3"]
+def test_statements_keep_order_place_and_bare_marks():
+    text = "a #### 1 #### 2\n####\n#### 3"
+    found = statements(text)
+    assert [s.text for s in found] == ["1", "2", "", "3"]
+    assert [text[s.start : s.end] for s in found] == ["#### 1 ", "#### 2\n", "####\n", "#### 3"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +110,67 @@ def test_stated_answers_keeps_order_and_bare_marks():
         ("1\u200b8", "18"),  # a zero-width space
         ("\u202e18\u202c", "18"),  # a right-to-left override shows 81 but spells 18
         ("18\u00a0km", "18"),
+        ("18kg", "18"),
+        ("18 m²", "18"),
+        ("3 apples/day", "3"),
+        # scale words are part of the number
+        ("18 thousand", "18000"),
+        ("18 thousands", "18000"),
+        ("$18 thousand", "18000"),
+        ("18 thousand dollars", "18000"),
+        ("18k", "18000"),
+        ("18K", "18000"),
+        ("1.5 million", "1500000"),
+        ("5M", "5000000"),
+        ("$5M", "5000000"),
+        ("5m", "5"),  # metres
+        ("5 bn", "5000000000"),
+        ("5B", "5000000000"),
+        ("2 trillion", "2000000000000"),
+        ("3 hundred", "300"),
+        ("5 dozen", "60"),
+        ("5 dozens", "60"),
+        ("5 dozen eggs", "60"),
+        ("3 quarters", "3/4"),
+        ("2 thirds", "2/3"),
+        ("3 halves", "3/2"),
+        # as language models write
+        ("**42**", "42"),
+        ("**42** apples", "42"),
+        ("`42`", "42"),
+        ("\\boxed{42}", "42"),
+        ("$\\boxed{42}$", "42"),
+        ("\\boxed{\\text{42}}", "42"),
+        ("\\$42", "42"),
+        ("42\\%", "42"),
+        ("\\(42\\)", "42"),
+        ("\\[42\\]", "42"),
+        ("$$42$$", "42"),
+        ("42\\text{ km}", "42"),
+        ("1{,}000", "1000"),
+        ("1\\,000", "1000"),
+        ("\\frac{1}{2}", "1/2"),
+        ("-\\dfrac{3}{4}", "-3/4"),
+        ("1\\frac{1}{2}", "3/2"),
+        ("90^\\circ", "90"),
+        ("Answer: 42", "42"),
+        ("**Answer:** 42", "42"),
+        ("The answer is 42.", "42"),
+        ("So the final answer is: 42", "42"),
+        ("<answer>42</answer>", "42"),
+        ("x = 42", "42"),
+        ("$x=42$", "42"),
+        ("Total cost = $42", "42"),
+        ("12 + 30 = 42", "42"),
+        ("12 apples + 30 apples = 42 apples", "42"),
+        ("1 1/2", "3/2"),
+        ("-1 1/2 cups", "-3/2"),
+        ("1½", "3/2"),
+        ("½", "1/2"),
+        ("1 000", "1000"),
+        ("1\u202f000\u202f000", "1000000"),
+        ("negative 5", "-5"),
+        ("minus $5", "-5"),
         ("[b, d, a]", "b d a"),
         ("( B;D , a )", "b d a"),
         ("'b', \"d\"", "b d"),
@@ -141,22 +205,47 @@ def test_normalizes(text, canonical):
         "-$-5",
         "1/0",
         "1/-2",
-        "1 1/2",
         "18 or 19",
         "18 19",
         "18/19/20",
         "18-19",
         "about 18",
-        "x = 18",
-        "18 thousand",
-        "18k",
-        "1.5 million",
         "18 square metres",
         "1²",  # NFKC would make it 12
-        "1½",  # NFKC would make it 11/2
-        "½",
         "①",
         "1\u03368",  # struck through
+        # symbols and words that are no units
+        "3x",
+        "3 y",
+        "3ab",
+        "5x²",
+        "5x^2",
+        "3 pi",
+        "3π",
+        "4 am",
+        "4 pm",
+        "4 p.m.",
+        "500 BC",
+        "5th",
+        "5b",
+        "5T",
+        "5 squared",
+        "5 twenty",
+        "5!",
+        "2**3",
+        "5 or so",
+        # numbers that could be two things
+        "1 2/1",
+        "1 100/2",
+        "1.5 1/2",
+        "1 00",
+        "1000 000",
+        "1,000 000",
+        "41 = 42",
+        "x = 41, x = 42",
+        "3 or x = -3",
+        "x = 3 or -3",
+        "$5 and $6",
         "9" * (MAX_NUMBER_CHARS + 1),
         "1/" + "9" * MAX_NUMBER_CHARS,
         "0" * 10**6,
@@ -181,6 +270,17 @@ def test_these_are_no_single_number(text):
         ("1, 2", "[1,2]"),
         ("100,200", "100 200"),  # the reference decides that this is a list
         ("YES", "yes"),
+        ("[18]", "18"),
+        ("18000", "18 thousands"),
+        ("60", "5 dozens"),
+        ("3X", "3x"),
+        ("4 PM", "4 pm"),
+        ("\\boxed{b, d, a}", "b d a"),
+        ("42", "The answer is 42."),
+        ("18 kilometres", "18 km"),
+        ("$18", "18 dollars"),
+        ("5 m^2", "5 m²"),
+        ("y", "Y."),
     ],
 )
 def test_matches(stated, reference):
@@ -208,6 +308,30 @@ def test_matches(stated, reference):
         ("b d a" + " " * 200, "b d a"),
         ("x" * 101, "x" * 101),
         ("12", "1 2"),
+        # scale words
+        ("18 thousands", "18"),
+        ("18", "18 thousands"),
+        ("5 dozens", "5"),
+        ("3 quarters", "3"),
+        ("5M", "5"),
+        ("5M", "5m"),
+        ("5 bn", "5"),
+        # symbols
+        ("3x", "3y"),
+        ("3x", "3"),
+        ("3", "3x"),
+        ("4 am", "4 pm"),
+        ("4 am", "4"),
+        ("5x²", "5"),
+        ("5x²", "5x"),
+        ("x = 3", "y = 3"),
+        # units that differ
+        ("60 min", "60 h"),
+        ("18 km", "18 m"),
+        ("5 m", "5 m²"),
+        ("$18", "18 euros"),
+        ("60 km/h", "60 m/s"),
+        ("100,200,300", "100 200"),
     ],
 )
 def test_does_not_match(stated, reference):
@@ -222,7 +346,11 @@ def test_every_fraction_is_read_back_exactly(value):
     assert parse_number(str(value)) == value
 
 
-@given(st.integers(-(10**15), 10**15), st.sampled_from(["{:,}", "${:,}.", "{} km", "{}.00", "{}%"]))
+SPELLINGS = ["{:,}", "${:,}.", "{} km", "{}.00", "{}%", "**{}**", r"\boxed{{{}}}", "x = {}"]
+SPELLINGS += ["Answer: {}", "The answer is {}.", r"\({}\)", "{} eggs", "`{}`", "${:,}$"]
+
+
+@given(st.integers(-(10**15), 10**15), st.sampled_from(SPELLINGS))
 def test_spellings_of_an_integer_match(value, spelling):
     assert answers_match(spelling.format(value), str(value))
 
@@ -260,8 +388,37 @@ def test_nothing_appended_mends_a_wrong_answer(pieces):
 def test_work_is_bounded_for_a_million_characters(text, monkeypatch):
     """At most `MAX_STATEMENTS` answers, none longer than the limit, reach the parser."""
     seen = []
-    real = answers._fold_character
-    monkeypatch.setattr(answers, "_fold_character", lambda c: seen.append(c) or real(c))
+    real = spelling._fold_character
+    monkeypatch.setattr(spelling, "_fold_character", lambda c: seen.append(c) or real(c))
     extract_answer(text)
     normalize_answer(text)
-    assert len(seen) <= 2 * answers.MAX_STATEMENTS * MAX_ANSWER_CHARS
+    assert len(seen) <= 2 * MAX_STATEMENTS * MAX_ANSWER_CHARS
+
+
+SCALED = {"thousand": 10**3, "million": 10**6, "dozens": 12, "k": 10**3, "bn": 10**9}
+
+
+@given(st.integers(1, 999), st.sampled_from(list(SCALED)), st.sampled_from(["", " eggs", " km"]))
+def test_a_scale_word_multiplies(value, word, unit):
+    stated = f"{value} {word}{unit}"
+    assert parse_number(stated) == value * SCALED[word]
+    assert not answers_match(stated, str(value))
+
+
+@given(st.integers(0, 10**9), st.sampled_from("abcefijnopqruvwxyz"))
+def test_a_symbol_is_no_unit(value, letter):
+    other = "x" if letter != "x" else "y"
+    assert answers_match(f"{value}{letter}", f"{value}{letter}")
+    assert not answers_match(f"{value}{letter}", f"{value}{other}")
+    assert not answers_match(f"{value}{letter}", str(value))
+
+
+@given(st.integers(0, 99), st.integers(0, 99), st.integers(1, 99))
+def test_a_mixed_number_is_the_sum_of_its_parts(whole, top, bottom):
+    expected = whole + Fraction(top, bottom) if top < bottom else None
+    assert parse_number(f"{whole} {top}/{bottom}") == expected
+
+
+@given(st.integers(1, 10**12))
+def test_spaces_separate_thousands_as_commas_do(value):
+    assert parse_number(f"{value:,}".replace(",", " ")) == value

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,16 @@ from command_line import invoke
 from typer.testing import CliRunner
 
 from cpugrpo_edu import cli
+from cpugrpo_edu.data import Episode, Group
 from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.engine.sizes import models_that_fit
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab import estimate
+from cpugrpo_edu.models.load import SYSTEM_PROMPT
 from cpugrpo_edu.rewards import REWARDS
 from cpugrpo_edu.run.config import flag_of
 from cpugrpo_edu.run.pause import Interrupted
+from cpugrpo_edu.tasks import split_of
 
 COMMANDS = ("doctor", "run", "evaluate", "generate", "report", "pretrain", "models")
 
@@ -167,6 +171,35 @@ def test_evaluate(tiny_folder, tmp_path):
     code, out, _ = invoke(*common, "--int8")
     assert code == 0 and "INT8" in out and "Overall 0.0 (0.0–24.2), 12" in out
     assert "--per-cell is -1" in refused("evaluate", "--model", tiny_folder, "--per-cell", -1)
+    words = refused("evaluate", "--model", tiny_folder, "--answer-format", "xml")
+    assert "unknown answer format 'xml'; allowed are auto, hash" in words
+
+
+@pytest.mark.parametrize(("form", "right"), [(None, 3), ("auto", 3), ("boxed", 1), ("hash", 0)])
+def test_evaluate_reads_answers_as_the_model_writes_them(
+    tiny_folder, tmp_path, monkeypatch, form, right
+):
+    """A model that is not ours: by default any form counts, and no system prompt of ours."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "chat")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"cpugrpo_format": False}))
+    said = iter(["The answer is 5.", r"\boxed{5}", "so 2 + 3 = 5"])
+    held_out = [q for i in range(99) if split_of(q := f"{i}. What is 2 + 3?") == "eval"][:3]
+    rows = [{"prompt": q, "answer": "5"} for q in [*held_out, "What is 2 + 3?", "2 + 3?"]]
+    assert sum(split_of(row["prompt"]) == "eval" for row in rows) == 3
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = []
+
+    def answer(policy, problems, n, sampling, on_done):
+        asked.append(policy.system)
+        return [Group([1], [Episode(text=next(said))], problem) for problem in problems]
+
+    monkeypatch.setattr("cpugrpo_edu.evaluate.rollout", answer)
+    flags = [] if form is None else ["--answer-format", form]
+    data = ("--data", tmp_path / "sums.jsonl", "--json", "--quiet")
+    code, out, _ = invoke("evaluate", "--model", folder, *data, *flags)
+    assert code == 0 and round(3 * json.loads(out)["overall"]["accuracy"]) == right
+    assert asked == [SYSTEM_PROMPT if form == "hash" else None]
 
 
 # Runs
@@ -351,7 +384,8 @@ def test_every_setting_has_a_flag_that_reaches_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr("cpugrpo_edu.run.pipeline.run", stop)
     given = {
         "model": "a/b", "seed": 1, "data": "c", "verifier": "d", "domains": ("lists", "parity"),
-        "system": "e", "order": "mixed", "steps": (1, 2, 3), "learning_rates": (0.1, 0.1, 0.1),
+        "system": "e", "answer_format": "boxed", "order": "mixed", "steps": (1, 2, 3),
+        "learning_rates": (0.1, 0.1, 0.1),
         "replay": 0.5, "prompts_per_step": 2, "num_generations": 3, "max_completion": 4,
         "temperature": 0.5, "beta": 0.25, "loss_type": "grpo", "importance_level": "sequence",
         "epsilon": 0.125, "rewards": "good_format=1", "patience": 5, "lora_rank": 6,

@@ -17,8 +17,10 @@ from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.rewards import Reward, correct_answer, give_rewards, parse_rewards, valid_steps
 from cpugrpo_edu.tasks import get_task
-from cpugrpo_edu.tasks.custom import Custom, exact_match, load_custom, load_verifier
-from cpugrpo_edu.tasks.gsm8k import GSM8K, _evaluate, check_prose, load_gsm8k, read_jsonl
+from cpugrpo_edu.tasks.answers import exact_match
+from cpugrpo_edu.tasks.custom import Custom, load_custom, load_verifier
+from cpugrpo_edu.tasks.gsm8k import GSM8K, load_gsm8k, read_jsonl
+from cpugrpo_edu.tasks.prose import _evaluate, check_prose
 
 ROWS = [
     {

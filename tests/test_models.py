@@ -30,6 +30,7 @@ from cpugrpo_edu.models.load import (
     SYSTEM_TO_USER,
     add_lora,
     check_policy,
+    default_answer_format,
     fingerprint,
     load_policy,
     prepare_tokenizer,
@@ -83,11 +84,20 @@ def test_a_model_of_ours_needs_no_system_prompt(tiny_policy):
     assert text == "<|im_start|>user\nCompute 1+2.<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_another_model_gets_the_format_as_system_prompt_unless_told_otherwise(folder):
+def test_another_model_keeps_its_system_prompt_unless_it_must_write_marks(folder):
+    assert load_policy(folder, answer_format="hash").system is None  # ours knows the mark
     edit(folder / "config.json", cpugrpo_format=None)
-    assert load_policy(folder).system == SYSTEM_PROMPT
-    assert load_policy(folder, system="").system == ""
+    assert load_policy(folder).system is None
+    assert load_policy(folder, answer_format="auto").system is None
+    assert load_policy(folder, answer_format="hash").system == SYSTEM_PROMPT
+    assert load_policy(folder, system="", answer_format="hash").system == ""
     assert load_policy(folder, system="Mine.").system == "Mine."
+
+
+def test_a_model_states_its_answers_in_a_format_of_its_own(folder):
+    assert default_answer_format(load_policy(folder).model.config) == "hash"
+    edit(folder / "config.json", cpugrpo_format=None)
+    assert default_answer_format(load_policy(folder, lora_rank=1).model.config) == "auto"
 
 
 def test_a_model_without_a_chat_template_gets_a_plain_one(folder):
@@ -95,17 +105,6 @@ def test_a_model_without_a_chat_template_gets_a_plain_one(folder):
     policy = load_policy(folder)
     assert policy.tokenizer.decode(policy.encode_chat(QUESTION)) == "Compute 1+2.\n"
 
-
-def test_every_end_of_the_generation_config_counts(folder):
-    edit(folder / "generation_config.json", eos_token_id=[0, 5])
-    assert load_policy(folder).eos_ids == {0, 5, 2}
-
-
-class Bare:
-    padding_side, pad_token_id, pad_token, chat_template = "right", None, None, None
-
-    def __init__(self, eos_token):
-        self.eos_token = eos_token
 
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
@@ -161,6 +160,17 @@ def test_the_policys_own_system_prompt_is_tried(folder):
     with pytest.raises(UserError, match="chat template .* fails .no X"):
         check_policy(load_policy(folder, system="X"))
 
+
+def test_every_end_of_the_generation_config_counts(folder):
+    edit(folder / "generation_config.json", eos_token_id=[0, 5])
+    assert load_policy(folder).eos_ids == {0, 5, 2}
+
+
+class Bare:
+    padding_side, pad_token_id, pad_token, chat_template = "right", None, None, None
+
+    def __init__(self, eos_token):
+        self.eos_token = eos_token
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -436,7 +446,7 @@ def qwen2_like(tmp_path):
 
 def test_a_folder_like_qwen2_instruct(qwen2_like):
     folder, special = qwen2_like
-    policy = load_policy(folder)
+    policy = load_policy(folder, answer_format="hash")
     assert policy.system == SYSTEM_PROMPT
     assert policy.pad_id == special["<|endoftext|>"]
     assert policy.eos_ids == {special["<|im_end|>"], special["<|endoftext|>"]}

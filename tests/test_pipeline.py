@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,37 @@ def small(config, **changes):
     """The least that still has three stages and one evaluation problem a difficulty."""
     least = replace(config, steps=(1, 0, 0), per_cell=0, fisher_examples=0, int8_evaluation=False)
     return replace(least, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "expected"), [(None, "auto"), ("boxed", "boxed")])
+def test_every_problem_of_a_run_is_read_in_the_format_of_its_model(
+    config, tmp_path, monkeypatch, form, expected
+):
+    """A model that is not ours; the held-out problems, the rewards and the system prompt."""
+    folder = shutil.copytree(config.model, tmp_path / "chat")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"cpugrpo_format": False}))
+    seen = set()
+
+    def note(problem, episode):
+        seen.add(problem.answer_format)
+        return odd_tokens(problem, episode)
+
+    monkeypatch.setitem(REWARDS, "odd_tokens", note)
+    judged = []
+    judge = results.evaluate
+    monkeypatch.setattr(
+        results,
+        "evaluate",
+        lambda policy, problems, *rest: (
+            judged.append((policy.system, {p.answer_format for p in problems}))
+            or judge(policy, problems, *rest)
+        ),
+    )
+    run(small(config, model=str(folder), answer_format=form, per_cell=1), tmp_path / "run")
+    assert seen == {expected} and judged
+    assert all(found == (None, {expected}) for found in judged)
 
 
 # What a run leaves behind

@@ -16,6 +16,7 @@ from cpugrpo_edu.data import DIFFICULTIES, Problem
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.pretrain import problem_stream
 from cpugrpo_edu.tasks import DOMAINS, TASKS, get_task, make_problems, prompt_messages, split_of
+from cpugrpo_edu.tasks.algebra import linear
 from cpugrpo_edu.tasks.equations import MAX_LINES, apply, step_score, write_solution
 
 CELLS = [(domain, difficulty) for domain in DOMAINS for difficulty in DIFFICULTIES]
@@ -59,6 +60,46 @@ def test_arithmetic_agrees_with_python(difficulty):
         for line in problem.solution.splitlines()[:-1]:
             left, right = line.split("=")
             assert eval(left) == int(right) >= 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2(x+1)3", (6, 6)),
+        ("(x+1)(2)", (2, 2)),
+        ("2(3(x-1)+x)", (8, -6)),
+        ("-(x-4)", (-1, 4)),
+        ("x3", (3, 0)),
+        ("3 * (x + 2) / 6", (0.5, 1)),
+        ("4(x+3)-2x", (2, 12)),
+        ("2 3", None),
+        ("x x", None),
+        ("x(x+1)", None),
+        ("xx", None),
+        ("1/x", None),
+        ("1/0", None),
+        ("y", None),
+        ("__import__('os')", None),
+        ("", None),
+    ],
+)
+def test_linear_text(text, expected):
+    assert linear(text) == expected
+
+
+TERMS = st.sampled_from(["x", "2x", "3", "(x+1)", "(2x-3)", "(4)", "-1"])
+
+
+@given(st.lists(TERMS, min_size=1, max_size=4), st.lists(st.sampled_from("+-* "), min_size=4))
+def test_linear_text_agrees_with_python(terms, signs):
+    """Products with and without a sign, against Python's own value at several x."""
+    text = "".join(t + s.strip() for t, s in zip(terms, [*signs[: len(terms) - 1], ""]))
+    found = linear(text)
+    if found is None:
+        return
+    source = re.sub(r"(?<=[\dx)])(?=[(x])|(?<=[x)])(?=\d)", "*", text)
+    for x in (-3, 0, 1, 7):
+        assert found[0] * x + found[1] == eval(source, {"x": x})
 
 
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
@@ -331,6 +372,12 @@ LETTERS = Problem(
         (LINE, "=\nx=\n=3", 0),
         (LINE, "x=٣", 0),
         (LINE, "x*x=9", 0),
+        (LINE, "5*x=15\nx=3", 1),
+        (LINE, "2(x+1)3=11\nx=3", 1 / 2 - 1 / 2),  # a product is no sum: 2*4*3 is 24
+        (LINE, "5x=1 5\nx=3", 0),  # nor are digits apart one number
+        (LINE, "x=0_3", 0),
+        (LINE, "x=1e999999999", 0),
+        (LINE, "x=3**1", 0),
         (LINE, "Solve for x: 5x+3=18", 0),
         (LINE, "9" * 60 + "x=" + "9" * 60, 0),
         (TWO_SIDES, "8x+3=3x+18\n7x+3=2x+18\n6x+3=x+18", 0),  # x subtracted from both sides

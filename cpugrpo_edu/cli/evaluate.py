@@ -14,10 +14,11 @@ from cpugrpo_edu.data import DIFFICULTIES, Problem
 from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.files import check_output_folder
-from cpugrpo_edu.run.config import RunConfig
+from cpugrpo_edu.run.config import RunConfig, help_of
 
 Temperature = Annotated[float, Option(help="0 is greedy.", callback=within(0))]
 Longest = Annotated[int, Option(help="Longest completion, in tokens.", callback=within(1))]
+AnswerFormat = Annotated[str | None, Option(help=help_of("answer_format"))]
 Seed = Annotated[int, Option(help="Seed of the sampling.", callback=within(0, 2**31 - 1))]
 
 
@@ -30,6 +31,7 @@ def evaluate(
     seed: Seed = 0,
     data: Annotated[str, Option(help="generated, or data as for run.")] = "generated",
     verifier: Annotated[str | None, Option(help="path/to/file.py:function.")] = None,
+    answer_format: AnswerFormat = None,
     int8: Annotated[bool, Option(help="Evaluate an INT8 copy.")] = False,
     max_completion: Longest = 128,
     output: Annotated[Path | None, Option(help="Save every item (.json.gz).")] = None,
@@ -42,21 +44,26 @@ def evaluate(
     from cpugrpo_edu.engine.architectures import require
     from cpugrpo_edu.engine.int8 import quantize_for_rollout
     from cpugrpo_edu.evaluate import evaluate as measure
-    from cpugrpo_edu.models.load import check_policy, load_policy
+    from cpugrpo_edu.models.load import check_policy, default_answer_format, load_policy
     from cpugrpo_edu.record.evaluations import save_evaluation
     from cpugrpo_edu.record.stats import accuracy_table
     from cpugrpo_edu.run.data import load_data
     from cpugrpo_edu.sample import Sampling
     from cpugrpo_edu.show.progress import ProgressDisplay
+    from cpugrpo_edu.tasks.answers import check_answer_format, with_answer_format
 
+    if answer_format is not None:
+        check_answer_format(answer_format)
     sampling = Sampling(max_completion, temperature, seed=seed)
     if output is not None:
         check_output_folder(output.parent)
         if output.exists():
             raise UserError(f"{output} already exists; give another --output")
     _, problems = load_data(RunConfig(data=data, verifier=verifier, per_cell=per_cell))
-    policy = load_policy(model)
+    policy = load_policy(model, answer_format=answer_format)
     check_policy(policy)
+    chosen = answer_format or default_answer_format(policy.model.config)
+    problems = with_answer_format(problems, chosen)
     if int8:
         require(policy.model.config, "INT8 copy")
         policy = replace(policy, model=quantize_for_rollout(policy.model))

@@ -51,7 +51,7 @@ SYSTEM_PROMPT = (
     "Work step by step, one step a line such as 12 * 3 = 36. "
     "Then write the final answer alone on the last line after #### ."
 )
-"""Tells a general model the format that the bundled one already knows."""
+"""Tells a general model the answer format "hash", which the bundled one already knows."""
 
 
 def resolve_source(name: str | Path) -> str:
@@ -91,6 +91,7 @@ def load_policy(
     kernel: str = "packed",
     lora_rank: int = 0,
     system: str | None = None,
+    answer_format: str | None = None,
     seed: int = 0,
     check_memory: bool = True,
     options: EngineOptions | None = None,
@@ -100,9 +101,10 @@ def load_policy(
     ``dtype`` is float32, bfloat16, auto (bfloat16 where the CPU computes in it), or int8:
     a frozen integer base that only LoRA can train, in a quarter of the memory, whose products
     ``kernel`` computes (``int8_base.KERNELS``; "compiled" is "packed" where there is no C
-    compiler). ``seed`` draws the adapters; ``options`` are the sampler's. A model other than ours
-    gets ``SYSTEM_PROMPT`` unless ``system`` says otherwise. Raises ``UserError`` for an unknown
-    model, a broken download, or too little memory.
+    compiler). ``seed`` draws the adapters; ``options`` are the sampler's. Without ``system``,
+    a model's chat template decides on the system prompt; only a model other than ours whose
+    answers are read in the ``answer_format`` "hash" gets ``SYSTEM_PROMPT``. Raises ``UserError``
+    for an unknown model, a broken download, or too little memory.
     """
     if dtype == "auto":
         dtype = "bfloat16" if native_bfloat16() else "float32"
@@ -137,7 +139,7 @@ def load_policy(
     prepare_tokenizer(tokenizer)
     if lora_rank:
         model = add_lora(model, lora_rank, seed)
-    if system is None and not getattr(config, "cpugrpo_format", False):  # not a model of ours
+    if system is None and answer_format == "hash" and default_answer_format(config) != "hash":
         system = SYSTEM_PROMPT
     sampler = functools.partial(sample, options=options or EngineOptions())
     return Policy(model, tokenizer, source, system, sampler)
@@ -149,6 +151,12 @@ def switch_off_dropout(config: Any) -> None:
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
+
+
+def default_answer_format(config: Any) -> str:
+    """How a model states its answers: "hash" for ours, "auto" for every other (see
+    `cpugrpo_edu.tasks.statements`)."""
+    return "hash" if getattr(config, "cpugrpo_format", False) else "auto"
 
 
 def load_float(source: str, config: Any, dtype: torch.dtype) -> Any:

@@ -15,6 +15,7 @@ from cpugrpo_edu.data import DIFFICULTIES, Problem, StepReport
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.show.palette import BLUE, VERMILLION
 from cpugrpo_edu.tasks import DOMAINS, make_problems
+from cpugrpo_edu.tasks.answers import exact_match, with_answer_format
 
 if TYPE_CHECKING:
     from cpugrpo_edu.models.load import Policy
@@ -77,21 +78,24 @@ def answer_of(
     name: str, problem: Problem, temperature: float, max_tokens: int, seed: int
 ) -> Answer:
     """Let the model answer, and judge it."""
+    from cpugrpo_edu.models.load import default_answer_format
     from cpugrpo_edu.sample import Sampling, rollout
 
     policy = policy_of(name)
     [group] = rollout(policy, [problem], 1, Sampling(max_tokens, temperature, seed=seed))
     [episode] = group.episodes
-    correct, report = judge(problem, episode.text)
+    chosen = default_answer_format(policy.model.config)
+    correct, report = judge(problem, episode.text, chosen)
     return Answer(episode.text, len(episode.completion_ids), episode.finished, correct, report)
 
 
-def judge(problem: Problem, text: str) -> tuple[bool | None, StepReport | None]:
+def judge(
+    problem: Problem, text: str, answer_format: str = "hash"
+) -> tuple[bool | None, StepReport | None]:
     """Verdict and step marks; a typed prompt has no steps, and no verdict without an answer."""
     if problem.domain == TYPED:
-        from cpugrpo_edu.tasks.answers import exact_match
-
-        return (exact_match(problem, text) if problem.answer else None), None
+        return (exact_match(problem, text, answer_format) if problem.answer else None), None
+    [problem] = with_answer_format([problem], answer_format)
     return problem.verify(text), problem.check_steps(text)
 
 

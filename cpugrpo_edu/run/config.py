@@ -16,6 +16,8 @@ from cpugrpo_edu.engine.options import ENGINES, FISHER_VARIANTS, IMPORTANCE_LEVE
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.rewards import parse_rewards
 from cpugrpo_edu.tasks import DOMAINS
+from cpugrpo_edu.tasks.answers import check_answer_format
+from cpugrpo_edu.tasks.statements import ANSWER_FORMATS
 
 BOUNDS = {
     "least": ("at least", operator.ge),
@@ -45,6 +47,11 @@ class RunConfig:
     )
     domains: tuple[str, ...] = setting(DOMAINS, "Generated domains to use, separated by commas.")
     system: str | None = setting(None, "System prompt; by default the model's own.")
+    answer_format: str | None = setting(
+        None,
+        "Default: hash (####) for bundled, else auto. Or boxed, sentence, last-number, math-verify.",
+        ANSWER_FORMATS,
+    )
     # Curriculum
     order: str = setting(
         "curriculum", "Order of the stages: curriculum, mixed or reversed.", ORDERS
@@ -178,6 +185,12 @@ def flag_of(name: str) -> str:
     return FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
+def help_of(name: str) -> str:
+    """The help text of a field of ``RunConfig``."""
+    text: str = RunConfig.__dataclass_fields__[name].metadata["help"]
+    return text
+
+
 TRACKERS = ("none", "tensorboard", "wandb")
 """Where ``report_to`` sends TRL's metrics besides ``metrics.jsonl``."""
 
@@ -197,7 +210,7 @@ def check_settings(config: RunConfig) -> None:
     """UserError, naming the flag, for a setting that would fail only later, perhaps after hours."""
     for item in fields(config):
         value, rules, flag = getattr(config, item.name), item.metadata, flag_of(item.name)
-        if rules["choices"] and value not in rules["choices"]:
+        if rules["choices"] and value not in (*rules["choices"], item.default):
             raise UserError(f"unknown {flag} {value!r}; allowed are {', '.join(rules['choices'])}")
         bounds = [(*BOUNDS[name], rules[name]) for name in BOUNDS if name in rules]
         within = value is None or all(holds(value, bound) for _, holds, bound in bounds)
@@ -221,6 +234,8 @@ def check_settings(config: RunConfig) -> None:
         raise UserError("an int8 base is frozen, so only LoRA can train on it; add --lora 16")
     if config.kernel == "compiled" and not (config.int8_rollouts or config.frozen):
         raise UserError("the compiled kernel is for INT8 rollouts; leave out --no-int8-rollouts")
+    if config.answer_format is not None:
+        check_answer_format(config.answer_format)
     parse_rewards(config.rewards, config.max_completion)
 
 

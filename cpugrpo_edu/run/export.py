@@ -114,16 +114,26 @@ def trained_policy(run: Path, record: RunRecord) -> Policy:
     """The model at the end of a run; an adapter is merged into the float base."""
     folder, system = run / "model", record.config.get("system")
     if (folder / "config.json").exists():
-        return load_policy(folder, system=system)
+        return load_policy(folder, system=system, answer_format=answer_format(record))
     if (folder / "adapter").is_dir():
         return with_adapter(folder / "adapter", record, merge=True)
     raise UserError(f"{run} holds no trained model; give the output folder of a complete run")
 
 
+def answer_format(record: RunRecord) -> str | None:
+    """The run's setting; runs made before there was one read answers after ####."""
+    found: str | None = record.config.get("answer_format", "hash")
+    return found
+
+
 def with_adapter(adapter: Path, record: RunRecord, merge: bool = False) -> Policy:
     from peft import PeftModel
 
-    base = load_policy(str(record.config["model"]), system=record.config.get("system"))
+    base = load_policy(
+        str(record.config["model"]),
+        system=record.config.get("system"),
+        answer_format=answer_format(record),
+    )
     base.model = PeftModel.from_pretrained(base.model, str(adapter))
     if merge:
         base.model = base.model.merge_and_unload()

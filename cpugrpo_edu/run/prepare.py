@@ -27,6 +27,7 @@ from cpugrpo_edu.engine.sizes import (
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.load import (
     check_policy,
+    default_answer_format,
     fingerprint,
     load_policy,
     resolve_source,
@@ -45,6 +46,7 @@ from cpugrpo_edu.run.pause import Control
 from cpugrpo_edu.run.stage import grpo_arguments
 from cpugrpo_edu.run.state import Learner, RunState, Session, load_state
 from cpugrpo_edu.show.progress import ProgressDisplay
+from cpugrpo_edu.tasks.answers import with_answer_format
 
 
 def prepare(
@@ -127,6 +129,7 @@ def load(session: Session) -> Learner:
         kernel=config.kernel,
         lora_rank=config.lora_rank,
         system=config.system,
+        answer_format=config.answer_format,
         seed=config.seed,
         options=EngineOptions(config.engine, memory_limit=session.memory_limit),
     )
@@ -137,6 +140,7 @@ def load(session: Session) -> Learner:
             f"no compiled kernel here ({c_kernel.library()[1]}); using torch's instead"
         )
     check_policy(policy)
+    read_answers(session, policy)
     check_lengths(session, policy)
     first = snapshot(policy.model)
     anchor = None
@@ -155,6 +159,13 @@ def load(session: Session) -> Learner:
     session.save_state()  # the first thing written, so a refused run leaves nothing behind
     log = MetricsLog(session.output / "metrics.jsonl" if ranks.is_main() else os.devnull)
     return Learner(policy, anchor, first, checkpointing, available, log)
+
+
+def read_answers(session: Session, policy: Policy) -> None:
+    """Let every problem's task read answers in the asked format, or in the model's own."""
+    chosen = session.config.answer_format or default_answer_format(policy.model.config)
+    session.problems = [with_answer_format(problems, chosen) for problems in session.problems]
+    session.held_out = with_answer_format(session.held_out, chosen)
 
 
 def check_lengths(session: Session, policy: Policy) -> None:

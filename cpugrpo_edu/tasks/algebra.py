@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from cpugrpo_edu.data import (
     ANSWER_MARK,
@@ -14,9 +16,10 @@ from cpugrpo_edu.data import (
 )
 from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import step_score, working_lines
+from cpugrpo_edu.tasks.spelling import without_markup
 
-TERM = re.compile(r"([+-]?)(\d{1,9})?(x)?", re.ASCII)
-BRACKET = re.compile(r"([+-]?\d{1,9})\(x([+-]\d{1,9})\)", re.ASCII)
+PRODUCT = re.compile(r"(?<=[\dx)]) ?(?=\()|(?<=[\d)])(?=x)|(?<=[x)])(?=[\dx])", re.ASCII)
+"""Where a product has no sign, as in 2(x+1)3 and 5x."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,16 @@ class Algebra(ExactMatch):
 
         "Simpler" means fewer terms than all lines before, or x alone on a side. So it does not
         pay to copy the question, swap or scale its sides, or subtract x from both again and again.
+        In formats other than ``hash``, the steps are the equations in x within running text.
         """
         x = int(problem.answer)
         required = len(working_lines(problem.solution))
         simplest = complexity(problem.question.removeprefix("Solve for x: "))
         steps, useful = [], 0
-        for line in working_lines(completion):
+        lines = working_lines(completion, self.answer_format)
+        if self.answer_format != "hash":
+            lines = [equation for line in lines for equation in equations(line)]
+        for line in lines:
             valid = holds_only_for(line, x)
             if valid and complexity(line) < simplest:
                 simplest = complexity(line)
@@ -68,6 +75,13 @@ class Algebra(ExactMatch):
             steps.append(Step(line, valid))
         invalid = sum(not step.valid for step in steps)
         return StepReport(tuple(steps), required, step_score(useful, invalid, required))
+
+
+def equations(line: str) -> list[str]:
+    """The equations in x in a line of running text, such as "so 5x = 15, and x = 3"."""
+    symbols = re.sub(r"[^\W\d_]{2,}", ";", without_markup(line).replace("−", "-"))
+    runs = (run.strip(" .") for run in re.split(r"[^-+*/().0-9x =]+", symbols))
+    return [run for run in runs if "x" in run and run.count("=") == 1]
 
 
 def term(coefficient: int) -> str:
@@ -78,28 +92,37 @@ def side(coefficient: int, constant: int) -> str:
     return f"{term(coefficient)}{'+' if constant >= 0 else '-'}{abs(constant)}"
 
 
-def linear(text: str) -> tuple[int, int] | None:
+def linear(text: str) -> tuple[Fraction, Fraction] | None:
     """Read ``4(x+3)-2x`` as (coefficient of x, constant); None if it is not linear text."""
-    text = text.replace(" ", "")
-    coefficient = constant = 0
-    for factor, inner in BRACKET.findall(text):
-        coefficient += int(factor)
-        constant += int(factor) * int(inner)
-    text = BRACKET.sub("", text)
-    position = 0
-    while position < len(text):
-        match = TERM.match(text, position)
-        if match is None or match.end() == position or not (match[2] or match[3]):
-            return None
-        if position > 0 and not match[1]:
-            return None
-        value = int(match[2] or 1) * (-1 if match[1] == "-" else 1)
-        if match[3]:
-            coefficient += value
-        else:
-            constant += value
-        position = match.end()
-    return coefficient, constant
+    text = PRODUCT.sub("*", text.strip())
+    if not re.fullmatch(r"[-+*/().0-9x ]+", text):
+        return None
+    try:
+        return polynomial(ast.parse(text, mode="eval").body, text)
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return None
+
+
+def polynomial(node: ast.expr, source: str) -> tuple[Fraction, Fraction]:
+    """(coefficient of x, constant) of an expression; ``ValueError`` if it is not linear in x."""
+    if isinstance(node, ast.Name) and node.id == "x":
+        return Fraction(1), Fraction(0)
+    if isinstance(node, ast.Constant):  # from its text: 0.1 is 1/10, never the float
+        return Fraction(0), Fraction(ast.get_source_segment(source, node) or "")
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        a, b = polynomial(node.operand, source)
+        return (-a, -b) if isinstance(node.op, ast.USub) else (a, b)
+    if isinstance(node, ast.BinOp):
+        (a, b), (c, d) = polynomial(node.left, source), polynomial(node.right, source)
+        if isinstance(node.op, ast.Add):
+            return a + c, b + d
+        if isinstance(node.op, ast.Sub):
+            return a - c, b - d
+        if isinstance(node.op, ast.Mult) and not (a and c):
+            return a * d + b * c, b * d
+        if isinstance(node.op, ast.Div) and not c:
+            return a / d, b / d
+    raise ValueError(f"not linear in x: {source}")
 
 
 def holds_only_for(line: str, x: int) -> bool:
@@ -117,4 +140,4 @@ def holds_only_for(line: str, x: int) -> bool:
 def complexity(line: str) -> tuple[int, int]:
     """(number of terms, 0 if x stands alone on a side, else 1)."""
     sides = [part.strip() for part in line.split("=")]
-    return len(re.findall(r"\d*x|\d+", line)), int("x" not in sides)
+    return len(re.findall(r"\d*\*?x|\d+", line.replace(" ", ""))), int("x" not in sides)

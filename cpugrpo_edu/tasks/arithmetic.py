@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cpugrpo_edu.data import Problem, StepReport
 from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import check_equations, write_solution
+from cpugrpo_edu.tasks.prose import check_prose
 
 SHAPES: dict[str, tuple[int, int, int]] = {
     # difficulty: (operations, multiplications among them, largest number)
@@ -42,7 +43,10 @@ class Arithmetic(ExactMatch):
         return Problem("", self.name, difficulty, f"Compute {text}.", answer, solution)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
-        return check_equations(problem, completion)
+        """The lines of the worked solutions, or in other formats equations in running text."""
+        if self.answer_format == "hash":
+            return check_equations(problem, completion)
+        return check_prose(problem, completion, self.answer_format)
 
 
 def order_of_work(numbers: list[int], chain: list[str]) -> list[tuple[int, str, int]] | None:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 from cpugrpo_edu.data import DIFFICULTIES, Problem, StepReport
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.tasks.answers import exact_match, normalize_answer
-from cpugrpo_edu.tasks.gsm8k import check_prose, read_jsonl
+from cpugrpo_edu.tasks.answers import ExactMatch, exact_match, normalize_answer
+from cpugrpo_edu.tasks.gsm8k import read_jsonl
+from cpugrpo_edu.tasks.prose import check_prose
+from cpugrpo_edu.tasks.time_limit import TookTooLong, limited
 
 Verifier = Callable[[Problem, str], Any]
 """``verify(problem, completion)`` returns a bool, or a grade from 0 to 1."""
-
-T = TypeVar("T")
 
 TIME_LIMIT = 10.0
 """Seconds that a call of the verifier may take; importing its file may take six times as long."""
@@ -30,52 +27,12 @@ TIME_LIMIT = 10.0
 MAX_PROMPT_CHARS = 100_000
 
 
-class TookTooLong(BaseException):
-    """Not an Exception, so that a verifier's own ``except Exception`` cannot swallow it."""
+@dataclass(frozen=True)
+class Custom(ExactMatch):
+    """Problems judged by ``verifier``, whatever it raises becomes a `UserError`; without one, by
+    exact comparison."""
 
-
-def limited(function: Callable[..., T], *arguments: Any, seconds: float) -> T:
-    """Call ``function``; raise ``TookTooLong`` if it does not return within ``seconds``.
-
-    In the main thread a signal interrupts the call. In other threads and on Windows, the call
-    runs in a thread of its own, which is abandoned and keeps running until the program ends.
-    """
-    if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            raise TookTooLong
-
-        previous = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)  # repeated, in case it is swallowed
-        try:
-            return function(*arguments)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            results.append(function(*arguments))
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TookTooLong
-    return results[0]
-
-
-@dataclass
-class Custom:
-    """Problems judged by ``verifier``; whatever it raises becomes a `UserError`."""
-
-    verifier: Verifier = exact_match
+    verifier: Verifier | None = None
     name: str = "custom"
 
     def generate(self, difficulty: str, rng: Any) -> Problem:
@@ -83,6 +40,8 @@ class Custom:
 
     def grade(self, problem: Problem, completion: str) -> float:
         """The verifier's verdict in [0, 1]; the reward `correct_answer` is this number."""
+        if self.verifier is None:
+            return float(exact_match(problem, completion, self.answer_format))
         name = getattr(self.verifier, "__name__", type(self.verifier).__name__)
         try:
             verdict = limited(self.verifier, problem, completion, seconds=TIME_LIMIT)
@@ -109,7 +68,7 @@ class Custom:
         return self.grade(problem, completion) == 1
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
-        return check_prose(problem, completion)
+        return check_prose(problem, completion, self.answer_format)
 
 
 def load_custom(prompts_file: str | Path, verifier: str | Verifier | None = None) -> list[Problem]:
@@ -121,8 +80,8 @@ def load_custom(prompts_file: str | Path, verifier: str | Verifier | None = None
     executes that file in this process** with your permissions: use only files that you trust.
     Raises `UserError`, which names the faulty line or verifier.
     """
-    judge = load_verifier(verifier) if isinstance(verifier, str) else verifier or exact_match
-    if not callable(judge):
+    judge = load_verifier(verifier) if isinstance(verifier, str) else verifier
+    if judge is not None and not callable(judge):
         raise UserError(f"verifier {judge!r} is not callable; give a function or file.py:function")
     task = Custom(judge)
     path = Path(prompts_file)
@@ -133,7 +92,7 @@ def load_custom(prompts_file: str | Path, verifier: str | Verifier | None = None
             raise UserError(
                 f"line {number} of {path} repeats the id {problem.id!r}; make it unique"
             )
-        if judge is exact_match and not normalize_answer(problem.answer):
+        if judge is None and not normalize_answer(problem.answer):
             raise UserError(
                 f"line {number} of {path} has no answer to compare with, or one that is too long; "
                 "add a short answer, or give a verifier"

@@ -7,6 +7,7 @@ from collections import Counter
 from fractions import Fraction
 
 from cpugrpo_edu.data import ANSWER_MARK, Problem, Step, StepReport
+from cpugrpo_edu.tasks.statements import working
 
 NUMBER = r"-?\d{1,12}"
 EQUATION = re.compile(rf"({NUMBER}) ?([-+*/]) ?({NUMBER}) ?= ?({NUMBER})", re.ASCII)
@@ -24,9 +25,9 @@ def apply(left: Fraction, operator: str, right: Fraction) -> Fraction | None:
     return left / right if right else None
 
 
-def working_lines(completion: str) -> list[str]:
+def working_lines(completion: str, answer_format: str = "hash") -> list[str]:
     """The non-empty lines before the final answer, at most ``MAX_LINES`` of them."""
-    lines = (line.strip() for line in completion.split(ANSWER_MARK, 1)[0].splitlines())
+    lines = (line.strip() for line in working(completion, answer_format).splitlines())
     return [line for line in lines if line][:MAX_LINES]
 
 

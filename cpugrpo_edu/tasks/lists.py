@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from cpugrpo_edu.data import (
 )
 from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import step_score, working_lines
+from cpugrpo_edu.tasks.spelling import plain_text, without_markup
 
 OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
     "reverse": lambda items: items[::-1],
@@ -51,9 +53,16 @@ class Lists(ExactMatch):
         return Problem("", self.name, difficulty, question, answer, solution)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
-        """A step is valid if it is exactly the next line of the worked solution."""
+        """A step is valid if it is exactly the next line of the worked solution.
+
+        In formats other than ``hash``, only the letters at the end of a line count, and a line
+        that does not end in letters is no step.
+        """
         wanted = working_lines(problem.solution)
-        given = working_lines(completion)
+        given = working_lines(completion, self.answer_format)
+        if self.answer_format != "hash":
+            wanted = [letters(line) for line in wanted]
+            given = [found for line in given if (found := letters(line))]
         useful = 0
         steps = []
         for line in given:
@@ -63,3 +72,9 @@ class Lists(ExactMatch):
         return StepReport(
             tuple(steps), len(wanted), step_score(useful, len(given) - useful, len(wanted))
         )
+
+
+def letters(line: str) -> str:
+    """The letters after the last colon, equals sign or arrow: ``1. Reverse: b, a`` gives b a."""
+    last = plain_text(re.split(r"[:=]|->|→", without_markup(line))[-1])
+    return last if re.fullmatch(rf"[{LETTERS}](?: [{LETTERS}])*", last) else ""

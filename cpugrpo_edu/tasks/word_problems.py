@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from cpugrpo_edu.data import Problem, StepReport
 from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import check_equations, write_solution
+from cpugrpo_edu.tasks.prose import check_prose
 
 Steps = list[tuple[int, str, int]]
 Template = Callable[[random.Random], tuple[str, Steps]]
@@ -130,4 +131,7 @@ class WordProblems(ExactMatch):
         return Problem("", self.name, difficulty, question, answer, solution)
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
-        return check_equations(problem, completion)
+        """The lines of the worked solutions, or in other formats equations in running text."""
+        if self.answer_format == "hash":
+            return check_equations(problem, completion)
+        return check_prose(problem, completion, self.answer_format)

@@ -42,7 +42,7 @@ from cpugrpo_edu.lab.studies.common import (
     unpacked_evaluation,
 )
 from cpugrpo_edu.lab.studies.setting import Say, Setting, StudyResult, Table
-from cpugrpo_edu.models.load import load_policy
+from cpugrpo_edu.models.load import default_answer_format, load_policy
 from cpugrpo_edu.models.pretrain import PretrainConfig, pretrain
 from cpugrpo_edu.record.files import cache_folder, write_text
 from cpugrpo_edu.record.run_record import RunRecord, new_record
@@ -51,6 +51,7 @@ from cpugrpo_edu.run.config import RunConfig
 from cpugrpo_edu.sample import Sampling
 from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
 from cpugrpo_edu.tasks import DOMAINS, held_out_problems, make_problems
+from cpugrpo_edu.tasks.answers import with_answer_format
 
 GROUP = 32
 """Weights that share a scale in INT4, along a row."""
@@ -435,9 +436,10 @@ def evaluate_formats(
     def measure(chosen: Format) -> dict[str, Any]:
         changed = chosen.make(policy().model)
         served = replace(policy(), model=changed)
-        evaluate(served, problems[:8], "warm-up", Sampling(8, temperature=0.0))
+        judged = with_answer_format(problems, default_answer_format(served.model.config))
+        evaluate(served, judged[:8], "warm-up", Sampling(8, temperature=0.0))
         found = evaluate(
-            served, problems, f"{name}, {chosen.name}", Sampling(limit, temperature=0.0)
+            served, judged, f"{name}, {chosen.name}", Sampling(limit, temperature=0.0)
         )
         return {
             "evaluation": packed_evaluation(found),
