@@ -242,9 +242,9 @@ def hidden_states(
 ) -> Tensor:
     """Last hidden states (rows, T, hidden) of whole sequences, differentiable, without a cache.
 
-    ``ids`` and rotary ``positions`` are (rows, T). With ``recompute`` the inside of each MLP, most of a layer's activations,
-    is computed again in the backward pass. With ``bfloat16`` float32 weights are multiplied in
-    bfloat16 (:mod:`cpugrpo_edu.engine.bf16`).
+    ``ids`` and rotary ``positions`` are (rows, T). With ``recompute`` the inside of each MLP, most
+    of a layer's activations, is computed again in the backward pass. With ``bfloat16`` float32
+    weights are multiplied in bfloat16 (:mod:`cpugrpo_edu.engine.bf16`).
     """
     hidden = lm.model.embed_tokens(ids)
     cos, sin = rotary(lm, hidden, positions)
