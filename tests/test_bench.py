@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from cpugrpo_edu.cli import app, main
 from cpugrpo_edu.cli.bench import workload_of
-from cpugrpo_edu.engine import c_kernel, int8
+from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.sizes import Architecture
 from cpugrpo_edu.errors import UserError
@@ -271,15 +271,15 @@ def test_full_fine_tuning_of_ours_is_a_contestant(in_process):
 
 
 @pytest.mark.slow
-def test_without_int8_instructions_ours_falls_back_and_says_so(folder, monkeypatch):
-    monkeypatch.setattr(int8, "_kernel_works", lambda engine: False)
+def test_without_a_compiler_ours_falls_back_and_says_so(folder, monkeypatch):
+    monkeypatch.setattr(c_kernel, "library", lambda: (None, "it needs a compiler"))
     result = ours(replace(TINY, stages=1), folder)
-    assert result["int8_kernel"] == "torch" and result["weights_changed"]["changed"]
+    assert result["int8_kernel"] == "packed" and result["weights_changed"]["changed"]
     record = new_record(
         "bench-tiny", {**asdict(TINY)}, {"ours": result, "peers": {}, "step_floor": {}}
     )
-    assert "no INT8 kernel" in fallback_note(record)
-    record.results["ours"]["int8_kernel"] = "x86"
+    assert "No C compiler" in fallback_note(record)
+    record.results["ours"]["int8_kernel"] = "compiled"
     assert fallback_note(record) == ""
 
 
@@ -325,7 +325,6 @@ def test_commands(in_process, monkeypatch, tmp_path):
     path = tmp_path / "record.json"
     shown = command("b1", "--output", str(path), "--quiet")
     assert shown.exit_code == 0 and "| ours |" in shown.stdout
-    assert ("| ours-compiled |" in shown.stdout) == c_kernel.available()
     assert json.loads(path.read_text())["results"]["ours"]["weights_changed"]["changed"]
     assert "200.0" in command("machine").stdout
     some = functools.partial(bench_rollout, engines=("ours-int8",), groups=(2,))
@@ -337,17 +336,7 @@ def test_commands(in_process, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kernel, name",
-    [
-        ("packed", "ours"),
-        pytest.param(
-            "compiled",
-            "ours-compiled",
-            marks=pytest.mark.skipif(not c_kernel.available(), reason="no C compiler"),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("kernel", "name"), [("auto", "ours"), ("packed", "ours-packed")])
 def test_weights_that_do_not_change_fail_the_command(in_process, monkeypatch, kernel, name):
     monkeypatch.setattr(workload, "WORKLOADS", {"b1": TINY})
     good = ours(TINY, bench.workload_model())
@@ -357,17 +346,8 @@ def test_weights_that_do_not_change_fail_the_command(in_process, monkeypatch, ke
         return still if (variant or Variant()).kernel == kernel else good
 
     monkeypatch.setattr(bench, "ours", worker)
-    shown = command("b1", "--quiet")
+    shown = command("b1", "--quiet", "--peers", "ours-packed")
     assert shown.exit_code == 1 and f"weights of {name} did not change" in shown.stderr
-
-
-@pytest.mark.slow
-def test_without_a_compiler_the_command_says_so(in_process, monkeypatch):
-    monkeypatch.setattr(workload, "WORKLOADS", {"b1": TINY})
-    monkeypatch.setattr(c_kernel, "library", lambda: (None, "it needs a compiler"))
-    shown = command("b1")
-    assert shown.exit_code == 0 and "ours-compiled" not in shown.stdout
-    assert "no compiled kernel here: it needs a compiler" in shown.stderr
 
 
 @pytest.mark.parametrize(
@@ -376,7 +356,7 @@ def test_without_a_compiler_the_command_says_so(in_process, monkeypatch):
         (["--workload", "b9"], "'b9'; allowed are b1, b2, b3"),
         (["--steps", "0"], "--steps is 0"),
         (["--peer-steps", "0"], "--peer-steps is 0"),
-        (["--peers", "llama"], "allowed are stock, stock-lora, ours-compiled, ours-full"),
+        (["--peers", "llama"], "allowed are stock, stock-lora, ours-packed, ours-full"),
     ],
 )
 def test_bad_input(arguments, words, monkeypatch, capsys):

@@ -133,7 +133,8 @@ def run(sampler: Any, int8: bool, options: Any = None, **config: Any) -> dict[st
             trl_rewards(rewards, problems),
             to_dataset(problems, policy.system),
             EngineOptions(
-                **{"int8_rollouts": int8, "micro_batch": 16, "patience": 0} | (options or {})
+                **{"int8_rollouts": int8, "kernel": "packed", "micro_batch": 16, "patience": 0}
+                | (options or {})
             ),
             on_step=rows.append,
         ).train()

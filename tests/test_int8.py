@@ -3,6 +3,7 @@
 import copy
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -45,6 +46,9 @@ def with_lora(model, **options):
         if "lora_B" in name:  # B starts at zero: make the adapter matter
             nn.init.normal_(p, std=1.0)
     return peft_model
+
+
+packed_copy = partial(Q.quantize_for_rollout, kernel="packed")
 
 
 @pytest.fixture
@@ -237,7 +241,7 @@ def test_engine_without_working_kernel_falls_back(monkeypatch):
 def test_copy_is_close_and_shares(engine, ids, tied, head, per_channel):
     model = tiny(tied)
     before = copy.deepcopy(model.state_dict())
-    served = Q.quantize_for_rollout(model, per_channel=per_channel, quantize_head=head)
+    served = packed_copy(model, per_channel=per_channel, quantize_head=head)
     p, q = (logits(m, ids).log_softmax(-1) for m in (model, served))
     assert 0 < (p - q).abs().max() < 0.1
     count = sum(isinstance(m, Q.Int8Linear) for m in served.modules())
@@ -252,14 +256,14 @@ def test_copy_is_close_and_shares(engine, ids, tied, head, per_channel):
 
 
 def test_loss_of_the_copy_has_no_gradient(ids):
-    served = Q.quantize_for_rollout(tiny())
+    served = packed_copy(tiny())
     with pytest.raises(RuntimeError, match="does not require grad"):
         served(input_ids=ids, labels=ids).loss.backward()
 
 
 def test_copy_generates_like_the_original(engine, ids):
     model = tiny()
-    served = Q.quantize_for_rollout(model)
+    served = packed_copy(model)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     out = served.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     assert out.shape == (3, 18)
@@ -273,7 +277,7 @@ def test_copy_generates_like_the_original(engine, ids):
 
 def test_refresh_follows_an_optimizer_step(engine, ids):
     model = tiny(tied=False)
-    served = Q.quantize_for_rollout(model, quantize_head=True)
+    served = packed_copy(model, quantize_head=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
@@ -281,13 +285,13 @@ def test_refresh_follows_an_optimizer_step(engine, ids):
     assert Q.refresh(served, model) is served
     fresh = gap(logits(served, ids), logits(model, ids))
     assert fresh < 0.05 and 3 * fresh < stale
-    again = Q.quantize_for_rollout(model, quantize_head=True)
+    again = packed_copy(model, quantize_head=True)
     torch.testing.assert_close(logits(served, ids), logits(again, ids))
 
 
 def test_refresh_follows_replaced_storage(ids):
     model = tiny()
-    served = Q.quantize_for_rollout(model)
+    served = packed_copy(model)
     other = tiny(seed=7)
     model.load_state_dict(other.state_dict(), assign=True)
     model.tie_weights()
@@ -300,14 +304,14 @@ def test_refresh_follows_replaced_storage(ids):
 def test_lora_is_merged_and_refreshed(engine, ids, options):
     model = with_lora(tiny(), **options)
     want = logits(model, ids)
-    served = Q.quantize_for_rollout(model)
+    served = packed_copy(model)
     assert type(served) is Qwen2ForCausalLM
     assert not any("lora" in name for name, _ in served.named_modules())
     assert gap(logits(served, ids), want) < 0.05
     torch.testing.assert_close(logits(model, ids), want)  # the live one is left unmerged
     with model.disable_adapter():
         without = logits(model, ids)
-        assert gap(logits(Q.quantize_for_rollout(model), ids), without) < 0.05
+        assert gap(logits(packed_copy(model), ids), without) < 0.05
     assert gap(without, want) > 0.1  # so the adapter is worth merging
     for name, p in model.named_parameters():
         if "lora_A" in name:
@@ -325,7 +329,7 @@ def test_lora_already_merged_counts_once(ids):
     model = with_lora(tiny())
     want = logits(model, ids)
     model.merge_adapter()
-    assert gap(logits(Q.quantize_for_rollout(model), ids), want) < 0.05
+    assert gap(logits(packed_copy(model), ids), want) < 0.05
 
 
 def test_checkpointing_hook_stays_with_the_live_model(ids):
@@ -333,7 +337,7 @@ def test_checkpointing_hook_stays_with_the_live_model(ids):
     model.enable_input_require_grads()
     live = model.get_input_embeddings()
     assert len(live._forward_hooks) == 1
-    served = Q.quantize_for_rollout(model)
+    served = packed_copy(model)
     assert len(live._forward_hooks) == 1
     assert len(served.get_input_embeddings()._forward_hooks) == 0
     served(input_ids=ids)  # would raise if the embeddings still asked for a gradient
@@ -343,7 +347,7 @@ def test_a_copy_ends_with_its_last_reference(no_collection):
     model = tiny()
     model._original_forward = model.forward  # as accelerate does, in bfloat16
     model.forward = lambda *args, **kwargs: model._original_forward(*args, **kwargs)
-    served = weakref.ref(Q.quantize_for_rollout(model))
+    served = weakref.ref(packed_copy(model))
     assert served() is None
 
 
@@ -359,10 +363,10 @@ def test_prompt_tuning_and_models_without_linears_are_refused():
     )
     prompted = get_peft_model(tiny(), prompt)
     with pytest.raises(UserError, match="learned prompt"):
-        Q.quantize_for_rollout(prompted)
+        packed_copy(prompted)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
     with pytest.raises(UserError, match=r"no torch\.nn\.Linear"):
-        Q.quantize_for_rollout(gpt2)  # all its layers are Conv1D
+        packed_copy(gpt2)  # all its layers are Conv1D
 
 
 # --- the report
@@ -370,7 +374,7 @@ def test_prompt_tuning_and_models_without_linears_are_refused():
 
 def test_report_counts_bytes_from_tensors(ids):
     model = tiny(tied=True)
-    served = Q.quantize_for_rollout(model)
+    served = packed_copy(model)
     report = Q.quantization_report(model, served, ids)
     linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     packed = sum(m.weight.numel() + 12 * m.out_features for m in linears)
@@ -385,7 +389,7 @@ def test_report_counts_bytes_from_tensors(ids):
 
 def test_report_of_quality(ids):
     model = tiny(dropout=0.5).train()
-    served = Q.quantize_for_rollout(model)
+    served = packed_copy(model)
     report = Q.quantization_report(model, served, ids)
     assert model.training  # put back
     assert 0 < report["kl"] < 1e-3 and report["max_logit_error"] < 0.1
@@ -393,13 +397,13 @@ def test_report_of_quality(ids):
     assert len(report["layer_error"]) == 14 and max(report["layer_error"].values()) < 0.02
     p, q = (logits(m, ids).log_softmax(-1) for m in (model, served))
     assert report["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
-    coarse = Q.quantization_report(model, Q.quantize_for_rollout(model, per_channel=False), ids)
+    coarse = Q.quantization_report(model, packed_copy(model, per_channel=False), ids)
     assert sum(coarse["layer_error"].values()) > sum(report["layer_error"].values())
 
 
 def test_report_exposes_a_wrong_copy(ids):
     """A copy of another model must look bad in every number."""
-    model, served = tiny(tied=False), Q.quantize_for_rollout(tiny(tied=False, seed=5))
+    model, served = tiny(tied=False), packed_copy(tiny(tied=False, seed=5))
     report = Q.quantization_report(model, served, ids)
     assert report["kl"] > 0.01 and report["top1_agreement"] < 0.7
     assert min(report["layer_error"].values()) > 0.5
@@ -407,7 +411,7 @@ def test_report_exposes_a_wrong_copy(ids):
 
 def test_report_leaves_out_masked_tokens(ids):
     model = tiny()
-    served = Q.quantize_for_rollout(model)
+    served = packed_copy(model)
     mask = torch.ones_like(ids)
     mask[:, 6:] = 0
     a = Q.quantization_report(model, served, ids, mask)

@@ -7,23 +7,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cpugrpo_edu.engine import c_kernel
+from cpugrpo_edu.engine import c_kernel, int8_matrix
 from cpugrpo_edu.engine.blocks import causal_lm
 from cpugrpo_edu.engine.decode import CompiledDecoder, Decoder, prefill, sample
 from cpugrpo_edu.engine.fisher import estimate_fisher
-from cpugrpo_edu.engine.int8 import quantized_engine
-from cpugrpo_edu.engine.int8_base import (
-    KERNELS,
-    FrozenInt8Embedding,
-    FrozenInt8Head,
-    FrozenInt8Linear,
-    is_frozen,
-    load_frozen,
-    token_log_probs,
-)
+from cpugrpo_edu.engine.int8_base import Int8Embedding, is_frozen, load_frozen, token_log_probs
+from cpugrpo_edu.engine.int8_matrix import BlockInt8Linear, Int8Matrix
 from cpugrpo_edu.engine.shared_prefix import packed_log_probs
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.fisher import Example
@@ -31,13 +22,20 @@ from cpugrpo_edu.models.load import add_lora, load_policy, save_policy
 from cpugrpo_edu.sample import Sampling
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=["packed", "compiled"])
 def kernel(request):
-    if request.param == "packed" and quantized_engine() == "torch":
-        pytest.skip("this build of torch has no INT8 kernel")
     if request.param == "compiled" and not c_kernel.available():
         pytest.skip(c_kernel.library()[1])
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def float32_products(monkeypatch):
+    """Passes in float32 here: what bfloat16 costs is measured in test_int8_matrix."""
+    monkeypatch.setattr(int8_matrix, "native_bfloat16", lambda: False)
+    int8_matrix.torch_is_faster.cache_clear()
+    yield
+    int8_matrix.torch_is_faster.cache_clear()
 
 
 def close(actual, expected, tolerance):
@@ -45,67 +43,24 @@ def close(actual, expected, tolerance):
     assert ((actual - expected).norm() / expected.norm()).item() < tolerance
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_product_and_gradient_are_those_of_the_dequantized_weights(kernel, bias):
-    torch.manual_seed(0)
-    weight, b = torch.randn(48, 64), torch.randn(48) if bias else None
-    layer = FrozenInt8Linear(weight, b, kernel)
-    close(layer.dequantized(), weight, 0.01)
-    # rows of very different size: one scale for all would drown the small ones
-    sizes = 10.0 ** torch.arange(-4, 6).float()[:, None]
-    x = (torch.randn(10, 64) * sizes).requires_grad_()
-    g = torch.randn(10, 48) * sizes.flip(0)
-    tolerance = 1e-5 if kernel == "exact" else 0.04  # 7 bits
-    y = layer(x)
-    y.backward(g)
-    expected = F.linear(x.detach(), layer.dequantized(), b)
-    for row in range(10):
-        close(y.detach()[row], expected[row], tolerance)
-        close(x.grad[row], (g @ layer.dequantized())[row], tolerance)
-    assert not any(p.requires_grad for p in layer.parameters())
-
-
-def test_embedding_rows_and_their_weighted_sums():
-    torch.manual_seed(0)
-    weight = torch.randn(5000, 16)  # more than one tile
-    rows = FrozenInt8Embedding(weight)
-    ids = torch.tensor([[0, 4999], [4096, 7]])
-    close(rows(ids), weight[ids], 0.01)
-    dense = rows(torch.arange(5000))
-    p = torch.rand(3, 5000)
-    total = torch.zeros(3, 16)
-    for tile in rows.tiles():
-        rows.add_weighted_sum(total, p[:, tile], tile)
-    torch.testing.assert_close(total, p @ dense, rtol=1e-4, atol=1e-3)
-    rounded = torch.zeros(3, 16)
-    for tile in rows.tiles():
-        rows.add_weighted_sum(rounded, p[:, tile], tile, bfloat16=True)
-    assert 0 < (rounded - total).norm() / total.norm() < 0.01
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_log_probs_without_stored_logits(kernel, temperature):
     torch.manual_seed(0)
-    rows = FrozenInt8Embedding(torch.randn(300, 16) * 0.3)
-    head = FrozenInt8Head(rows, kernel)
-    hidden = torch.randn(70, 16, requires_grad=True)  # more than one piece
-    tokens = torch.randint(0, 300, (70,))
+    matrix = Int8Matrix(torch.randn(5000, 16) * 0.3, kernel)  # more than one tile
+    hidden = torch.randn(70, 16, requires_grad=True)
+    tokens = torch.randint(0, 5000, (70,))
     g = torch.randn(70)
-    log_p, entropy = token_log_probs(hidden, tokens, head, temperature)
+    log_p, entropy = token_log_probs(hidden, tokens, BlockInt8Linear(matrix), temperature)
     (log_p * g).sum().backward()
-    dense = torch.nn.Linear(16, 300, bias=False)
-    dense.weight.data = rows(torch.arange(300))
+    dense = torch.nn.Linear(16, 5000, bias=False)
+    dense.weight.data = matrix.dequantized()
     plain = hidden.detach().clone().requires_grad_()
     expected, expected_entropy = token_log_probs(plain, tokens, dense, temperature)
     (expected * g).sum().backward()
-    tolerance = 1e-4 if kernel == "exact" else 0.1
-    assert (log_p - expected).abs().max() < tolerance
-    assert (entropy - expected_entropy).abs().max() < tolerance
-    close(hidden.grad, plain.grad, tolerance)
+    torch.testing.assert_close(log_p, expected, rtol=0, atol=5e-4)
+    torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=5e-4)
+    close(hidden.grad, plain.grad, 1e-3)
     assert not entropy.requires_grad
-    logits = head(hidden)
-    (slope,) = torch.autograd.grad(logits, hidden, torch.ones_like(logits))
-    close(slope, torch.ones(70, 300) @ rows(torch.arange(300)), 1e-4 if kernel == "exact" else 0.01)
 
 
 def frozen_and_float(folder, kernel, rank=4):
@@ -113,10 +68,8 @@ def frozen_and_float(folder, kernel, rank=4):
     frozen = load_frozen(str(folder), AutoConfig.from_pretrained(folder), kernel)
     plain = AutoModelForCausalLM.from_pretrained(folder)
     for name, module in frozen.named_modules():
-        if isinstance(module, FrozenInt8Linear):
-            plain.get_submodule(name).weight.data = module.dequantized()
-    rows = frozen.get_input_embeddings()
-    plain.get_input_embeddings().weight.data = rows(torch.arange(rows.num_embeddings))
+        if isinstance(module, BlockInt8Linear | Int8Embedding):
+            plain.get_submodule(name).weight.data = module.matrix.dequantized()
     policies = []
     for model in (frozen, plain):
         policies.append(add_lora(model, rank, seed=0))
@@ -148,19 +101,19 @@ def test_the_whole_policy_and_its_adapter_gradient(tiny_folder, kernel):
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     with torch.no_grad():
         a, b = (packed_log_probs(model, *inputs)[0] for model in (frozen, plain))
-    assert (a - b).abs().max() < (1e-4 if kernel == "exact" else 0.1)
+    assert (a - b).abs().max() < 5e-4
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 0
     flat = [torch.cat([g.flatten() for g in each.values()]) for each in gradients]
-    close(*flat, 1e-4 if kernel == "exact" else 0.1)
+    close(*flat, 1e-3)
 
 
 def test_the_reference_is_the_base_with_the_adapter_off(tiny_folder):
-    frozen, _ = frozen_and_float(tiny_folder, "exact")
+    frozen, _ = frozen_and_float(tiny_folder, "packed")
     inputs = batch()
     with torch.no_grad():
         with frozen.disable_adapter():
             off, _ = packed_log_probs(frozen, *inputs)
-        bare = load_frozen(str(tiny_folder), AutoConfig.from_pretrained(tiny_folder), "exact")
+        bare = load_frozen(str(tiny_folder), AutoConfig.from_pretrained(tiny_folder), "packed")
         base, _ = packed_log_probs(bare, *inputs)
         on, _ = packed_log_probs(frozen, *inputs)
     torch.testing.assert_close(off, base)
@@ -178,7 +131,7 @@ def test_rollouts_record_the_log_probs_that_training_sees(tiny_folder, kernel):
             frozen, prompts, torch.ones_like(prompts), tokens, torch.ones_like(tokens)
         )
     sampled = torch.tensor([e.logprobs for e in group.episodes])
-    assert (log_p - sampled).abs().max() < (1e-4 if kernel == "exact" else 0.1)
+    assert (log_p - sampled).abs().max() < 5e-4
 
 
 @pytest.mark.skipif(not c_kernel.available(), reason=c_kernel.library()[1])
@@ -204,13 +157,12 @@ def test_a_token_in_c_is_that_of_torch(tiny_folder, adapter):
                 position = position + 1
             found.append((torch.stack(states), torch.stack(cache.keys)[..., : cache.length, :]))
         assert found[0][0].abs().max() > 0.1
-        # the same levels but where a sum's last bit tips a rounding
-        close(found[0][0], found[1][0], 2e-3)
-        close(found[0][1][:, :, :, -3:], found[1][1][:, :, :, -3:], 2e-3)
+        close(found[0][0], found[1][0], 2e-4)
+        close(found[0][1][:, :, :, -3:], found[1][1][:, :, :, -3:], 2e-4)
 
 
 def test_fisher_of_the_adapter(tiny_folder):
-    frozen, plain = frozen_and_float(tiny_folder, "exact")
+    frozen, plain = frozen_and_float(tiny_folder, "packed")
     examples = [Example([5, 6], [7, 8, 9]), Example([5, 6, 7, 8], [9])]
     ours, expected = (estimate_fisher(m, examples, "rollout_score") for m in (frozen, plain))
     assert ours.keys() == expected.keys()
@@ -235,7 +187,7 @@ def test_untied_and_sharded_weights(tiny_folder, tmp_path):
     untied.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     untied.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    frozen = load_frozen(str(tmp_path), AutoConfig.from_pretrained(tmp_path), kernel="exact")
+    frozen = load_frozen(str(tmp_path), AutoConfig.from_pretrained(tmp_path), kernel="packed")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         close(frozen(ids).logits, untied(ids).logits, 0.05)

@@ -374,7 +374,8 @@ def test_a_copy_that_is_another_policy_is_not_sampled_from(
     tiny_policy, tmp_path, monkeypatch, native, far, chosen, words
 ):
     said = []
-    trainer = make(tiny_policy, tmp_path, EngineOptions(int8_rollouts=True, patience=0))
+    options = EngineOptions(int8_rollouts=True, kernel="packed", patience=0)
+    trainer = make(tiny_policy, tmp_path, options)
     trainer.say = said.append
     monkeypatch.setattr(trainer_module, "native_bfloat16", lambda: native)
     monkeypatch.setattr(

@@ -66,10 +66,7 @@ def bench_b1(
     call: Call,
     peers: Annotated[
         str,
-        Option(
-            help="stock, stock-lora, ours-full, separated by commas; ours-compiled is added "
-            "where it can be compiled."
-        ),
+        Option(help="stock, stock-lora, ours-packed, ours-full, separated by commas."),
     ] = "",
     workload: Annotated[str, Option(help="b1, b2 (10 steps a stage) or b3 (G = 8).")] = "b1",
     steps: Steps = None,
@@ -81,16 +78,10 @@ def bench_b1(
 
     Example: `cpugrpo bench b1 --peers stock,stock-lora`
     """
-    from cpugrpo_edu.engine import c_kernel
     from cpugrpo_edu.lab import bench as lab
 
     names = comma_names(peers) if peers else ()
     shape = workload_of(workload, steps)
-    if "ours-compiled" not in names:
-        if c_kernel.available():
-            names = (*names, "ours-compiled")
-        else:
-            call.say(f"no compiled kernel here: {c_kernel.library()[1]}")
     give_b1(call, lab.bench_b1(shape, names, peer_steps, folder=cache, say=call.say), output)
 
 

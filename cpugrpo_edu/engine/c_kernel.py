@@ -33,8 +33,8 @@ WIDE = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
 FLAGS = ("-O3", "-march=native", *WIDE, "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 """No flag that lets the compiler assume that NaN cannot occur."""
 
-FEW_ROWS = 16
-"""With more rows the arithmetic dominates, and torch's products are faster."""
+BLOCK = 32
+"""Inputs that share a scale, and activations that share a size: ``BLOCK`` in ``decode.c``."""
 
 LARGE_PAGE = 2**21
 ARENA = 64 * 2**20
@@ -47,8 +47,8 @@ class Linear(ctypes.Structure):
     """A linear layer as the C code sees it: ``linear`` in ``decode.c``."""
 
     _fields_ = (
-        *((name, Pointer) for name in ("q", "scale", "row_sum", "bias", "down", "up")),
-        *((name, ctypes.c_int) for name in ("inputs", "outputs", "rank")),
+        *((name, Pointer) for name in ("q", "scales", "bias", "down", "up")),
+        *((name, ctypes.c_int) for name in ("inputs", "width", "outputs", "rank")),
     )
 
 
@@ -70,33 +70,45 @@ class Layer(ctypes.Structure):
     )
 
 
-WORKSPACE = (
-    *("normed", "mixed", "change", "query", "key", "value"),
-    *("gate", "up", "scores", "low", "sizes", "levels"),
-)
+class Rounded(ctypes.Structure):
+    """Room for rows of activations, rounded to 16 bits: ``rounded`` in ``decode.c``."""
+
+    _fields_ = tuple((name, Pointer) for name in ("levels", "sizes", "sums"))
+
+    @classmethod
+    def make(cls, rows: int, width: int) -> Rounded:
+        levels = torch.empty(rows * width, dtype=torch.int16)
+        sizes, sums = torch.empty(2, rows * width // BLOCK)
+        place = cls(*(address(tensor) for tensor in (levels, sizes, sums)))
+        place.tensors = levels, sizes, sums
+        return place
+
+
+BUFFERS = ("normed", "mixed", "change", "query", "key", "value", "gate", "up", "scores", "low")
 
 
 class Workspace(ctypes.Structure):
     """Buffers of the C code for intermediate results of a layer."""
 
-    _fields_ = tuple((name, Pointer) for name in WORKSPACE)
+    _fields_ = (*((name, Pointer) for name in BUFFERS), ("rounded", Rounded))
 
     @classmethod
     def make(cls, layers: Any, rows: int, kv_heads: int, capacity: int, dim: int) -> Workspace:
         first = layers[0]
         hidden, attention, ffn = first.query.inputs, first.query.outputs, first.gate.outputs
-        rank = max(getattr(layer, name).rank for layer in layers for name in LINEARS)
+        linears = [getattr(layer, name) for layer in layers for name in LINEARS]
         numbers = {
             **dict.fromkeys(("normed", "change"), hidden),
             **dict.fromkeys(("mixed", "query"), attention),
             **dict.fromkeys(("key", "value"), kv_heads * dim),
             **dict.fromkeys(("gate", "up"), ffn),
-            **{"scores": attention // dim * capacity, "low": 3 * rank, "sizes": 1},
+            "scores": attention // dim * capacity,
+            "low": 3 * max(linear.rank for linear in linears),
         }
-        tensors = {name: torch.empty(rows * n) for name, n in numbers.items()}
-        tensors["levels"] = torch.empty(rows * max(hidden, attention, ffn), dtype=torch.uint8)
-        workspace = cls(*(tensors[name].data_ptr() for name in WORKSPACE))
-        workspace.tensors = tensors
+        tensors = [torch.empty(rows * numbers[name]) for name in BUFFERS]
+        rounded = Rounded.make(rows, max(linear.width for linear in linears))
+        workspace = cls(*(tensor.data_ptr() for tensor in tensors), rounded)
+        workspace.tensors = tensors, rounded.tensors
         return workspace
 
 
@@ -133,9 +145,8 @@ def library() -> tuple[Any, str]:
     try:
         # torch has already loaded OpenMP: the library uses the same one and its threads
         functions = ctypes.CDLL(str(compile_library(cache_folder())))
-        for name in ("decode", "few_rows", "round_rows", "scale_rows"):
+        for name in ("decode", "times", "unpack"):
             getattr(functions, name).restype = None
-        check(functions)
     except (OSError, RuntimeError) as error:
         return None, str(error)
     return functions, ""
@@ -143,17 +154,6 @@ def library() -> tuple[Any, str]:
 
 def available() -> bool:
     return library()[0] is not None
-
-
-def check(functions: Any) -> None:
-    """Raise RuntimeError if torch's integer product, which training needs, is wrong or missing.
-
-    Without VNNI it may add two products in 16 bits, which 2 * 127 * 127 does not fit.
-    """
-    q = torch.full((64, 256), 127, dtype=torch.int8)
-    for matrix in (q.t(), q.t().contiguous()):
-        if not bool((torch._int_mm(q, matrix) == 256 * 127 * 127).all()):
-            raise RuntimeError("this processor's INT8 products are not exact")
 
 
 _arena: tuple[Callable[[], mmap.mmap | None], int, int] = (lambda: None, 0, 0)
@@ -181,17 +181,6 @@ def in_large_pages(shape: torch.Size) -> Tensor:
     return place.view(shape)
 
 
-def row_sums(q: Tensor) -> Tensor:
-    """Row sums (out,) of int8 weights (out, in), int32; torch's own sum is eight times slower."""
-    return torch._int_mm(q, q.new_ones(q.shape[1], 8))[:, 0].contiguous()
-
-
-def place(q: Tensor, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Int8 weights (out, in) in large pages, or in ``into``, and the sums of their rows."""
-    placed = (in_large_pages(q.shape) if into is None else into).copy_(q)
-    return placed, row_sums(placed)
-
-
 def address(tensor: Tensor | None) -> int | None:
     """The tensor's address for C. The caller keeps the tensor alive."""
     if tensor is None:
@@ -200,12 +189,20 @@ def address(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def describe(layer: Any, down: Tensor | None = None, up: Tensor | None = None) -> Linear:
-    """A frozen INT8 layer, with ``q``, ``scale``, ``row_sum`` and ``bias``, and its LoRA."""
-    outputs, inputs = layer.q.shape
+def describe(
+    matrix: Any,
+    bias: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> Linear:
+    """The rows from ``start`` to ``stop`` of an ``Int8Matrix``, with a bias and LoRA's matrices."""
+    strip = start // matrix.q.shape[2]
+    stop = matrix.outputs if stop is None else stop
     return Linear(
-        *(address(t) for t in (layer.q, layer.scale, layer.row_sum, layer.bias, down, up)),
-        *(inputs, outputs, 0 if down is None else len(down)),
+        *(address(t) for t in (matrix.q[strip:], matrix.scales[strip:], bias, down, up)),
+        *(matrix.inputs, matrix.width, stop - start, 0 if down is None else len(down)),
     )
 
 
@@ -239,34 +236,27 @@ def decode(
     )
 
 
-def product(x: Tensor, layer: Any) -> Tensor:
-    """x W^T + b, float32 (..., out), for x of float32 with few or many rows."""
-    if x.numel() <= FEW_ROWS * x.shape[-1]:
-        return few_rows(x, layer)
-    return many_rows(x, layer.q.t(), layer.scale, layer.bias)
-
-
-def few_rows(x: Tensor, layer: Any) -> Tensor:
-    """x W^T + b, float32 (..., out), for few rows x of float32."""
-    x = x.contiguous()
-    rows, y = x.numel() // x.shape[-1], x.new_empty(*x.shape[:-1], len(layer.q))
-    levels, sizes = torch.empty_like(x, dtype=torch.uint8), x.new_empty(rows)
-    pointers = (Pointer(address(tensor)) for tensor in (levels, sizes, y))
-    library()[0].few_rows(ctypes.byref(describe(layer)), Pointer(address(x)), rows, *pointers)
+def times(
+    matrix: Any,
+    x: Tensor,
+    bias: Tensor | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """x W^T + bias, float32 (..., rows of W), for x (..., inputs); W's rows from start to stop."""
+    x = x.float().contiguous()
+    linear = describe(matrix, bias, start=start, stop=stop)
+    rows, y = x.numel() // matrix.inputs, x.new_empty(*x.shape[:-1], linear.outputs)
+    into = Rounded.make(rows, matrix.width)
+    pointers = (Pointer(address(x)), rows, ctypes.byref(into), Pointer(address(y)))
+    library()[0].times(ctypes.byref(linear), *pointers)
     return y
 
 
-def many_rows(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x Q * scale + b for integers Q (in, out), each row of x rounded to 127 levels a side."""
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    rows, inputs = flat.shape
-    levels, sizes = torch.empty_like(flat, dtype=torch.int8), flat.new_empty(rows)
-    functions = library()[0]
-    into = (Pointer(address(tensor)) for tensor in (levels, sizes))
-    functions.round_rows(Pointer(address(flat)), rows, inputs, *into)
-    # Allocate directly: autograd forbids in-place writes to views.
-    y = x.new_empty(*x.shape[:-1], q.shape[1])
-    torch._int_mm(levels, q, out=y.view(rows, -1).view(torch.int32))
-    given = (Pointer(address(tensor)) for tensor in (sizes, scale, bias))
-    functions.scale_rows(Pointer(address(y)), rows, q.shape[1], *given)
-    return y
+def unpack(matrix: Any, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """The rows from ``start`` to ``stop`` of W as columns, (inputs, rows), float32 or bfloat16."""
+    to = torch.empty(matrix.inputs, stop - start, dtype=dtype)
+    linear = describe(matrix, start=start, stop=stop)
+    half = int(dtype is torch.bfloat16)
+    library()[0].unpack(ctypes.byref(linear), stop - start, half, Pointer(address(to)))
+    return to

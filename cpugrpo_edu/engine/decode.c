@@ -1,31 +1,34 @@
-/* One token through the layers of a frozen INT8 model with LoRA, for a few rows.
+/* One token through the layers of a model with INT8 weights and LoRA, in one call, and the
+ * products that go with it.
  *
- * decode.Decoder makes a few thousand torch calls for each token; here it is a single call, so
- * almost all of a token's time goes into reading the weights. c_kernel.py compiles this file and
- * passes the model's tensors as they are; it names every pointer.
+ * decode.Decoder makes a few thousand torch calls for each token; here it is a single call.
+ * c_kernel.py compiles this file and passes the model's tensors as they are.
  *
- * A product with INT8 weights W = diag(scale) Q: a row of x becomes the levels
- * round(127 x / peak) + 128, from 1 to 255, since processors multiply unsigned by signed bytes;
- * the shift by 128 is subtracted again as 128 times the sum of a row of Q. Compilers turn
- * `dot` into such instructions (VNNI) by themselves.
+ * A weight matrix W (out, in) lies in strips of 16 outputs. Each output has a scale s and an offset
+ * z for every BLOCK inputs: W = s q + z with 8-bit q. Activations x get 16 bits and a size a for
+ * every BLOCK inputs: x = a l. A block of a product is then a (s sum(q l) + z sum(l)), with sums of
+ * integers that are exact in 32 bits. Eight bits for x would not do: a real model has activations
+ * hundreds of times as large as their neighbours, beside which the others would vanish.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
-#define BLOCK 64 /* outputs that a thread takes at a time */
-#define FEW 4    /* of these, computed together */
+#define BLOCK 32 /* inputs with a scale and an offset of their own */
+#define STRIP 16 /* outputs that lie side by side */
 #define LANES 32 /* numbers of a head summed together */
 #define AHEAD 6144 /* prefetch distance in bytes; a cache line is 64 */
 #define LEVEL_2 2  /* prefetch into the second cache: the first holds fewer outstanding requests */
 
 typedef struct { /* y = x W^T + bias + (x down^T) up */
-  const int8_t *q;         /* (out, in) */
-  const float *scale;      /* (out) */
-  const int32_t *row_sum;  /* (out), of q */
+  const int8_t *q;         /* (strips, width / 2, 16, 2) */
+  const uint16_t *scales;  /* (strips, width / BLOCK, 2, 16): scales, then offsets, in float16 */
   const float *bias;       /* (out) or none */
   const float *down, *up;  /* (rank, in), (rank, out): LoRA's A and scaled B^T, or none */
-  int in, out, rank;
+  int in, width, out, rank; /* width: in, filled up to a multiple of BLOCK */
 } linear;
 
 typedef struct {
@@ -34,18 +37,125 @@ typedef struct {
   float *keys, *values; /* (rows, kv heads, capacity, dim) */
 } layer;
 
+typedef struct { /* rows of x, rounded */
+  int16_t *levels;    /* (rows, width) */
+  float *sizes, *sums; /* (rows, width / BLOCK): a, and a sum(l) */
+} rounded;
+
 typedef struct { /* buffers between the steps; the number of floats in brackets */
   float *normed, *mixed, *change; /* (rows, hidden), (rows, heads * dim), (rows, hidden) */
   float *query, *key, *value;
-  float *gate, *up;                       /* (rows, ffn) */
-  float *scores;                          /* (rows, heads, capacity) */
-  float *low;                             /* (3, rows, rank) */
-  float *sizes;                           /* (rows) */
-  uint8_t *levels;                        /* (rows, largest input) */
+  float *gate, *up; /* (rows, ffn) */
+  float *scores;    /* (rows, heads, capacity) */
+  float *low;       /* (3, rows, rank) */
+  rounded x;        /* of the largest input */
 } workspace;
 
+/* --- sixteen numbers at a time ----------------------------------------------------------- */
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t uints __attribute__((vector_size(64)));
+typedef int16_t shorts __attribute__((vector_size(32)));
+typedef uint16_t ushorts __attribute__((vector_size(32)));
+
+#if defined(__AVX512BW__)
+#define ROWS 8 /* rows of x that share what is read of W */
+typedef __m512i pairs; /* 16 outputs, 2 inputs each, in 16 bits */
+static inline pairs widen(const int8_t *q) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)q));
+}
+static inline ints multiply_add(ints sum, pairs q, int32_t levels) {
+  const __m512i l = _mm512_set1_epi32(levels);
+#if defined(__AVX512VNNI__)
+  return (ints)_mm512_dpwssd_epi32((__m512i)sum, q, l);
+#else
+  return (ints)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(q, l));
+#endif
+}
+static inline floats half_to_float(const uint16_t *h) {
+  return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)h));
+}
+#elif defined(__AVX2__) && defined(__F16C__)
+#define ROWS 4
+typedef struct { __m256i low, high; } pairs;
+static inline pairs widen(const int8_t *q) {
+  const pairs p = {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)q)),
+                   _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)q + 1))};
+  return p;
+}
+static inline ints multiply_add(ints sum, pairs q, int32_t levels) {
+  const __m256i l = _mm256_set1_epi32(levels);
+  union { ints all; __m256i half[2]; } s = {sum};
+  s.half[0] = _mm256_add_epi32(s.half[0], _mm256_madd_epi16(q.low, l));
+  s.half[1] = _mm256_add_epi32(s.half[1], _mm256_madd_epi16(q.high, l));
+  return s.all;
+}
+static inline floats half_to_float(const uint16_t *h) {
+  union { floats all; __m256 half[2]; } f;
+  f.half[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)h));
+  f.half[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)h + 1));
+  return f.all;
+}
+#else
+#define ROWS 4
+typedef struct { int16_t of[2 * STRIP]; } pairs;
+static inline pairs widen(const int8_t *q) {
+  pairs p;
+  for (int i = 0; i < 2 * STRIP; i++) p.of[i] = q[i];
+  return p;
+}
+static inline ints multiply_add(ints sum, pairs q, int32_t levels) {
+  int16_t l[2];
+  memcpy(l, &levels, 4);
+  for (int o = 0; o < STRIP; o++) sum[o] += q.of[2 * o] * l[0] + q.of[2 * o + 1] * l[1];
+  return sum;
+}
+static inline floats half_to_float(const uint16_t *h) {
+  floats f;
+  for (int o = 0; o < STRIP; o++) { /* the exponent's bias is 15 here, 127 there */
+    uint32_t bits = (uint32_t)(h[o] & 0x7fff) << 13;
+    float magnitude;
+    memcpy(&magnitude, &bits, 4);
+    f[o] = magnitude * 0x1p112f * (h[o] >> 15 ? -1 : 1);
+  }
+  return f;
+}
+#endif
+
+/* One strip times `count` rows, at most ROWS. Inlined for each count, so that the sums stay in
+ * registers. y (count rows, stride outputs) gets the 16 results of each, plus the bias. */
+static inline __attribute__((always_inline)) void strip_times(
+    const int count, const linear *l, const int8_t *q, const uint16_t *scales, const int16_t *levels,
+    const float *sizes, const float *sums, floats *y) {
+  const long blocks = l->width / BLOCK;
+#pragma GCC unroll 8
+  for (int r = 0; r < count; r++) y[r] = (floats){0};
+  for (long b = 0; b < blocks; b++, q += BLOCK * STRIP) {
+    ints sum[ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < count; r++) sum[r] = (ints){0};
+#pragma GCC unroll 4
+    for (int i = 0; i < BLOCK; i += 2) {
+      const pairs w = widen(q + i * STRIP);
+#pragma GCC unroll 8
+      for (int r = 0; r < count; r++) {
+        int32_t two;
+        memcpy(&two, levels + r * (long)l->width + b * BLOCK + i, 4);
+        sum[r] = multiply_add(sum[r], w, two);
+      }
+    }
+    const floats s = half_to_float(scales + b * 2 * STRIP);
+    const floats z = half_to_float(scales + b * 2 * STRIP + STRIP);
+#pragma GCC unroll 8
+    for (int r = 0; r < count; r++)
+      y[r] += __builtin_convertvector(sum[r], floats) * (s * sizes[r * blocks + b]) +
+              z * sums[r * blocks + b];
+  }
+}
+
 /* The largest |x|, compared as integers: the same order, and NaN above all, so that it shows. */
-static float peak_of(const float *x, int n) {
+static inline float peak_of(const float *x, int n) {
   int32_t top = 1;
   for (int i = 0; i < n; i++) {
     int32_t bits;
@@ -58,16 +168,34 @@ static float peak_of(const float *x, int n) {
   return peak < 1e-30f ? 1e-30f : peak;
 }
 
-static float to_levels(const float *x, int n, uint8_t *levels) {
-  const float peak = peak_of(x, n), by = 127 / peak;
-  for (int i = 0; i < n; i++) levels[i] = (uint8_t)(int)(x[i] * by + 128.5f);
-  return peak / 127;
+/* Row r of x, n numbers each, filled up with zeros to `width`. */
+static void round_row(const float *x, int r, int n, int width, const rounded *to) {
+  const int blocks = width / BLOCK;
+  for (int b = 0; b < blocks; b++) {
+    float padded[BLOCK] = {0};
+    const int count = n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK;
+    const float *from = x + (long)r * n + b * BLOCK;
+    if (count < BLOCK) {
+      memcpy(padded, from, count * sizeof(float));
+      from = padded;
+    }
+    const float peak = peak_of(from, BLOCK), by = 32767 / peak;
+    int16_t *levels = to->levels + (long)r * width + b * BLOCK;
+    int32_t sum = 0;
+    for (int i = 0; i < BLOCK; i++) {
+      const int level = (int)(from[i] * by + 32768.5f) - 32768;
+      levels[i] = (int16_t)level;
+      sum += level;
+    }
+    to->sizes[(long)r * blocks + b] = peak / 32767;
+    to->sums[(long)r * blocks + b] = peak / 32767 * (float)sum;
+  }
 }
 
-/* The same for each row of x (rows, n), shared among the threads. */
-static void all_to_levels(const float *x, int rows, int n, uint8_t *levels, float *sizes) {
+/* The same for each row of x, shared among the threads. */
+static void round_rows(const float *x, int rows, int n, int width, const rounded *to) {
 #pragma omp for schedule(static)
-  for (int r = 0; r < rows; r++) sizes[r] = to_levels(x + (long)r * n, n, levels + (long)r * n);
+  for (int r = 0; r < rows; r++) round_row(x, r, n, width, to);
 }
 
 /* e^x without a call, so that loops of it are vectorized: 2^k e^r, |r| <= log(2) / 2, with an error
@@ -86,28 +214,6 @@ static inline float exponential(float x) {
   return e * power;
 }
 
-/* The row x against `count` rows of q, at most FEW: they share what is read of x. */
-static void dot(const uint8_t *levels, const int8_t *q, int n, int count, int32_t *sums) {
-  if (count == FEW) {
-    const int8_t *q1 = q + n, *q2 = q1 + n, *q3 = q2 + n;
-    int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-    for (int i = 0; i < n; i++) {
-      const int x = levels[i];
-      s0 += x * (int)q[i];
-      s1 += x * (int)q1[i];
-      s2 += x * (int)q2[i];
-      s3 += x * (int)q3[i];
-    }
-    sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
-    return;
-  }
-  for (int k = 0; k < count; k++, q += n) {
-    int32_t sum = 0;
-    for (int i = 0; i < n; i++) sum += (int)levels[i] * (int)q[i];
-    sums[k] = sum;
-  }
-}
-
 static float float_dot(const float *a, const float *b, int n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -117,36 +223,40 @@ static float float_dot(const float *a, const float *b, int n) {
 
 /* The product without the second half of LoRA, which needs all of `low`. The threads share the
  * work and do not wait for each other at the end (nowait): the caller places the barrier. */
-static void product(const linear *l, const float *x, const uint8_t *levels, const float *sizes,
-                    int rows, float *y, float *low) {
+static void product(const linear *l, const float *x, const rounded *from, int rows, float *y,
+                    float *low) {
+  const long blocks = l->width / BLOCK, strip_bytes = (long)l->width * STRIP;
 #pragma omp for schedule(static) nowait
-  for (int block = 0; block < l->out; block += BLOCK) {
-    const int end = block + BLOCK < l->out ? block + BLOCK : l->out;
-    for (int o = block; o < end; o += FEW) {
-      const int8_t *q = l->q + (long)o * l->in;
-      for (long i = 0; i < (long)FEW * l->in; i += 64) __builtin_prefetch(q + AHEAD + i, 0, LEVEL_2);
-      for (int r = 0; r < rows; r++) {
-        const int count = end - o < FEW ? end - o : FEW;
-        int32_t sums[FEW];
-        dot(levels + (long)r * l->in, q, l->in, count, sums);
-        memcpy(y + (long)r * l->out + o, sums, count * sizeof(int32_t));
+  for (int start = 0; start < l->out; start += STRIP) {
+    const int8_t *q = l->q + start * (long)l->width;
+    const uint16_t *scales = l->scales + start / STRIP * blocks * 2 * STRIP;
+    const int count = l->out - start < STRIP ? l->out - start : STRIP;
+    for (long i = 0; i < strip_bytes; i += 64) __builtin_prefetch(q + AHEAD + i, 0, LEVEL_2);
+    for (int r = 0; r < rows; r += ROWS) {
+      const int some = rows - r < ROWS ? rows - r : ROWS;
+      const int16_t *levels = from->levels + (long)r * l->width;
+      const float *sizes = from->sizes + r * blocks, *sums = from->sums + r * blocks;
+      floats sixteen[ROWS];
+      switch (some) {
+#define CASE(n) case n: strip_times(n, l, q, scales, levels, sizes, sums, sixteen); break;
+        CASE(1) CASE(2) CASE(3) CASE(4)
+#if ROWS == 8
+        CASE(5) CASE(6) CASE(7) CASE(8)
+#endif
+      }
+      for (int k = 0; k < some; k++) {
+        float *to = y + (long)(r + k) * l->out + start;
+        memcpy(to, sixteen + k, count * sizeof(float));
+        if (l->bias)
+          for (int o = 0; o < count; o++) to[o] += l->bias[start + o];
       }
     }
-    for (int r = 0; r < rows; r++)
-      for (int o = block; o < end; o++) {
-        float *at = y + (long)r * l->out + o;
-        int32_t sum;
-        memcpy(&sum, at, sizeof sum);
-        *at = sizes[r] * l->scale[o] * (float)(sum - 128 * l->row_sum[o]);
-      }
-    if (l->bias)
-      for (int r = 0; r < rows; r++)
-        for (int o = block; o < end; o++) y[(long)r * l->out + o] += l->bias[o];
   }
 #pragma omp for schedule(static) nowait
-  for (int k = 0; k < l->rank; k++)
-    for (int r = 0; r < rows; r++)
-      low[r * l->rank + k] = float_dot(l->down + (long)k * l->in, x + (long)r * l->in, l->in);
+  for (int job = 0; job < l->rank * rows; job++) {
+    const int r = job / l->rank, k = job % l->rank;
+    low[job] = float_dot(l->down + (long)k * l->in, x + (long)r * l->in, l->in);
+  }
 }
 
 /* LoRA's second half for the outputs from `start` to `end` of row r. */
@@ -218,11 +328,11 @@ void decode(const layer *layers, int count, int rows, int hidden, int heads, int
     for (int r = 0; r < rows; r++) {
       const long at = (long)r * hidden;
       norm(x + at, l->before_attention, hidden, epsilon, w->normed + at);
-      w->sizes[r] = to_levels(w->normed + at, hidden, w->levels + at);
+      round_row(w->normed, r, hidden, l->query.width, &w->x);
     }
-    product(&l->query, w->normed, w->levels, w->sizes, rows, w->query, low[0]);
-    product(&l->key, w->normed, w->levels, w->sizes, rows, w->key, low[1]);
-    product(&l->value, w->normed, w->levels, w->sizes, rows, w->value, low[2]);
+    product(&l->query, w->normed, &w->x, rows, w->query, low[0]);
+    product(&l->key, w->normed, &w->x, rows, w->key, low[1]);
+    product(&l->value, w->normed, &w->x, rows, w->value, low[2]);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int job = 0; job < rows * kv_heads; job++) { /* one head's key and value into the cache */
@@ -245,31 +355,31 @@ void decode(const layer *layers, int count, int rows, int hidden, int heads, int
       attend(w->query + at, l->keys + kv, l->values + kv, mask ? mask + r * (start + 1) : 0,
              start + 1, dim, scores, w->mixed + at);
     }
-    all_to_levels(w->mixed, rows, attention, w->levels, w->sizes);
-    product(&l->output, w->mixed, w->levels, w->sizes, rows, w->change, low[0]);
+    round_rows(w->mixed, rows, attention, l->output.width, &w->x);
+    product(&l->output, w->mixed, &w->x, rows, w->change, low[0]);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int r = 0; r < rows; r++) {
       const long at = (long)r * hidden;
       add_row(&l->output, low[0], r, w->change, x);
       norm(x + at, l->before_mlp, hidden, epsilon, w->normed + at);
-      w->sizes[r] = to_levels(w->normed + at, hidden, w->levels + at);
+      round_row(w->normed, r, hidden, l->gate.width, &w->x);
     }
     low[1] = w->low + rows * l->gate.rank;
-    product(&l->gate, w->normed, w->levels, w->sizes, rows, w->gate, low[0]);
-    product(&l->up, w->normed, w->levels, w->sizes, rows, w->up, low[1]);
+    product(&l->gate, w->normed, &w->x, rows, w->gate, low[0]);
+    product(&l->up, w->normed, &w->x, rows, w->up, low[1]);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int block = 0; block < ffn; block += BLOCK)
+    for (int block = 0; block < ffn; block += 2 * BLOCK)
       for (int r = 0; r < rows; r++) {
-        const int end = block + BLOCK < ffn ? block + BLOCK : ffn;
+        const int end = block + 2 * BLOCK < ffn ? block + 2 * BLOCK : ffn;
         float *gate = w->gate + (long)r * ffn, *up = w->up + (long)r * ffn;
         adapt(&l->gate, low[0], r, block, end, w->gate);
         adapt(&l->up, low[1], r, block, end, w->up);
         for (int i = block; i < end; i++) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
       }
-    all_to_levels(w->gate, rows, ffn, w->levels, w->sizes);
-    product(&l->down, w->gate, w->levels, w->sizes, rows, w->change, low[0]);
+    round_rows(w->gate, rows, ffn, l->down.width, &w->x);
+    product(&l->down, w->gate, &w->x, rows, w->change, low[0]);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int r = 0; r < rows; r++) add_row(&l->down, low[0], r, w->change, x);
@@ -277,34 +387,40 @@ void decode(const layer *layers, int count, int rows, int hidden, int heads, int
 }
 
 /* y (rows, out) of one layer without LoRA, such as the head. */
-void few_rows(const linear *l, const float *x, int rows, uint8_t *levels, float *sizes, float *y) {
+void times(const linear *l, const float *x, int rows, const rounded *into, float *y) {
 #pragma omp parallel
   {
-    all_to_levels(x, rows, l->in, levels, sizes);
-    product(l, x, levels, sizes, rows, y, 0);
+    round_rows(x, rows, l->in, l->width, into);
+    product(l, x, into, rows, y, 0);
   }
 }
 
-/* For products of many rows, which torch does in integers: each row of x as integers from -127
- * to 127, and the size of one. */
-void round_rows(const float *x, int rows, int in, int8_t *q, float *sizes) {
+/* The weights as floats, transposed: to (in, outputs). `bfloat16`:
+ * the upper half of each float, rounded to even. For products of many rows, which torch does. */
+void unpack(const linear *l, int outputs, int bfloat16, void *to) {
+  const long blocks = l->width / BLOCK;
 #pragma omp parallel for schedule(static)
-  for (int r = 0; r < rows; r++) {
-    uint8_t *levels = (uint8_t *)q + (long)r * in;
-    sizes[r] = to_levels(x + (long)r * in, in, levels);
-    for (int i = 0; i < in; i++) levels[i] ^= 128; /* the level less 128 */
-  }
-}
-
-/* Their sums (rows, out) to floats in the same place: sum * size * scale + bias. */
-void scale_rows(int32_t *sums, int rows, int out, const float *sizes, const float *scale,
-                const float *bias) {
-#pragma omp parallel for schedule(static)
-  for (int r = 0; r < rows; r++)
-    for (int o = 0; o < out; o++) {
-      int32_t *at = sums + (long)r * out + o;
-      const float y =
-          (float)*at * (sizes[r] * (scale ? scale[o] : 1)) + (bias ? bias[o] : 0);
-      memcpy(at, &y, 4);
+  for (int b = 0; b < blocks; b++)
+    for (int start = 0; start < outputs; start += STRIP) {
+      const long strip = start / STRIP;
+      const int8_t *q = l->q + strip * l->width * STRIP + b * BLOCK * STRIP;
+      const uint16_t *scales = l->scales + (strip * blocks + b) * 2 * STRIP;
+      const floats s = half_to_float(scales), z = half_to_float(scales + STRIP);
+      const int count = outputs - start < STRIP ? outputs - start : STRIP;
+      for (int i = 0; i < BLOCK; i++) {
+        shorts two; /* inputs i and i + 1 of each output */
+        memcpy(&two, q + i / 2 * 2 * STRIP, sizeof two);
+        two = (i % 2 ? two : two << 8) >> 8;
+        const floats f = __builtin_convertvector(__builtin_convertvector(two, ints), floats) * s + z;
+        const long at = (long)(b * BLOCK + i) * outputs + start;
+        if (b * BLOCK + i >= l->in) break;
+        if (bfloat16) {
+          const uints bits = (uints)f, even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+          const ushorts upper = __builtin_convertvector(even, ushorts);
+          memcpy((uint16_t *)to + at, &upper, count * sizeof(uint16_t));
+        } else {
+          memcpy((float *)to + at, &f, count * sizeof(float));
+        }
+      }
     }
 }

@@ -17,7 +17,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpugrpo_edu.data import Group
-from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.bf16 import Bf16Linear
+from cpugrpo_edu.engine.int8_matrix import BlockInt8Linear, usable
 from cpugrpo_edu.engine.memory import drop_input_grad_hooks
 from cpugrpo_edu.errors import UserError
 
@@ -138,13 +138,6 @@ def quantized_engine() -> str:
     return engine if _kernel_works(engine) else "torch"
 
 
-def usable_kernel(wanted: str) -> str:
-    """The kernel that is used where ``wanted`` is asked for."""
-    if wanted == "compiled" and not c_kernel.available():
-        wanted = "packed"
-    return "exact" if wanted == "packed" and quantized_engine() in ("torch", "qnnpack") else wanted
-
-
 class Int8Linear(nn.Module):
     """``x @ W.T + b`` with W in int8 and x quantized at each call; for inference only.
 
@@ -152,21 +145,12 @@ class Int8Linear(nn.Module):
     back), the result (..., out_features). On x86 activations get 7 bits: without
     VNNI instructions the kernel adds two u8 * s8 products in 16 bits, and
     2 * 255 * 127 would saturate and give wrong sums silently; 2 * 127 * 127 fits.
-    ``kernel`` "compiled" computes with the plain integers, see :mod:`cpugrpo_edu.engine.c_kernel`.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        per_channel: bool = True,
-        kernel: str = "packed",
-    ):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, per_channel: bool = True):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.per_channel = per_channel
-        usable = per_channel and usable_kernel(kernel) == "compiled"
-        self.kernel = "compiled" if usable else "packed"
         self.pack(weight, bias)
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -177,10 +161,7 @@ class Int8Linear(nn.Module):
         self.reduce_range = engine != "qnnpack"
         self.packed: Any = None
         self.plain: Any = None  # what the fallback computes with
-        if self.kernel == "compiled":
-            self.q, self.row_sum = c_kernel.place(q, getattr(self, "q", None))
-            self.scale, self.bias = scale, bias
-        elif engine == "torch":
+        if engine == "torch":
             self.plain = (q, scale, zero_point, bias)
         else:
             self.packed = _pack(q, scale, zero_point, bias)
@@ -189,8 +170,6 @@ class Int8Linear(nn.Module):
 
     def dequantized(self) -> Tensor:
         """The weights it computes with, float32 (out_features, in_features)."""
-        if self.kernel == "compiled":
-            return self.q.float() * self.scale[:, None]
         if self.plain:
             return dequantize(*self.plain[:3])
         with warnings.catch_warnings():
@@ -203,8 +182,6 @@ class Int8Linear(nn.Module):
             raise RuntimeError(  # torch would go on and return zero gradients
                 "an INT8 layer has no gradient; train the float model and refresh() this copy"
             )
-        if self.kernel == "compiled":
-            return c_kernel.product(x.float(), self).to(x.dtype)
         if self.plain:
             return self._forward_plain(x)
         if x.dtype is torch.float32:  # the one path that runs at every decode step
@@ -226,6 +203,9 @@ class Int8Linear(nn.Module):
 
 
 # --- the rollout copy --------------------------------------------------------------------
+
+QUANTIZED = Int8Linear | BlockInt8Linear
+"""The layers of an INT8 copy."""
 
 
 def _without_peft(model: nn.Module) -> nn.Module:
@@ -268,12 +248,14 @@ def quantize_for_rollout(
     *,
     per_channel: bool = True,
     quantize_head: bool = False,
-    kernel: str = "packed",
+    kernel: str = "auto",
 ) -> nn.Module:
     """A drop-in copy of a causal LM whose linear layers are INT8, for generation and scoring.
 
-    ``kernel`` is "packed" or "compiled" (INT8), or "bf16" for bfloat16 layers instead: twice
-    the bytes, and far closer to a policy with outlier activations.
+    ``kernel`` is "compiled" (weights in blocks, :mod:`.int8_matrix`), "packed" (torch's dynamic
+    INT8, :class:`Int8Linear`), "auto" for the first where there is a compiler, else the second;
+    or "bf16" for bfloat16 layers: twice the bytes, and far closer than "packed" to a policy
+    with outlier activations. Without ``per_channel`` it is "packed".
 
     LoRA is merged in, so a PeftModel gives a plain transformers model. All other
     parameters (embeddings, norms) are *shared* with the live model, not copied,
@@ -285,15 +267,14 @@ def quantize_for_rollout(
     """
     live: Any = _without_peft(model)
     head = live.get_output_embeddings() if hasattr(live, "get_output_embeddings") else None
+    make: Any = Bf16Linear
+    if kernel != "bf16":
+        compiled = per_channel and usable(kernel) == "compiled"
+        make = BlockInt8Linear if compiled else partial(Int8Linear, per_channel=per_channel)
     memo: dict[int, Any] = {}  # deepcopy puts these in place of what they stand for
     for _, layer in _linears(live):
         if quantize_head or layer is not head:
-            weight, bias = _float_weights(layer)
-            memo[id(layer)] = (
-                Bf16Linear(weight, bias)
-                if kernel == "bf16"
-                else Int8Linear(weight, bias, per_channel, kernel)
-            )
+            memo[id(layer)] = make(*_float_weights(layer))
     if not memo:
         raise UserError(
             f"{type(live).__name__} has no torch.nn.Linear layer to quantize; "
@@ -316,7 +297,7 @@ def refresh(served: nn.Module, model: nn.Module) -> nn.Module:
     live = _without_peft(model)
     for name, layer in _linears(live):
         target = served.get_submodule(name)
-        if isinstance(target, Int8Linear | Bf16Linear):
+        if isinstance(target, QUANTIZED | Bf16Linear):
             target.pack(*_float_weights(layer))
     for name, parameter in served.named_parameters():
         parameter.data = live.get_parameter(name).data  # shared unless the live one was replaced
@@ -414,11 +395,11 @@ def quantization_report(
     Masked positions (``attention_mask`` 0) do not count.
     """
     before, shared = _storages(model), _storages(served)
-    packed = sum(m.nbytes for m in served.modules() if isinstance(m, Int8Linear))
+    packed = sum(m.nbytes for m in served.modules() if isinstance(m, QUANTIZED))
     errors = {}
     for name, layer in _linears(_without_peft(model)):
         target = served.get_submodule(name)
-        if isinstance(target, Int8Linear):
+        if isinstance(target, QUANTIZED):
             weight = _float_weights(layer)[0].float()
             errors[name] = float((weight - target.dequantized()).norm() / weight.norm())
     training = model.training

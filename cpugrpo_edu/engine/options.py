@@ -31,8 +31,8 @@ class EngineOptions:
     int8_rollouts: bool = False
     int8_head: bool = False
     """The head in INT8 as well: with a vocabulary of 150,000 a quarter of what decoding reads."""
-    kernel: str = "packed"
-    """Of the INT8 copy: "packed", or "compiled" (see :mod:`cpugrpo_edu.engine.c_kernel`)."""
+    kernel: str = "auto"
+    """Of the INT8 copy: "compiled", "packed" or "auto", see ``int8.quantize_for_rollout``."""
     importance_correction: bool = True
     """Take the policy ratio against the INT8 policy that sampled, not against the float one."""
     micro_batch: int | None = None

@@ -74,17 +74,18 @@ def group_attention(prompt: int, lengths: list[int]) -> Attention:
     visible = torch.ones(longest, prompt + longest, dtype=torch.bool).tril(prompt)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        shared = [x[:, :, :prompt] for x in (query, key, value)]
-        first = F.scaled_dot_product_attention(*shared, is_causal=True, enable_gqa=True)
-        own_query, *own = (
+        states = (query, key, value)
+        q, k, v = (x[:, :, :prompt] for x in states)
+        first = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        own_q, own_k, own_v = (
             x[0].index_select(1, where).unflatten(1, (len(lengths), longest)).transpose(0, 1)
-            for x in (query, key, value)
+            for x in states
         )
-        both = (
-            torch.cat([x.expand(len(lengths), -1, -1, -1), mine], 2)
-            for x, mine in zip(shared[1:], own, strict=True)
+        k, v = (
+            torch.cat([x.expand(len(lengths), -1, -1, -1), own], 2)
+            for x, own in ((k, own_k), (v, own_v))
         )
-        rest = F.scaled_dot_product_attention(own_query, *both, attn_mask=visible, enable_gqa=True)
+        rest = F.scaled_dot_product_attention(own_q, k, v, attn_mask=visible, enable_gqa=True)
         return torch.cat([first, rest.transpose(0, 1).flatten(1, 2).index_select(1, real)[None]], 2)
 
     return attend

@@ -40,6 +40,7 @@ from cpugrpo_edu.engine.int8 import (
     refresh,
 )
 from cpugrpo_edu.engine.int8_base import is_frozen
+from cpugrpo_edu.engine.int8_matrix import usable
 from cpugrpo_edu.engine.memory import free_memory, release_memory, retry_smaller, trim_heap
 from cpugrpo_edu.engine.micro_batches import (
     WORKING_SPACE,
@@ -179,7 +180,7 @@ class CPUGRPOTrainer(GRPOInternals):
         self.guard, self.tally = Guard(self.options.patience), RolloutTally()
         self.micro_batch_limit: int | None = None  # set once memory was refused
         # What rolls out: an INT8 copy by this kernel, a "bf16" copy, or None: the live policy.
-        self.copy_kind = self.options.kernel if self.options.int8_rollouts else None
+        self.copy_kind = usable(self.options.kernel) if self.options.int8_rollouts else None
         self.choose_ways()
         self.rollout_copy: Any = None
         self.drift: Drift | None = None

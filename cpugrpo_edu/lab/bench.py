@@ -31,27 +31,26 @@ Say = Callable[[str], None]
 PEERS = {
     "stock": "TRL's GRPOTrainer, full fine-tuning, float32",
     "stock-lora": "TRL's GRPOTrainer with LoRA on all linear layers, float32",
-    "ours-compiled": "this package, its INT8 products from C compiled here",
-    "ours-full": "this package, full fine-tuning, INT8 rollouts, compiled if possible",
+    "ours-packed": "this package without a C compiler",
+    "ours-full": "this package, full fine-tuning, INT8 rollouts",
 }
 PEER_MEMORY = {
     "stock": 13 * GIB,
     "stock-lora": 5 * GIB,
-    "ours-compiled": 3 * GIB,
+    "ours-packed": 3 * GIB,
     "ours-full": 8 * GIB,
 }
 """Free bytes that a peer needs; with less it is skipped, and the record says why."""
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "all on": {},
-    "float products": {"kernel": "exact"},
     "prompt not shared": {"share_prefix": False},
     "generate": {"fast_rollouts": False},
-    "compiled": {"kernel": "compiled"},
+    "no compiler": {"kernel": "packed"},
     "MLPs kept": {"recompute": False},
     "float32 base": {"frozen_int8": False},
 }
-"""What is switched off (or, for "compiled", on): fields of ``contestants.Variant``."""
+"""What is switched off: fields of ``contestants.Variant``."""
 
 
 def step_floor(workload: Workload, floors: dict[str, float]) -> dict[str, float]:
@@ -127,8 +126,8 @@ def bench_b1(
     calls: dict[str, Callable[[], dict[str, Any]]] = {
         "stock": partial(run_worker, stock, workload, model, lora=False, steps=peer_steps),
         "stock-lora": partial(run_worker, stock, workload, model, lora=True, steps=peer_steps),
-        "ours-compiled": partial(run_worker, ours, workload, model, Variant(kernel="compiled")),
-        "ours-full": partial(run_worker, ours, first, model, Variant("full", kernel="compiled")),
+        "ours-packed": partial(run_worker, ours, workload, model, Variant(kernel="packed")),
+        "ours-full": partial(run_worker, ours, first, model, Variant("full")),
     }
     for peer in peers:
         say(f"{peer}: {PEERS[peer]}")

@@ -30,8 +30,8 @@ from trl import GRPOConfig, GRPOTrainer
 from cpugrpo_edu.curriculum import stage_problems
 from cpugrpo_edu.engine.fisher import estimate_fisher
 from cpugrpo_edu.engine.guard import RolloutTally
-from cpugrpo_edu.engine.int8 import quantized_engine, usable_kernel
 from cpugrpo_edu.engine.int8_base import load_frozen, spares_memory
+from cpugrpo_edu.engine.int8_matrix import usable
 from cpugrpo_edu.engine.memory import PeakMemory
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
@@ -63,7 +63,7 @@ class Variant:
     share_prefix: bool = True
     fast_rollouts: bool = True
     recompute: bool = True
-    kernel: str = "packed"
+    kernel: str = "auto"
 
 
 class StepClock(TrainerCallback):
@@ -142,12 +142,11 @@ def ours(workload: Workload, folder: Path, variant: Variant = Variant()) -> dict
         seconds["work"] = time.perf_counter() - loaded
         moved = relative_change(policy.model, torch.load(first))
     seconds |= {"steps": sum(steps), "rollout": sum(rollouts)}
-    compiled = usable_kernel(variant.kernel) == "compiled"
     return {
         "seconds": seconds,
         "step_seconds": steps,
         "rollout_seconds": rollouts,
-        "int8_kernel": "compiled" if compiled else quantized_engine(),
+        "int8_kernel": usable(variant.kernel),
         "weights_changed": {"changed": moved > 0, "relative_l2": moved},
         "ewc_penalty": [row["ewc_penalty"] for row in logged if "ewc_penalty" in row],
         **{name: [row[name] for row in logged] for name in ("reward", "kl", "grad_norm")},

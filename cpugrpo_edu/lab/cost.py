@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from cpugrpo_edu.engine.c_kernel import FEW_ROWS
+from cpugrpo_edu.engine.c_kernel import BLOCK
 from cpugrpo_edu.engine.micro_batches import CACHE_BYTES
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.sizes import Architecture
@@ -80,8 +80,7 @@ def rollout_work(step: StepSpec, floors: Mapping[str, float]) -> Work:
     decoded, weights = step.rows * step.tokens, a.linear_parameters + a.vocab * a.hidden
     products = decoded * weights + step.prompts * step.prompt_tokens * a.linear_parameters
     passes = -(-step.rows // EngineOptions.max_rows) * (step.longest or step.tokens)
-    # The compiled kernel decodes a token of few rows in a single call.
-    calls = 1 if kernel == "compiled" and step.rows <= FEW_ROWS else a.layers
+    calls = 1 if kernel == "compiled" else a.layers  # it decodes a token in a single call
     context = step.prompt_tokens + step.tokens / 2
     name = "compiled operations" if kernel == "compiled" else "operations"
     return {
@@ -118,7 +117,7 @@ def memory_work(step: StepSpec) -> Work:
     keeps for its backward pass, keys and values of the rollouts."""
     a = step.architecture
     if step.frozen:
-        size = 1 if step.compiled else 2  # torch's kernel keeps INT8 weights both ways round
+        size = 1 + 4 / BLOCK  # a scale and an offset of two bytes each for a block
         # The inside of the MLPs is computed again, and the head works in tiles.
         kept = a.layers * (a.layer_activations - 4 * a.ffn)
         batch = 4 * kept * (step.prompt_tokens + step.group * step.tokens)

@@ -229,7 +229,7 @@ Loader = Callable[[Path, list[int], int, int], Sampler]
 ENGINES: dict[str, Loader] = {
     "generate": partial(in_package, engine="generate", kernel=None),
     "ours-float32": partial(in_package, engine="fast", kernel=None),
-    "ours-int8": partial(in_package, engine="fast", kernel="packed"),
-    "ours-int8-compiled": partial(in_package, engine="fast", kernel="compiled"),
+    "ours-int8": partial(in_package, engine="fast", kernel="auto"),
+    "ours-int8-packed": partial(in_package, engine="fast", kernel="packed"),
 }
 PEERS: dict[str, Loader] = {"llama.cpp": llama_cpp, "continuous": continuous}

@@ -11,7 +11,7 @@ from typing import Any
 
 from cpugrpo_edu.data import DIFFICULTIES
 from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
-from cpugrpo_edu.engine.int8 import usable_kernel
+from cpugrpo_edu.engine.int8_matrix import usable
 from cpugrpo_edu.engine.sizes import CATALOGUE, Architecture
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.cost import CostModel, StepSpec, fit_sweep, rollout_work
@@ -67,7 +67,7 @@ def run_step(config: Any, tokens: float) -> StepSpec:
         frozen=frozen,
         lora_rank=config.lora_rank,
         int8_rollouts=config.int8_rollouts and not frozen,
-        compiled=usable_kernel(config.kernel) == "compiled",
+        compiled=usable(config.kernel) == "compiled",
         reference=config.beta > 0,
         checkpointing=config.checkpointing == "on",
     )

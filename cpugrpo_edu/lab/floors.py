@@ -22,21 +22,22 @@ def machine_floors(
 ) -> dict[str, float]:
     """Peak rates on products of the 494M-parameter model's shape.
 
-    ``float32_gflops``, ``int8_gops`` (torch's kernel) and ``compiled_gops`` (the integer product
-    that the compiled kernel uses) count 2 operations a multiply-add. ``read_gb_per_second`` is
+    ``float32_gflops``, ``int8_gops`` (torch's kernel) and ``compiled_gops`` (the compiled
+    kernel's, or what stands in for it) count 2 operations a multiply-add. ``read_gb_per_second`` is
     what summing an array of ``numbers`` reads, ``int8_weight_gb_per_second`` what the INT8 kernel
     reads of the weights of ``layers`` (more than a cache holds) for two rows, as in decoding.
     """
     import torch
 
     from cpugrpo_edu.engine.int8 import Int8Linear
+    from cpugrpo_edu.engine.int8_matrix import Int8Matrix
 
     inner, outer = 896, 4864
     weight = torch.randn(outer, inner)
     x, few = torch.randn(rows, inner), torch.randn(2, inner)
     large = torch.ones(numbers)
     packed = [Int8Linear(weight) for _ in range(layers)]
-    integers, levels = (torch.ones(n, inner, dtype=torch.int8) for n in (outer, rows))
+    matrix = Int8Matrix(weight)
     operations = 2.0 * rows * inner * outer
     weights = layers * inner * outer
 
@@ -51,7 +52,7 @@ def machine_floors(
         return {
             "float32_gflops": rate(lambda: x @ weight.t()),
             "int8_gops": rate(lambda: packed[0](x)),
-            "compiled_gops": rate(lambda: torch._int_mm(levels, integers.t())),
+            "compiled_gops": rate(lambda: matrix.times(x)),
             "read_gb_per_second": large.nbytes / best_of(large.sum, 4 * repeats) / 1e9,
             "int8_weight_gb_per_second": weights / best_of(decode, 4 * repeats) / 1e9,
         }

@@ -48,12 +48,12 @@ def b1_rows(record: RunRecord) -> Rows:
 
 
 def fallback_note(record: RunRecord) -> str:
-    """What the table's reader must know where this machine has no INT8 kernel; else ""."""
-    if record.results["ours"].get("int8_kernel") not in ("torch", "qnnpack"):
+    """What the table's reader must know where the INT8 kernel was not compiled; else ""."""
+    if record.results["ours"].get("int8_kernel") != "packed":
         return ""
     return (
-        "This machine has no INT8 kernel that computes right for training: ours fell back to "
-        "float products of the same integers, which saves memory but no time."
+        "No C compiler was found on this machine, so ours multiplied INT8 weights by torch, which "
+        "converts them to floats first: slower, and with more memory during rollouts."
     )
 
 

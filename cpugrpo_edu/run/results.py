@@ -11,7 +11,8 @@ import torch
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import ranks
 from cpugrpo_edu.engine.architectures import supports
-from cpugrpo_edu.engine.int8 import quantization_report, quantize_for_rollout, usable_kernel
+from cpugrpo_edu.engine.int8 import quantization_report, quantize_for_rollout
+from cpugrpo_edu.engine.int8_matrix import usable
 from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.models.load import relative_change
 from cpugrpo_edu.record.evaluations import (
@@ -160,10 +161,10 @@ def components(
     config, stages = session.config, session.state.stages
     penalties = [s["ewc_penalty_last"] for s in stages if s["ewc_penalty_last"] is not None]
     sizes = [s["micro_batch_smallest"] for s in stages if s["micro_batch_smallest"]]
-    sampled_from = [stage.get("rollouts_from", config.kernel) for stage in stages]
+    sampled_from = [stage.get("rollouts_from", usable(config.kernel)) for stage in stages]
     int8_detail = {
         "importance_correction": config.importance_correction,
-        "kernel": usable_kernel(config.kernel),
+        "kernel": usable(config.kernel),
         "rollouts_from": sampled_from,
         "drift": [stage.get("rollout_drift") for stage in stages],
     }
@@ -178,7 +179,7 @@ def components(
             {"variant": config.fisher, "examples": config.fisher_examples},
         ),
         "int8_rollouts": (
-            config.frozen or (config.int8_rollouts and config.kernel in sampled_from),
+            config.frozen or (config.int8_rollouts and usable(config.kernel) in sampled_from),
             int8_detail,
         ),
         "int8_evaluation": (
