@@ -15,8 +15,10 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.fisher import examples_from_groups
 from cpugrpo_edu.models import load_policy
 from cpugrpo_edu.models.fetch import fetch
+from cpugrpo_edu.models.load import default_answer_format
 from cpugrpo_edu.policy import token_log_probs
 from cpugrpo_edu.sample import Sampling, rollout, sample
+from cpugrpo_edu.tasks.answers import exact_match
 from cpugrpo_edu.train import make_batch
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -38,12 +40,28 @@ def folder():
 
 @pytest.fixture(scope="module")
 def policy(folder):
-    return load_policy("smollm2", lora_rank=4, system="")
+    return load_policy("smollm2", lora_rank=4)
 
 
 @pytest.fixture(scope="module")
 def groups(policy):
     return rollout(policy, PROBLEMS, 2, Sampling(16, 0.8, seed=1))
+
+
+def test_it_keeps_the_system_prompt_of_its_template_and_states_answers_its_own_way(policy):
+    prompt = policy.tokenizer.decode(policy.encode_problem(PROBLEMS[0]))
+    assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert default_answer_format(policy.model.config) == "auto"
+
+
+def test_it_gets_sums_right_in_its_own_words(policy):
+    """Of three sums it gets at least one right, and none of them after ####."""
+    sums = [("21 plus 10", "31"), ("25 plus 13", "38"), ("12 plus 7", "19")]
+    asked = [Problem(q, "custom", "basic", f"What is {q}?", a) for q, a in sums]
+    groups = rollout(policy, asked, 1, Sampling(24, 0.0))
+    said = [group.episodes[0].text for group in groups]
+    right = [exact_match(p, text, "auto") for p, text in zip(asked, said, strict=True)]
+    assert any(right) and not any(map(exact_match, asked, said)), said
 
 
 def test_the_folder_is_a_plain_transformers_model(folder):

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpugrpo_edu.data import Problem
+from cpugrpo_edu.data import Episode, Problem
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.rewards import correct_answer, good_format, valid_steps
 from cpugrpo_edu.tasks import DOMAINS, make_problems, symbolic
 from cpugrpo_edu.tasks.answers import (
     answers_match,
@@ -205,6 +206,16 @@ def test_worked_solutions_of_a_domain_earn_all_in_prose(domain):
     assert problem.check_steps(false).score < 1
 
 
+def test_rewards_ask_the_format_of_the_problem():
+    [problem] = make_problems("arithmetic", "basic", "train", 1)
+    steps = problem.solution.split("####")[0]
+    episode = Episode(text=f"{steps}The answer is {problem.answer}.")
+    rewards = correct_answer, good_format, valid_steps
+    assert [reward(problem, episode) for reward in rewards] == [0, 0, 0.5]
+    [problem] = with_answer_format([problem], "auto")
+    assert [reward(problem, episode) for reward in rewards] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_format_belongs_to_the_problem_and_to_no_other(domain):
     [problem] = make_problems(domain, "basic", "train", 1)
@@ -228,7 +239,7 @@ def test_an_unknown_format_is_named():
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(symbolic.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "cpugrpo-edu\[math\]"'):
+    with pytest.raises(UserError, match=r"extra math.*pip install math-verify, or"):
         check_answer_format("math-verify")
 
 

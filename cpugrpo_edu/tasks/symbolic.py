@@ -27,8 +27,8 @@ def check_installed() -> None:
     """UserError if math-verify is missing."""
     if importlib.util.find_spec("math_verify") is None:
         raise UserError(
-            "the answer format math-verify needs the library of that name, which is not "
-            'installed; pip install "cpugrpo-edu[math]", or choose the answer format auto'
+            "the answer format math-verify needs the library of that name (our extra math), which "
+            "is not installed; pip install math-verify, or choose the answer format auto"
         )
 
 
