@@ -33,9 +33,16 @@ from cpugrpo_edu.engine.int8_matrix import BlockInt8Linear, unpacked
 from cpugrpo_edu.engine.memory import free_memory, retry_smaller
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.sizes import Architecture, rows_that_fit
+from cpugrpo_edu.engine.workers import side_by_side
 from cpugrpo_edu.sample import Sampling, draw, left_pad, regroup
 
 DEFAULTS = EngineOptions()
+
+WORKER_ROWS = 64
+"""Fewest rows for which a thread of its own pays: about these keep it busy between two calls."""
+
+PREFILL_TOKENS = 2048
+"""Prompt tokens in one pass: more would leave the processor's cache between two layers."""
 
 RETIRE_SHARE = 0.75
 """Compact the batch when fewer than this share of its rows is still running."""
@@ -61,6 +68,11 @@ class Cache:
         dtype = lm.model.norm.weight.dtype
         keys, values = ([torch.empty(shape, dtype=dtype) for _ in lm.model.layers] for _ in "kv")
         return cls(keys, values, torch.zeros(rows, capacity, dtype=torch.bool))
+
+    def part(self, rows: slice) -> Cache:
+        """These rows of an empty cache, in the same memory."""
+        keys, values = ([x[rows] for x in xs] for xs in (self.keys, self.values))
+        return Cache(keys, values, self.mask[rows])
 
     def select(self, rows: Tensor, capacity: int | None = None) -> Cache:
         """A copy with the given rows (repeats allowed) and room for ``capacity`` positions."""
@@ -214,17 +226,24 @@ def products(layer: Any, block: Block) -> Iterator[tuple[str, Any, Projection]]:
 
 
 def prefill(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], pad_id: int
+    decoder: Decoder, prompts: Sequence[Sequence[int]], pad_id: int, room: int = 0
 ) -> tuple[Tensor, Tensor, Cache]:
-    """Left-pad and run the prompts once.
+    """Left-pad and run the prompts once, ``PREFILL_TOKENS`` at a time.
 
-    Returns the last hidden states (prompts, hidden), the lengths (prompts,), and the cache.
+    Returns the last hidden states (prompts, hidden), the lengths (prompts,), and the cache, with
+    ``room`` for more positions.
     """
     ids, mask = left_pad(prompts, pad_id)
     valid = mask.bool()
     positions = (valid.cumsum(-1) - 1).clamp(min=0)
-    cache = Cache.empty(decoder.lm, *ids.shape)
-    return decoder.forward(ids, positions, valid, cache), valid.sum(-1), cache
+    count, width = ids.shape
+    cache = Cache.empty(decoder.lm, count, width + room)
+    size = max(1, PREFILL_TOKENS // width)
+    hidden = []
+    for rows in (slice(start, start + size) for start in range(0, count, size)):
+        hidden.append(decoder.forward(ids[rows], positions[rows], valid[rows], cache.part(rows)))
+    cache.length = width
+    return torch.cat(hidden), valid.sum(-1), cache
 
 
 def decode(
@@ -240,15 +259,16 @@ def decode(
     decoder = Decoder(lm)
     if CompiledDecoder.serves(decoder):
         decoder = CompiledDecoder(decoder)
-    hidden, lengths, prompt_cache = prefill(decoder, prompts, pad_id)
-    rows = torch.arange(len(prompts)).repeat_interleave(copies)
-    cache = prompt_cache.select(rows, prompt_cache.length + sampling.max_new_tokens)
-    del prompt_cache  # its memory is better spent on rows
-    hidden, position = hidden[rows], lengths[rows]
-    episodes = [Episode(finished=False) for _ in range(len(rows))]
+    new = sampling.max_new_tokens
+    hidden, position, cache = prefill(decoder, prompts, pad_id, new if copies == 1 else 0)
+    if copies > 1:
+        rows = torch.arange(len(prompts)).repeat_interleave(copies)
+        cache = cache.select(rows, cache.length + new)
+        hidden, position = hidden[rows], position[rows]
+    episodes = [Episode(finished=False) for _ in range(len(position))]
     stop = torch.tensor(sorted(eos_ids), dtype=torch.long)
-    active = torch.arange(len(rows))  # the episode of each row of the batch
-    running = torch.ones(len(rows), dtype=torch.bool)
+    active = torch.arange(len(position))  # the episode of each row of the batch
+    running = torch.ones(len(position), dtype=torch.bool)
     for step in range(sampling.max_new_tokens):
         token, logprob = draw(decoder.head(hidden), sampling, generator)
         ended = torch.isin(token, stop)
@@ -341,7 +361,8 @@ def sample(
     The engine's counterpart of ``cpugrpo_edu.sample.sample``, with the same contract. Prompts of
     like length are decoded together, at most ``options.max_rows`` rows at a time, or fewer where
     memory is short or the process would come to hold more than ``options.memory_limit`` bytes;
-    where memory is refused, half as many are tried. Raises ``ValueError`` for an empty prompt or
+    where memory is refused, half as many are tried. Greedy completions are decoded by several
+    threads side by side, which share these rows. Raises ``ValueError`` for an empty prompt or
     n < 1, and ``UserError`` for completions beyond the model's context.
     """
     if n < 1 or not all(prompts):
@@ -366,15 +387,25 @@ def sample(
         return groups
 
     rows = rows_at_once(lm, prompts, sampling, options)
+    # Completions that are drawn depend on those before them, greedy ones do not.
+    greedy = sampling.temperature == 0 and decoding is decode
+    most = min(rows, n * len(prompts)) // WORKER_ROWS if greedy else 1
+    workers = max(1, min(torch.get_num_threads(), most))
+    rows //= workers
+    chunks = list(chunks_by_length(prompts, max(1, rows // n)))
     found: dict[int, Group] = {}
+
+    def finish(chunk: list[int]) -> int:
+        texts = [prompts[i] for i in chunk]
+        attempt = functools.partial(complete, texts, generator.get_state())
+        found.update(zip(chunk, retry_smaller(attempt, rows), strict=True))
+        return len(chunk)
+
     model.eval()  # dropout must not act on rollouts
     try:
         with unpacked(lm):
-            for chunk in chunks_by_length(prompts, max(1, rows // n)):
-                texts = [prompts[i] for i in chunk]
-                attempt = functools.partial(complete, texts, generator.get_state())
-                found.update(zip(chunk, retry_smaller(attempt, rows), strict=True))
-                on_done(len(chunk))
+            for done in side_by_side(finish, chunks, workers):
+                on_done(done)
     finally:
         model.train(was_training)
     return [found[i] for i in range(len(prompts))]
