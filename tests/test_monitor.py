@@ -6,6 +6,7 @@ import io
 import math
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from rich.console import Console
 
 from cpugrpo_edu.engine.memory import release_memory
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.record.metrics import MetricsLog, read_metrics
+from cpugrpo_edu.sample import Sampling, draw
 from cpugrpo_edu.show.plots import plot_learning
 from cpugrpo_edu.show.progress import ProgressDisplay
 from cpugrpo_edu.show.text import clock_time, gib
+from cpugrpo_edu.tasks import make_problems
 
 # Metrics on disk
 
@@ -96,13 +100,11 @@ def test_a_pipe_gets_few_plain_lines():
     with display:
         display.start_stage("basic", steps=100)
         for step in range(1, 101):
-            clock.now += 0.5  # 50 seconds in all
+            clock.now += 1.5  # 150 seconds in all
             display.update(step, reward=step / 100, accuracy=0.256, tokens_per_second=310.4)
     lines = out.getvalue().splitlines()
-    assert lines[0] == "basic: begins" and len(lines) == 6  # 10, 20, 30, 40 s, and complete
-    assert lines[1].startswith(
-        "basic: 20/100  40.0 s left  reward 0.20  accuracy 26%  310 tokens/s"
-    )
+    assert lines[0] == "basic: begins" and len(lines) == 6  # 30, 60, 90, 120 s, and complete
+    assert lines[1].startswith("basic: 20/100  2:00 left  reward 0.20  accuracy 26%  310 tokens/s")
     assert "memory" in lines[1] and "\x1b" not in out.getvalue()
     assert lines[-1].startswith("basic: 100/100  reward 1.00")
 
@@ -133,6 +135,47 @@ def test_a_counter_counts_what_is_reported_done():
     display.counter("Fisher", 2)(2)
     display.update(4)
     assert out.getvalue().splitlines()[-1].startswith("basic: 4/4")
+
+
+def test_an_evaluation_of_ten_minutes_in_one_batch_shows_how_far_it_is(tiny_policy):
+    """The engine reports within the batch; by our clock a token takes five seconds."""
+    display, out, clock = display_to_pipe()
+    problems = make_problems("arithmetic", "basic", "eval", 30)
+
+    def slow(*arguments):
+        clock.now += 5
+        return draw(*arguments)
+
+    with (
+        mock.patch("cpugrpo_edu.engine.decode.draw", slow),
+        mock.patch.object(type(tiny_policy), "eos_ids", set()),
+    ):
+        bar = display.counter("evaluate", len(problems))
+        evaluate(tiny_policy, problems, "x", Sampling(120, temperature=0.0), bar)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "evaluate: begins" and lines[-1] == "evaluate: 30/30"
+    assert 15 <= len(lines) <= 22  # 600 seconds, a line every 30 to 40
+    assert lines[len(lines) // 2].startswith("evaluate: 1") and lines[5].endswith(" left")
+
+
+def test_a_long_step_shows_its_parts_and_a_short_one_does_not():
+    display, out, clock = display_to_pipe()
+    display.part("rollouts", 1, 8)  # before any stage: nothing
+    display.start_stage("basic", steps=2)
+    for done in range(1, 9):
+        clock.now += 1
+        display.part("rollouts", done, 8)
+    display.update(1, rss_bytes=0)
+    assert out.getvalue().splitlines() == ["basic: begins"]
+    for done in range(1, 9):
+        clock.now += 20
+        display.part("rollouts", done, 8)
+    assert out.getvalue().splitlines()[1:] == [
+        "basic 1/2: rollouts 2/8  2:00 left",
+        "basic 1/2: rollouts 4/8  1:20 left",
+        "basic 1/2: rollouts 6/8  40.0 s left",
+        "basic 1/2: rollouts 8/8",
+    ]
 
 
 def test_resident_memory_is_in_bytes_and_grows():

@@ -660,6 +660,19 @@ def test_bfloat16_weights_are_not_trained(tiny_folder, tmp_path):
     make(load_policy(tiny_folder, dtype="bfloat16", lora_rank=2), tmp_path)
 
 
+def test_a_step_says_how_far_it_is(tiny_folder, tmp_path):
+    trainer = make(
+        load_policy(tiny_folder), tmp_path, EngineOptions(patience=0, micro_batch=2), max_steps=1
+    )
+    seen = []
+    trainer.on_part = lambda *part: seen.append(part)
+    trainer.train()
+    rollouts = [(done, total) for what, done, total in seen if what == "rollouts"]
+    assert rollouts[-1] == (2, 2)
+    batches = [(done, total) for what, done, total in seen if what == "micro-batches"]
+    assert batches and batches == [(i + 1, batches[0][1]) for i in range(batches[0][1])]
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_batch_that_is_masked_out_teaches_nothing(trainer, batch, monkeypatch, loss_type):
     """With TRL's mask_truncated_completions, when all were truncated: 0, not 0 / 0."""

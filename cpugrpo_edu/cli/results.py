@@ -47,11 +47,16 @@ def export(
     hardware.configure_threads()
     from transformers.utils import logging
 
+    from cpugrpo_edu.run.export import COMPARED
     from cpugrpo_edu.run.export import export as export_run
+    from cpugrpo_edu.show.progress import ProgressDisplay
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    done = export_run(run, to, output or run / f"export-{to}")
+    with ProgressDisplay(quiet=call.quiet) as display:
+        count = display.counter("compare", COMPARED)
+        folder = output or run / f"export-{to}"
+        done = export_run(run, to, folder, problems=COMPARED, on_done=count)
     call.give(
         done,
         f"Exported to {done['folder']} ({done['bytes'] / 1e6:.1f} MB); loaded again, it is "

@@ -15,6 +15,7 @@ Models built like Qwen2 and Llama go through ``blocks``; other architectures go 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -254,8 +255,12 @@ def decode(
     eos_ids: set[int],
     pad_id: int,
     generator: torch.Generator,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> list[Group]:
-    """Complete each prompt ``copies`` times, all rows in one batch."""
+    """Complete each prompt ``copies`` times, all rows in one batch.
+
+    After each token ``on_share`` gets the share that is done if no other row ends early.
+    """
     decoder = Decoder(lm)
     if CompiledDecoder.serves(decoder):
         decoder = CompiledDecoder(decoder)
@@ -279,6 +284,7 @@ def decode(
             episodes[i].finished = end
         running &= ~ended
         alive = int(running.sum())
+        on_share(1 - alive / len(episodes) * (1 - (step + 1) / sampling.max_new_tokens))
         if alive == 0 or step + 1 == sampling.max_new_tokens:
             break
         # Finished rows are computed like the others, so it pays to drop them. Dropping copies the
@@ -300,13 +306,16 @@ class DrawInstead(LogitsProcessor):  # type: ignore[no-untyped-call]
     all that is wanted of them.
     """
 
-    def __init__(self, sampling: Sampling, generator: torch.Generator):
-        self.sampling, self.generator = sampling, generator
+    def __init__(
+        self, sampling: Sampling, generator: torch.Generator, on_share: Callable[[float], None]
+    ):
+        self.sampling, self.generator, self.on_share = sampling, generator, on_share
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token, logprob = draw(scores, self.sampling, self.generator)
         self.logprobs.append(logprob)
+        self.on_share(len(self.logprobs) / self.sampling.max_new_tokens)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
@@ -318,11 +327,12 @@ def decode_with_generate(
     eos_ids: set[int],
     pad_id: int,
     generator: torch.Generator,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> list[Group]:
     """The same by Hugging Face's ``generate``, on left-padded prompts, each given ``copies``
     times."""
     ids, mask = left_pad([prompt for prompt in prompts for _ in range(copies)], pad_id)
-    drawn = DrawInstead(sampling, generator)
+    drawn = DrawInstead(sampling, generator, on_share)
     # ``generate`` takes whatever it is not told from the model's own generation config, which may
     # hold min_p, beams or suppressed tokens: another distribution than the one asked for.
     with mock.patch.object(lm, "generation_config", GenerationConfig()):
@@ -344,6 +354,26 @@ def decode_with_generate(
     return regroup(prompts, copies, episodes)
 
 
+@dataclass
+class Meter:
+    """Reports the share of ``total`` prompts that is done in whole prompts, each once, even where
+    a second try begins again."""
+
+    total: int
+    report: Callable[[int], None]
+    reported: int = 0
+
+    def __call__(self, share: float) -> None:
+        more = int(self.total * share) - self.reported
+        if more > 0:
+            self.reported += more
+            self.report(more)
+
+    def within(self, before: int, these: int, total: int) -> Callable[[float], None]:
+        """The same for a share of ``these`` completions of ``total``, ``before`` being done."""
+        return lambda share: self((before + these * share) / total)
+
+
 @torch.inference_mode()
 def sample(
     model: Any,
@@ -362,8 +392,9 @@ def sample(
     like length are decoded together, at most ``options.max_rows`` rows at a time, or fewer where
     memory is short or the process would come to hold more than ``options.memory_limit`` bytes;
     where memory is refused, half as many are tried. Greedy completions are decoded by several
-    threads side by side, which share these rows. Raises ``ValueError`` for an empty prompt or
-    n < 1, and ``UserError`` for completions beyond the model's context.
+    threads side by side, which share these rows. ``on_done`` hears of batches under way, too: of
+    as many prompts as the share of their tokens that are drawn. Raises ``ValueError`` for an empty
+    prompt or n < 1, and ``UserError`` for completions beyond the model's context.
     """
     if n < 1 or not all(prompts):
         raise ValueError(f"{n} completions were asked, or a prompt has no tokens; give at least 1")
@@ -373,7 +404,7 @@ def sample(
     generator = torch.Generator().manual_seed(sampling.seed)
     stop = eos_ids if sampling.stop_at_eos else set()
 
-    def complete(texts: list[Sequence[int]], state: Tensor, rows: int) -> list[Group]:
+    def complete(texts: list[Sequence[int]], state: Tensor, meter: Meter, rows: int) -> list[Group]:
         generator.set_state(state)  # a second try draws what the first one drew
         groups = [Group(list(text), []) for text in texts]
         together, copies = max(1, rows // n), min(rows, n)
@@ -381,7 +412,9 @@ def sample(
             part = groups[start : start + together]
             for first in range(0, n, copies):
                 count, prompt_ids = min(copies, n - first), [group.prompt_ids for group in part]
-                more = decoding(lm, prompt_ids, count, sampling, stop, pad_id, generator)
+                before = start * n + first * len(part)  # completions
+                on_share = meter.within(before, count * len(part), n * len(groups))
+                more = decoding(lm, prompt_ids, count, sampling, stop, pad_id, generator, on_share)
                 for group, addition in zip(part, more, strict=True):
                     group.episodes.extend(addition.episodes)
         return groups
@@ -394,18 +427,22 @@ def sample(
     rows //= workers
     chunks = list(chunks_by_length(prompts, max(1, rows // n)))
     found: dict[int, Group] = {}
+    lock = threading.Lock()
 
-    def finish(chunk: list[int]) -> int:
-        texts = [prompts[i] for i in chunk]
-        attempt = functools.partial(complete, texts, generator.get_state())
+    def report(more: int) -> None:
+        with lock:
+            on_done(more)
+
+    def finish(chunk: list[int]) -> None:
+        texts, meter = [prompts[i] for i in chunk], Meter(len(chunk), report)
+        attempt = functools.partial(complete, texts, generator.get_state(), meter)
         found.update(zip(chunk, retry_smaller(attempt, rows), strict=True))
-        return len(chunk)
+        meter(1.0)
 
     model.eval()  # dropout must not act on rollouts
     try:
         with unpacked(lm):
-            for done in side_by_side(finish, chunks, workers):
-                on_done(done)
+            list(side_by_side(finish, chunks, workers))
     finally:
         model.train(was_training)
     return [found[i] for i in range(len(prompts))]

@@ -144,7 +144,8 @@ class CPUGRPOTrainer(GRPOInternals):
 
     ``policy.model`` is trained in place; ``anchor`` holds what EWC protects. The entropy, KL and
     clip fraction that TRL logs are means over micro-batches, of the rows that were trained on.
-    ``on_step`` receives every optimizer step's metrics, ``say`` a sentence when memory is short.
+    ``on_step`` receives every optimizer step's metrics, ``on_part`` how far the present one has
+    come (what, how many done, of how many), ``say`` a sentence when memory is short.
     ``should_stop`` is asked between two steps; True saves a checkpoint and ends the training.
     Raises ``UserError`` for empty data, and while it trains for whatever ``Guard`` stops.
     """
@@ -159,6 +160,7 @@ class CPUGRPOTrainer(GRPOInternals):
         anchor: Anchor | None = None,
         on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
         say: Callable[[str], None] = lambda sentence: None,
+        on_part: Callable[[str, int, int], None] = lambda what, done, total: None,
         should_stop: Callable[[], bool] = lambda: False,
     ):
         if len(dataset) == 0:
@@ -176,7 +178,8 @@ class CPUGRPOTrainer(GRPOInternals):
                 "give top_p 1, or importance_correction=False"
             )
         self.policy, self.anchor = policy, anchor
-        self.on_step, self.say, self.should_stop = on_step, say, should_stop
+        self.on_step, self.say, self.on_part = on_step, say, on_part
+        self.should_stop = should_stop
         self.guard, self.tally = Guard(self.options.patience), RolloutTally()
         self.micro_batch_limit: int | None = None  # set once memory was refused
         # What rolls out: an INT8 copy by this kernel, a "bf16" copy, or None: the live policy.
@@ -251,7 +254,10 @@ class CPUGRPOTrainer(GRPOInternals):
         if self.drift is None and self.copy_kind is not None:
             self.choose_copy(prompt_ids[:DRIFT_PROMPTS], sampling)
         start = time.perf_counter()
-        groups = sample(self.sampling_model(), prompt_ids, copies, sampling, **self.sampler)
+        on_done = self.counter("rollouts", len(prompt_ids))
+        groups = sample(
+            self.sampling_model(), prompt_ids, copies, sampling, on_done=on_done, **self.sampler
+        )
         if self.options.spare_memory:
             self.rollout_copy = None
         seconds = time.perf_counter() - start
@@ -268,6 +274,17 @@ class CPUGRPOTrainer(GRPOInternals):
             "completion_ids": [episode.completion_ids for _, episode in rows],
             "logprobs": [episode.logprobs for _, episode in rows],
         }
+
+    def counter(self, what: str, total: int) -> Callable[[int], None]:
+        """Call the result with how many more of ``total`` are done; ``on_part`` gets the sum."""
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self.on_part(what, done, total)
+
+        return count
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a conversation, through the chat template, or of a text."""
@@ -395,6 +412,7 @@ class CPUGRPOTrainer(GRPOInternals):
             tokens = torch.tensor(ranks.gather(float(tokens))).mean()
         total = torch.zeros(())
         micro_batches = list(split_by_length(inputs, keep, size, self.options.share_prefix))
+        count = self.counter("micro-batches", len(micro_batches))
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             # DDP would all-reduce in every backward pass; one exchange of the sum is enough.
@@ -407,6 +425,7 @@ class CPUGRPOTrainer(GRPOInternals):
                 if self.options.memory_limit is not None:
                     trim_heap()  # else each micro-batch leaves holes that the next cannot use
             total = total + loss
+            count(1)
         # The caller runs another backward pass. From a leaf it adds nothing to the gradients,
         # which are complete.
         return total.requires_grad_() if alone else total

@@ -44,16 +44,26 @@ LARGEST_KL = {"merged": SAME, "gguf": SAME, "adapter": KL_LIMIT, "int8": KL_LIMI
 rounding only; the base of an adapter may have been rounded in training; INT8 is another model,
 which may be as far off as the copy that rolls out."""
 
+COMPARED = 24
+"""Held-out problems on which an export is compared with its model."""
+
 INT8_FORMAT = "int8 weights, one float32 scale a row: w = q * scale"
 
 
-def export(run: str | Path, kind: str, output: str | Path, *, problems: int = 24) -> dict[str, Any]:
+def export(
+    run: str | Path,
+    kind: str,
+    output: str | Path,
+    *,
+    problems: int = COMPARED,
+    on_done: Callable[[int], None] = lambda more: None,
+) -> dict[str, Any]:
     """Write the run's model as ``kind`` into the new folder ``output``, checked.
 
     ``run`` is the output folder of a complete run. Returns the folder, its bytes, the mean KL
     divergence in nats a token and the share of tokens with the same most likely token, over the
-    model's greedy completions of ``problems`` held-out problems. If the KL is above
-    ``LARGEST_KL``, raises UserError and leaves nothing behind.
+    model's greedy completions of ``problems`` held-out problems, which ``on_done`` counts. If the
+    KL is above ``LARGEST_KL``, raises UserError and leaves nothing behind.
     """
     run, output = Path(run), check_output_folder(output)
     if kind not in LARGEST_KL:
@@ -70,18 +80,25 @@ def export(run: str | Path, kind: str, output: str | Path, *, problems: int = 24
     with replacing(output) as folder:
         folder.mkdir()
         write(original, run, record, folder)
-        found = compare(original, read(folder, original, record), kind, problems)
+        exported = read(folder, original, record)
+        found = compare(original, exported, kind, problems, on_done)
         (folder / "README.md").write_text(model_card(record, kind, found), encoding="utf-8")
         record.save(folder / "record.json")
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     return {"folder": str(output), "bytes": size, "kl": found.kl, "agreement": found.agreement}
 
 
-def compare(original: Policy, exported: Policy, kind: str, problems: int) -> Drift:
+def compare(
+    original: Policy,
+    exported: Policy,
+    kind: str,
+    problems: int,
+    on_done: Callable[[int], None] = lambda more: None,
+) -> Drift:
     """How far the exported policy is from the original; UserError if it is too far."""
     chosen = held_out_problems(-(-problems // 12))
     chosen = chosen[:: max(1, len(chosen) // problems)][:problems]
-    groups = completions(original, chosen)
+    groups = completions(original, chosen, on_done)
     for problem, group in zip(chosen, groups, strict=True):
         text = group.episodes[0].text
         ids = group.prompt_ids, original.tokenizer(text)["input_ids"]
@@ -140,10 +157,14 @@ def with_adapter(adapter: Path, record: RunRecord, merge: bool = False) -> Polic
     return base
 
 
-def completions(policy: Policy, problems: list[Problem]) -> list[Group]:
+def completions(
+    policy: Policy,
+    problems: list[Problem],
+    on_done: Callable[[int], None] = lambda more: None,
+) -> list[Group]:
     """Greedy completions, by transformers' ``generate``: it is independent of our sampler."""
     policy = replace(policy, sampler=partial(sample, options=EngineOptions("generate")))
-    return rollout(policy, problems, 1, Sampling(104, temperature=0))
+    return rollout(policy, problems, 1, Sampling(104, temperature=0), on_done=on_done)
 
 
 # How each kind is written, and read back

@@ -119,6 +119,7 @@ def make_trainer(session: Session, learner: Learner, index: int) -> CPUGRPOTrain
             learner.anchor,
             on_step,
             session.display.message,
+            session.display.part,
             session.control.should_stop,
         )
     return trainer

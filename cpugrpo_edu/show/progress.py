@@ -105,7 +105,7 @@ class ProgressDisplay:
         self,
         quiet: bool = False,
         console: Console | None = None,
-        interval: float = 10.0,
+        interval: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.console = Console(quiet=True) if quiet else console or Console(stderr=True)
@@ -115,6 +115,7 @@ class ProgressDisplay:
         self._process = psutil.Process()
         self._process.cpu_percent()  # the first call only starts the clock
         self._stage: Phase | None = None
+        self._part: Phase | None = None  # of the stage's present step
         self._panel: LivePanel | None = None
         if not quiet and (self.console.is_terminal or self.console.is_jupyter):
             self._panel = LivePanel(
@@ -152,6 +153,24 @@ class ProgressDisplay:
             self._panel.latest = metrics
         known = [form(metrics[key]) for key, form in LOGGED if metrics.get(key) is not None]
         self._show(self._stage, known)
+
+    def part(self, what: str, done: int, total: int) -> None:
+        """Show how far the stage's present step has come: ``done`` of ``total``, such as rollouts.
+
+        Only a long step gets a line of its own in a log.
+        """
+        stage, now = self._stage, self._clock()
+        if stage is None:
+            return
+        name = f"{stage.name} {stage.done}/{stage.total}: {what}"
+        if self._part is None or self._part.name != name or done <= self._part.done:
+            self._part = Phase(name, total, now, first=done, done=done)
+        self._part.done = done
+        if self._panel and stage.task is not None:
+            text = f"{stage.position(now)}  {what} {done}/{total}"
+            self._panel.update(stage.task, completed=stage.done, text=text)
+        elif now - self._last_line >= self.interval:
+            self._print_line(f"{name} {self._part.position(now)}")
 
     def rss_bytes(self) -> int:
         """Resident memory of this process now."""
