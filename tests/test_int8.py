@@ -255,6 +255,15 @@ def test_copy_is_close_and_shares(engine, ids, tied, head, per_channel):
     assert not any(isinstance(m, Q.Int8Linear) for m in model.modules())
 
 
+@pytest.mark.parametrize("kernel", ["auto", "packed", "bf16"])
+def test_a_copy_is_not_saved_without_its_layers(tmp_path, kernel):
+    served = Q.quantize_for_rollout(tiny(), kernel=kernel)
+    with pytest.raises(UserError, match="cpugrpo export"):
+        served.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    tiny().save_pretrained(tmp_path / "live")
+
+
 def test_loss_of_the_copy_has_no_gradient(ids):
     served = packed_copy(tiny())
     with pytest.raises(RuntimeError, match="does not require grad"):

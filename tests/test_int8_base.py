@@ -43,6 +43,15 @@ def close(actual, expected, tolerance):
     assert ((actual - expected).norm() / expected.norm()).item() < tolerance
 
 
+def test_a_frozen_base_is_not_saved_without_its_layers(tiny_folder, tmp_path):
+    model = load_frozen(str(tiny_folder), AutoConfig.from_pretrained(tiny_folder))
+    with pytest.raises(UserError, match="cpugrpo export"):
+        model.save_pretrained(tmp_path / "base")
+    add_lora(model, 2).save_pretrained(tmp_path / "adapter")  # the adapter alone is
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "base").exists()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_log_probs_without_stored_logits(kernel, temperature):
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from cpugrpo_edu.data import Group
 from cpugrpo_edu.engine.bf16 import Bf16Linear
-from cpugrpo_edu.engine.int8_matrix import BlockInt8Linear, usable
+from cpugrpo_edu.engine.int8_matrix import BlockInt8Linear, cannot_save, usable
 from cpugrpo_edu.engine.memory import drop_input_grad_hooks
 from cpugrpo_edu.errors import UserError
 
@@ -288,6 +288,7 @@ def quantize_for_rollout(
     for name in ("forward", "_original_forward"):
         served.__dict__.pop(name, None)
     drop_input_grad_hooks(served)
+    served.save_pretrained = cannot_save
     return served
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from cpugrpo_edu.engine.bf16 import product_of
-from cpugrpo_edu.engine.int8_matrix import TILE, BlockInt8Linear, Int8Matrix
+from cpugrpo_edu.engine.int8_matrix import TILE, BlockInt8Linear, Int8Matrix, cannot_save
 from cpugrpo_edu.engine.memory import trim_heap
 from cpugrpo_edu.errors import UserError
 
@@ -173,6 +173,7 @@ def load_frozen(source: str, config: Any, kernel: str = "auto") -> Any:
             continue
         setattr(model.get_submodule(parent), child, new)
     model.generation_config = generation_config(source, model)
+    model.save_pretrained = cannot_save  # type: ignore[method-assign]
     trim_heap()  # of the float weights
     return model.eval()
 

@@ -37,6 +37,14 @@ def usable(kernel: str) -> str:
     return "packed" if kernel == "packed" or not c_kernel.available() else "compiled"
 
 
+def cannot_save(*_: Any, **__: Any) -> None:
+    """Takes the place of ``save_pretrained``, which would leave out INT8 layers without a word."""
+    raise UserError(
+        "save_pretrained does not know the layers of a rollout copy or an INT8 base; save the "
+        "model it was made of, or write INT8 weights with: cpugrpo export RUN --to int8"
+    )
+
+
 def float16_above(x: Tensor) -> Tensor:
     """The smallest float16 numbers that are not below ``x`` > 0."""
     half = x.half()
