@@ -55,6 +55,7 @@ TINY = Workload(
 )
 FLOORS = {
     "float32_gflops": 100.0,
+    "bfloat16_gflops": 200.0,
     "int8_gops": 200.0,
     "compiled_gops": 200.0,
     "read_gb_per_second": 20.0,

@@ -34,6 +34,7 @@ RECORDS = Path(__file__).resolve().parent.parent / "records"
 
 FLOORS = {
     "float32_gflops": 100.0,
+    "bfloat16_gflops": 200.0,
     "int8_gops": 300.0,
     "compiled_gops": 500.0,
     "read_gb_per_second": 20.0,

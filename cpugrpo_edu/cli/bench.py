@@ -101,6 +101,31 @@ def give_b1(call: Call, record: RunRecord, output: Path | None) -> None:
             raise SystemExit(1)
 
 
+@command(bench, "b4")
+def bench_b4(
+    call: Call,
+    peers: Annotated[str, Option(help="stock, stock-lora, ours-float, separated by commas.")] = "",
+    model: Annotated[str, Option(help="smollm2, a model folder, or a hub id.")] = "smollm2",
+    steps: Annotated[int, Option(help="Steps of ours.", callback=within(1))] = 5,
+    peer_steps: Annotated[int, Option(help="Steps of each peer.", callback=within(1))] = 3,
+    output: Record = None,
+) -> None:
+    """GRPO with LoRA on a real chat model and word problems: seconds, memory, fidelity, floor.
+
+    It fails if weights did not change, or if log-probs are too far from the float32 model's.
+
+    Example: `cpugrpo bench b4 --peers stock,stock-lora`
+    """
+    from cpugrpo_edu.lab import b4
+
+    names = comma_names(peers) if peers else ()
+    record = b4.bench_b4(b4.RealWorkload(model=model, steps=steps), names, peer_steps, call.say)
+    give(call, "bench-b4", record, output)
+    for fault in b4.faults(record.results):
+        print(f"cpugrpo: {fault}", file=sys.stderr)
+        raise SystemExit(1)
+
+
 @command(bench, "peers")
 def bench_peers(call: Call, cache: Cache = None, output: Record = None) -> None:
     """Run `bench b1` with every peer."""

@@ -54,9 +54,9 @@ def float16_above(x: Tensor) -> Tensor:
 def quantize_blocks(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(q int8, scale, offset float16) of w (rows, n), n a multiple of BLOCK.
 
-    q is (rows, n / BLOCK, BLOCK), the others (rows, n / BLOCK). |w - (scale q + offset)| is at
-    most scale / 2, and the scale 1/255 of the block's range up to rounding to float16, but not
-    less than the smallest float16.
+    q is (rows, n / BLOCK, BLOCK), the others (rows, n / BLOCK). No weight moves by more than half
+    a scale; a scale is 1/255 of its block's range, rounded to float16 and at least the smallest
+    one.
     """
     blocks = w.unflatten(1, (-1, BLOCK))
     low, high = blocks.amin(-1), blocks.amax(-1)

@@ -11,8 +11,8 @@ from cpugrpo_edu.record.files import cache_folder, remembered
 from cpugrpo_edu.record.machine import describe_machine
 
 FLOORS = (
-    *("float32_gflops", "int8_gops", "compiled_gops", "read_gb_per_second"),
-    *("int8_weight_gb_per_second", "call_seconds"),
+    *("float32_gflops", "bfloat16_gflops", "int8_gops", "compiled_gops"),
+    *("read_gb_per_second", "int8_weight_gb_per_second", "call_seconds"),
 )
 """What :func:`calibrate` measures."""
 
@@ -37,7 +37,7 @@ def machine_floors(
     x, few = torch.randn(rows, inner), torch.randn(2, inner)
     large = torch.ones(numbers)
     packed = [Int8Linear(weight) for _ in range(layers)]
-    matrix = Int8Matrix(weight)
+    matrix, half, half_weight = Int8Matrix(weight), x.bfloat16(), weight.bfloat16()
     operations = 2.0 * rows * inner * outer
     weights = layers * inner * outer
 
@@ -51,6 +51,7 @@ def machine_floors(
     with torch.inference_mode():
         return {
             "float32_gflops": rate(lambda: x @ weight.t()),
+            "bfloat16_gflops": rate(lambda: half @ half_weight.t()),
             "int8_gops": rate(lambda: packed[0](x)),
             "compiled_gops": rate(lambda: matrix.times(x)),
             "read_gb_per_second": large.nbytes / best_of(large.sum, 4 * repeats) / 1e9,

@@ -47,6 +47,37 @@ def b1_rows(record: RunRecord) -> Rows:
     return rows
 
 
+B4_HEADER = ["", "s a step", "tokens", "rollout tokens/s", "peak GB", "x ours", "ours' memory, x"]
+
+
+def b4_rows(record: RunRecord) -> Rows:
+    """The table of ``cpugrpo bench b4``. ``x ours`` compares seconds per completion token, since
+    each contestant draws its own completions."""
+    results = record.results
+    ours, floor = results["ours"], sum(results["step_floor"].values())
+    base = steady_seconds(ours) / ours["completion_tokens"]
+    rows = []
+    for name, result in {"ours": ours, **results["peers"]}.items():
+        if "skipped" in result:
+            rows.append([name, "skipped: " + result["skipped"], "", "", "", "", ""])
+            continue
+        seconds, tokens = steady_seconds(result), result["completion_tokens"]
+        speed, peak = result.get("rollout_tokens_per_second"), result["peak_rss_bytes"]
+        rows.append(
+            [
+                name,
+                f"{seconds:.2f}",
+                f"{tokens:.0f}",
+                f"{speed:.0f}" if speed else "",
+                f"{peak / 1e9:.2f}",
+                f"{seconds / tokens / base:.1f}",
+                f"{ours['peak_rss_bytes'] / peak:.2f}",
+            ]
+        )
+    rows.append(["floor", f"{floor:.2f}", f"{ours['completion_tokens']:.0f}", "", "", "", ""])
+    return rows
+
+
 def fallback_note(record: RunRecord) -> str:
     """What the table's reader must know where the INT8 kernel was not compiled; else ""."""
     if record.results["ours"].get("int8_kernel") != "packed":
@@ -170,6 +201,7 @@ TABLES: dict[str, tuple[str, list[str], Callable[[RunRecord], Rows]]] = {
     "bench-b1": ("Three stages of five steps, groups of two.", B1_HEADER, b1_rows),
     "bench-b2": ("Three stages of ten steps.", B1_HEADER, b1_rows),
     "bench-b3": ("Three stages, groups of eight.", B1_HEADER, b1_rows),
+    "bench-b4": ("A real chat model: eight prompts, groups of eight.", B4_HEADER, b4_rows),
     "bench-rollout": ("Rollouts alone.", ROLLOUT_HEADER, rollout_rows),
     "bench-ablate": ("One fast path off at a time.", ABLATE_HEADER, ablate_rows),
     "bench-train": ("The bundled model.", TRAIN_HEADER, train_rows),
