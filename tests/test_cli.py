@@ -170,6 +170,9 @@ def test_evaluate(tiny_folder, tmp_path):
     assert kept.read_bytes() == before
     code, out, _ = invoke(*common, "--int8")
     assert code == 0 and "INT8" in out and "Overall 0.0 (0.0–24.2), 12" in out
+    code, out, _ = invoke(*common, "--json", "--domains", "stories, lists")
+    assert code == 0 and set(json.loads(out)["cells"]) == {"stories", "lists"}
+    assert "unknown domains poetry; allowed are" in refused(*common, "--domains", "poetry")
     assert "--per-cell is -1" in refused("evaluate", "--model", tiny_folder, "--per-cell", -1)
     words = refused("evaluate", "--model", tiny_folder, "--answer-format", "xml")
     assert "unknown answer format 'xml'; allowed are auto, hash" in words

@@ -6,7 +6,7 @@ import itertools
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import pytest
@@ -23,7 +23,7 @@ from cpugrpo_edu.tasks import (
     held_out_problems,
     make_problems,
 )
-from cpugrpo_edu.tasks.answers import extract_answer
+from cpugrpo_edu.tasks.answers import extract_answer, with_answer_format
 from cpugrpo_edu.tasks.stories import Stories, work_out
 from cpugrpo_edu.tasks.story_schemas import BESIDE_THE_POINT, SCHEMAS
 from cpugrpo_edu.tasks.story_words import KINDS, PEOPLE, Scene, count, plural, with_article
@@ -222,6 +222,11 @@ def test_a_solution_may_end_as_a_person_would_say_it():
     assert story.question == usual.question
     assert story.solution.splitlines()[-1] == f"The answer is {story.answer}."
     assert story.solution.splitlines()[:-1] == usual.solution.splitlines()[:-1]
+    problem = replace(story, task=Stories())
+    for answer_format, read in (("auto", True), ("sentence", True), ("boxed", False)):
+        [judged] = with_answer_format([problem], answer_format)
+        assert judged.verify(story.solution) is read
+        assert judged.check_steps(story.solution).score == 1
 
 
 # --- Sensible -----------------------------------------------------------------

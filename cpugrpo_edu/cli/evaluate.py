@@ -10,6 +10,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from cpugrpo_edu.cli.command import Call, Model, PerCell, app, command, table, within
+from cpugrpo_edu.cli.settings import comma_names
 from cpugrpo_edu.data import DIFFICULTIES, Problem
 from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.errors import UserError
@@ -30,6 +31,7 @@ def evaluate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     data: Annotated[str, Option(help="generated, or data as for run.")] = "generated",
+    domains: Annotated[str | None, Option(help=help_of("domains"))] = None,
     verifier: Annotated[str | None, Option(help="path/to/file.py:function.")] = None,
     answer_format: AnswerFormat = None,
     int8: Annotated[bool, Option(help="Evaluate an INT8 copy.")] = False,
@@ -38,7 +40,11 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out problems, with 95 % Wilson intervals.
 
-    Example: `cpugrpo evaluate --model runs/first/model --per-cell 300`
+    Examples:
+
+    `cpugrpo evaluate --model runs/first/model --per-cell 300`
+
+    `cpugrpo evaluate --model smollm2 --domains stories --per-cell 20`
     """
     hardware.configure_threads()
     from cpugrpo_edu.engine.architectures import require
@@ -59,7 +65,10 @@ def evaluate(
         check_output_folder(output.parent)
         if output.exists():
             raise UserError(f"{output} already exists; give another --output")
-    _, problems = load_data(RunConfig(data=data, verifier=verifier, per_cell=per_cell))
+    config = RunConfig(data=data, verifier=verifier, per_cell=per_cell)
+    if domains is not None:
+        config = replace(config, domains=comma_names(domains))
+    _, problems = load_data(config, to_train=False)
     policy = load_policy(model, answer_format=answer_format)
     check_policy(policy)
     chosen = answer_format or default_answer_format(policy.model.config)

@@ -11,17 +11,30 @@ from cpugrpo_edu.curriculum import Stage
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.run.config import RunConfig
-from cpugrpo_edu.tasks import TASKS, held_out_problems, split_of
+from cpugrpo_edu.tasks import (
+    EVALUATION_SEED,
+    TASKS,
+    held_out_problems,
+    question_hash,
+    split_of,
+)
 from cpugrpo_edu.tasks.custom import load_custom
 from cpugrpo_edu.tasks.gsm8k import load_gsm8k
+from cpugrpo_edu.tasks.reasoning_gym import PREFIX, load_reasoning_gym
+
+MAX_DRAWN = 5000
+"""Most training problems of each Reasoning Gym task and difficulty; a longer run repeats them."""
 
 
-def load_data(config: RunConfig) -> tuple[list[Problem] | None, list[Problem]]:
+def load_data(
+    config: RunConfig, to_train: bool = True
+) -> tuple[list[Problem] | None, list[Problem]]:
     """Problems to train on (None: generate them) and held-out problems to evaluate on.
 
     The user's own data is split by the hash of the question, so that no problem is on both
-    sides; GSM8K-format folders and hub ids have a test split. Raises UserError for data that
-    cannot be read, or has too few problems.
+    sides; GSM8K-format folders and hub ids have a test split. ``to_train=False`` spares the time
+    to draw training problems. Raises UserError for data that cannot be read, or has too few
+    problems.
     """
     per_cell = max(1, config.per_cell)
     if config.data == "generated":
@@ -37,11 +50,33 @@ def load_data(config: RunConfig) -> tuple[list[Problem] | None, list[Problem]]:
                 "give them with --data prompts.jsonl"
             )
         return None, held_out_problems(per_cell, config.domains)
+    if config.data.startswith(PREFIX):
+        return draw_reasoning_gym(config, per_cell, to_train)
     if config.verifier is not None:
         return divide(load_custom(config.data, config.verifier), per_cell)
     if Path(config.data).is_file():
         return divide(load_local_file(Path(config.data)), per_cell)
     return load_gsm8k(config.data, "train"), load_gsm8k(config.data, "test", 3 * per_cell)
+
+
+def draw_reasoning_gym(
+    config: RunConfig, per_cell: int, to_train: bool
+) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems from other seeds; the hash of a question decides its side."""
+    if config.verifier is not None:
+        raise UserError(
+            f"the tasks of {config.data} have scorers of their own; leave out the verifier"
+        )
+
+    def held_out(question: str) -> bool:
+        return int(question_hash(question)[:8], 16) % 2 == 0
+
+    evaluation = load_reasoning_gym(config.data, per_cell, EVALUATION_SEED, held_out)
+    count = min(MAX_DRAWN, sum(config.steps) * config.prompts_per_step) if to_train else 0
+    if not count:
+        return [], evaluation
+    training = load_reasoning_gym(config.data, count, config.seed, lambda q: not held_out(q))
+    return training, evaluation
 
 
 def load_local_file(path: Path) -> list[Problem]:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from cpugrpo_edu.data import ANSWER_MARK, Problem, StepReport
 from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import apply
-from cpugrpo_edu.tasks.gsm8k import check_prose
+from cpugrpo_edu.tasks.prose import check_prose
 from cpugrpo_edu.tasks.story_schemas import BESIDE_THE_POINT, SCHEMAS, Schema
 from cpugrpo_edu.tasks.story_words import Scene, count
 
@@ -53,7 +53,7 @@ class Stories(ExactMatch):
 
     def check_steps(self, problem: Problem, completion: str) -> StepReport:
         """The steps are the equations in the prose, as for GSM8K."""
-        return check_prose(problem, completion)
+        return check_prose(problem, completion, self.answer_format)
 
 
 def draw_numbers(schema: Schema, rng: random.Random) -> tuple[dict[str, int], list[int]]:
