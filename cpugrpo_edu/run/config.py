@@ -15,7 +15,7 @@ from cpugrpo_edu.curriculum import ORDERS, Stage, make_stages
 from cpugrpo_edu.engine.options import ENGINES, FISHER_VARIANTS, IMPORTANCE_LEVELS, LOSS_TYPES
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.rewards import parse_rewards
-from cpugrpo_edu.tasks import DOMAINS
+from cpugrpo_edu.tasks import DOMAINS, TASKS
 from cpugrpo_edu.tasks.answers import check_answer_format
 from cpugrpo_edu.tasks.statements import ANSWER_FORMATS
 
@@ -40,12 +40,16 @@ class RunConfig:
     seed: int = setting(0, "Seed of the training data and the rollouts.", least=0, most=2**31 - 1)
     # Data
     data: str = setting(
-        "generated", "generated, a GSM8K-format file, folder or hub id, or a prompts file (.jsonl)."
+        "generated",
+        "generated, a GSM8K-format file, folder or hub id, a prompts file (.jsonl), or "
+        "reasoning-gym:TASK,TASK.",
     )
     verifier: str | None = setting(
         None, "Your verifier, path/to/file.py:function; the file is executed."
     )
-    domains: tuple[str, ...] = setting(DOMAINS, "Generated domains to use, separated by commas.")
+    domains: tuple[str, ...] = setting(
+        DOMAINS, f"Generated domains to use, of {', '.join(TASKS)}; separated by commas."
+    )
     system: str | None = setting(None, "System prompt; by default the model's own.")
     answer_format: str | None = setting(
         None,
