@@ -247,7 +247,7 @@ class BlockInt8Linear(nn.Linear):
         if torch.is_grad_enabled() and x.requires_grad:
             result: Tensor = _FrozenProduct.apply(x, self.matrix, self.bias)
             return result
-        return self.matrix.times(x, self.bias)
+        return self.matrix.times(x, self.bias).to(x.dtype)  # bfloat16 beside a bfloat16 head
 
 
 @contextlib.contextmanager
