@@ -41,14 +41,14 @@ class RunConfig:
     # Data
     data: str = setting(
         "generated",
-        "generated, a GSM8K-format file, folder or hub id, a prompts file (.jsonl), or "
-        "reasoning-gym:TASK,TASK.",
+        "generated, a GSM8K-format file, folder or hub id, prompts (.jsonl), "
+        "or reasoning-gym:TASK,TASK.",
     )
     verifier: str | None = setting(
         None, "Your verifier, path/to/file.py:function; the file is executed."
     )
     domains: tuple[str, ...] = setting(
-        DOMAINS, f"Generated domains to use, of {', '.join(TASKS)}; separated by commas."
+        DOMAINS, f"Generated domains, separated by commas, of {', '.join(TASKS)}."
     )
     system: str | None = setting(None, "System prompt; by default the model's own.")
     answer_format: str | None = setting(
