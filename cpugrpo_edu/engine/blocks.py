@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from cpugrpo_edu.engine.architectures import supports
 from cpugrpo_edu.engine.bf16 import product_of
-from cpugrpo_edu.engine.int8_base import is_frozen
 from cpugrpo_edu.engine.memory import trim_heap
 
 TRIM_LAYERS = 12
@@ -248,9 +247,8 @@ def hidden_states(
     """
     hidden = lm.model.embed_tokens(ids)
     cos, sin = rotary(lm, hidden, positions)
-    spare = recompute or is_frozen(lm)
     for index, layer in enumerate(lm.model.layers):
-        if spare and index % TRIM_LAYERS == 0:
+        if recompute and index % TRIM_LAYERS == 0:
             trim_heap()
         block = Block.of(layer, bfloat16)
         query, key, value = block.heads(block.before_attention(hidden), cos, sin)

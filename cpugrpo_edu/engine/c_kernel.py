@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def library() -> tuple[Any, str]:
     try:
         # torch has already loaded OpenMP: the library uses the same one and its threads
         functions = ctypes.CDLL(str(compile_library(cache_folder())))
-        for name in ("decode", "times", "unpack"):
+        for name in ("decode", "times", "unpack", "softmax_tile"):
             getattr(functions, name).restype = None
     except (OSError, RuntimeError) as error:
         return None, str(error)
@@ -260,3 +260,23 @@ def unpack(matrix: Any, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     half = int(dtype is torch.bfloat16)
     library()[0].unpack(ctypes.byref(linear), stop - start, half, Pointer(address(to)))
     return to
+
+
+def softmax_tile(
+    z: Tensor, temperature: float, sums: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Add a tile of logits (rows, n) to a running softmax, see ``int8_base._TokenLogProbs``.
+
+    ``sums`` are its peak, total and expected, (rows,) each, changed in place. Returns
+    exp(z / temperature - peak), (rows, n) in ``dtype``, and the factor (rows,) that earlier sums
+    got. ``z`` is overwritten.
+    """
+    shrink = torch.empty_like(sums[0])
+    half = torch.empty(z.shape, dtype=dtype) if dtype is torch.bfloat16 else None
+    library()[0].softmax_tile(
+        Pointer(address(z)),
+        *z.shape,
+        ctypes.c_float(1 / temperature),
+        *(Pointer(address(tensor)) for tensor in (*sums, shrink, half)),
+    )
+    return z if half is None else half, shrink

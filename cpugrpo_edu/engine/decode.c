@@ -19,6 +19,7 @@
 
 #define BLOCK 32 /* inputs with a scale and an offset of their own */
 #define STRIP 16 /* outputs that lie side by side */
+#define FEW 4     /* of LoRA's rows, multiplied together */
 #define LANES 32 /* numbers of a head summed together */
 #define AHEAD 6144 /* prefetch distance in bytes; a cache line is 64 */
 #define LEVEL_2 2  /* prefetch into the second cache: the first holds fewer outstanding requests */
@@ -221,6 +222,24 @@ static float float_dot(const float *a, const float *b, int n) {
   return sum;
 }
 
+/* x (n) times `count` rows of w, at most FEW: together they read x once. */
+static void float_dots(const float *w, const float *x, int n, int count, float *y) {
+  if (count < FEW) {
+    for (int k = 0; k < count; k++) y[k] = float_dot(w + (long)k * n, x, n);
+    return;
+  }
+  const float *w1 = w + n, *w2 = w1 + n, *w3 = w2 + n;
+  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int i = 0; i < n; i++) {
+    s0 += w[i] * x[i];
+    s1 += w1[i] * x[i];
+    s2 += w2[i] * x[i];
+    s3 += w3[i] * x[i];
+  }
+  y[0] = s0, y[1] = s1, y[2] = s2, y[3] = s3;
+}
+
 /* The product without the second half of LoRA, which needs all of `low`. The threads share the
  * work and do not wait for each other at the end (nowait): the caller places the barrier. */
 static void product(const linear *l, const float *x, const rounded *from, int rows, float *y,
@@ -253,19 +272,27 @@ static void product(const linear *l, const float *x, const rounded *from, int ro
     }
   }
 #pragma omp for schedule(static) nowait
-  for (int job = 0; job < l->rank * rows; job++) {
-    const int r = job / l->rank, k = job % l->rank;
-    low[job] = float_dot(l->down + (long)k * l->in, x + (long)r * l->in, l->in);
+  for (int job = 0; job < (l->rank + FEW - 1) / FEW * rows; job++) {
+    const int r = job % rows, k = job / rows * FEW;
+    float_dots(l->down + (long)k * l->in, x + (long)r * l->in, l->in,
+               l->rank - k < FEW ? l->rank - k : FEW, low + (long)r * l->rank + k);
   }
 }
 
 /* LoRA's second half for the outputs from `start` to `end` of row r. */
 static void adapt(const linear *l, const float *low, int r, int start, int end, float *y) {
   y += (long)r * l->out;
-  for (int k = 0; k < l->rank; k++) {
-    const float share = low[r * l->rank + k], *up = l->up + (long)k * l->out;
-    for (int o = start; o < end; o++) y[o] += share * up[o];
+  low += (long)r * l->rank;
+  int o = start;
+  for (; l->rank && o + LANES <= end; o += LANES) { /* sums that stay in registers */
+    float sum[LANES];
+    memcpy(sum, y + o, sizeof sum);
+    for (int k = 0; k < l->rank; k++)
+      for (int i = 0; i < LANES; i++) sum[i] += low[k] * l->up[(long)k * l->out + o + i];
+    memcpy(y + o, sum, sizeof sum);
   }
+  for (int k = 0; k < l->rank; k++)
+    for (int i = o; i < end; i++) y[i] += low[k] * l->up[(long)k * l->out + i];
 }
 
 /* x += change, row r of a product whose second half of LoRA is still missing. */
@@ -297,8 +324,11 @@ static void attend(const float *query, const float *keys, const float *values, c
     scores[t] = by * float_dot(query, keys + t * dim, dim) + (bias ? bias[t] : 0);
     top = scores[t] > top ? scores[t] : top;
   }
-  for (long t = 0; t < n; t++) scores[t] = exponential(scores[t] - top);
-  for (long t = 0; t < n; t++) total += scores[t];
+#pragma omp simd reduction(+ : total)
+  for (long t = 0; t < n; t++) {
+    scores[t] = exponential(scores[t] - top);
+    total += scores[t];
+  }
   int i = 0;
   for (; i + LANES <= dim; i += LANES) { /* sums that stay in registers */
     float sum[LANES] = {0};
@@ -423,4 +453,41 @@ void unpack(const linear *l, int outputs, int bfloat16, void *to) {
         }
       }
     }
+}
+
+/* A tile of logits z (rows, n) of a softmax that goes through the vocabulary tile by tile. With the
+ * largest logit so far, peak (rows): total = sum exp(z - peak), expected = sum exp(z - peak)
+ * (z - peak); shrink is what the sums so far were multiplied by, since the peak rose. exp(z - peak)
+ * takes the place of z; `weights` gets it in bfloat16, or is none. */
+void softmax_tile(float *z, int rows, int n, float by, float *peak, float *total, float *expected,
+                  float *shrink, uint16_t *weights) {
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < rows; r++) {
+    float *row = z + (long)r * n, top = peak[r], sum = 0, moment = 0;
+#pragma omp simd reduction(max : top)
+    for (int i = 0; i < n; i++) {
+      row[i] *= by;
+      top = row[i] > top ? row[i] : top;
+    }
+#pragma omp simd reduction(+ : sum, moment)
+    for (int i = 0; i < n; i++) {
+      const float below = row[i] - top, e = exponential(below);
+      sum += e;
+      moment += e * below;
+      row[i] = e;
+    }
+    if (weights) {
+      uint16_t *to = weights + (long)r * n;
+      for (int i = 0; i < n; i++) { /* rounded to even */
+        uint32_t bits;
+        memcpy(&bits, row + i, 4);
+        to[i] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+      }
+    }
+    const float s = exponential(peak[r] - top);
+    expected[r] = s * (expected[r] + total[r] * (peak[r] - top)) + moment;
+    total[r] = s * total[r] + sum;
+    peak[r] = top;
+    shrink[r] = s;
+  }
 }

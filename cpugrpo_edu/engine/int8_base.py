@@ -10,6 +10,7 @@ float32; the gradient reaches them through the frozen layers.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.bf16 import product_of
-from cpugrpo_edu.engine.int8_matrix import TILE, BlockInt8Linear, Int8Matrix, cannot_save
+from cpugrpo_edu.engine.int8_matrix import (
+    TILE,
+    BlockInt8Linear,
+    Int8Matrix,
+    cannot_save,
+    product_dtype,
+)
 from cpugrpo_edu.engine.memory import trim_heap
 from cpugrpo_edu.errors import UserError
 
@@ -41,6 +49,21 @@ class Int8Embedding(nn.Embedding):
         return self.matrix.rows(ids)
 
 
+def softmax_tile(
+    z: Tensor, temperature: float, sums: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``c_kernel.softmax_tile`` by torch."""
+    peak, total, expected = sums
+    larger = torch.maximum(peak, z.div_(temperature).amax(1))
+    shrink = (peak - larger).exp()
+    weights = z.sub_(larger[:, None]).exp()
+    # A new peak moves every earlier z by (peak - larger), so it adds total times that.
+    expected.addcmul_(total, peak - larger).mul_(shrink).add_(torch.linalg.vecdot(weights, z))
+    total.mul_(shrink).add_(weights.sum(1))
+    peak.copy_(larger)
+    return weights.to(dtype), shrink
+
+
 class _TokenLogProbs(torch.autograd.Function):
     """Log-probabilities and entropies from hidden states, one tile of the vocabulary at a time.
 
@@ -56,30 +79,22 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, tokens: Tensor, matrix: Int8Matrix, temperature: float
     ) -> tuple[Tensor, Tensor]:
         needs_gradient = ctx.needs_input_grad[0]
-        peak = hidden.new_full((len(hidden),), torch.finfo(hidden.dtype).min)
-        total, expected, chosen = (torch.zeros_like(peak) for _ in range(3))
         # Running sums over the tiles seen so far, relative to the largest logit seen so far
         # (peak): total = sum exp(z - peak), expected = sum exp(z - peak) (z - peak), and
         # mean = sum exp(z - peak) W, which divided by total gives p W in the end.
+        peak = hidden.new_full((len(hidden),), torch.finfo(hidden.dtype).min)
+        total, expected, chosen = (torch.zeros_like(peak) for _ in range(3))
         mean = torch.zeros_like(hidden)
+        add_tile = c_kernel.softmax_tile if matrix.kernel == "compiled" else softmax_tile
         for start in range(0, matrix.outputs, TILE):
             stop = min(start + TILE, matrix.outputs)
             # Rounded to bfloat16, a logit of 20 would be off by up to 0.04 nats.
-            z = matrix.times(hidden, None, start, stop, fine=True).div_(temperature)
+            z = matrix.times(hidden, None, start, stop, fine=True)
             inside = ((tokens >= start) & (tokens < stop)).nonzero().squeeze(1)
-            chosen[inside] = z[inside, tokens[inside] - start]
-            larger = torch.maximum(peak, z.amax(1))
-            shrink = (peak - larger).exp()
-            weights = z.sub_(larger[:, None]).exp()  # z is relative to the peak from here on
-            # A new peak moves every earlier z by (peak - larger), so it adds total times that.
-            expected.addcmul_(total, peak - larger).mul_(shrink).add_(
-                torch.linalg.vecdot(weights, z)
-            )
-            total.mul_(shrink).add_(weights.sum(1))
+            chosen[inside] = z[inside, tokens[inside] - start] / temperature
+            weights, shrink = add_tile(z, temperature, (peak, total, expected), product_dtype())
             if needs_gradient:
-                mean.mul_(shrink[:, None])
-                mean.add_(matrix.times_transposed(weights, start, stop))
-            peak = larger
+                mean.mul_(shrink[:, None]).add_(matrix.times_transposed(weights, start, stop))
         if needs_gradient:
             slope = matrix.rows(tokens) - mean.div_(total[:, None])
             ctx.save_for_backward(slope.div_(temperature))
