@@ -422,3 +422,20 @@ def test_a_mixed_number_is_the_sum_of_its_parts(whole, top, bottom):
 @given(st.integers(1, 10**12))
 def test_spaces_separate_thousands_as_commas_do(value):
     assert parse_number(f"{value:,}".replace(",", " ")) == value
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("Tom has 3 x 4 = 12 pens. So he has 17 pens.", "17"),
+        ("So, Max has 22 more toy cars.", "22"),
+        ("She has 4 boxes. She pays **$12.50**!", "$12.50"),
+        ("He has 3 boxes. Then he finds", None),  # cut off
+        ("So he has 12 pens", None),
+        ("3 and 4 make 7 pens.", None),  # which one is it?
+        ("It is 12 or so.", None),
+    ],
+)
+def test_the_only_number_of_the_last_sentence(completion, answer):
+    assert extract_answer(completion, "auto") == answer
+    assert extract_answer(completion) is None
