@@ -55,12 +55,18 @@ def test_control_waits_while_paused_and_reports_a_stop():
     assert control.should_stop() is True and not control.paused
 
 
-def test_a_stop_during_the_evaluation_is_resumable(tmp_path):
+def test_a_stop_before_the_first_step_is_resumable(tmp_path):
+    """While groups are sampled to find a signal; and then during the evaluation."""
     control = Control()
     control.stop()
-    with pytest.raises(Interrupted, match="evaluating 'before'"):
+    with pytest.raises(Interrupted, match="before the first step"):
         run(RunConfig(**SMALL), tmp_path / "run", control=control)
-    assert (tmp_path / "run" / "state.json").exists() and not steps(tmp_path / "run")
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    state["signals"] = {"basic": None}  # known already
+    (tmp_path / "run" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(Interrupted, match="evaluating 'before'"):
+        run(RunConfig(**SMALL), tmp_path / "run", resume=True, control=control)
+    assert not steps(tmp_path / "run")
 
 
 # The buttons, on a run

@@ -95,18 +95,32 @@ def display_to_pipe(**options):
     return ProgressDisplay(console=console, clock=clock, **options), out, clock
 
 
-def test_a_pipe_gets_few_plain_lines():
+def test_a_pipe_gets_a_plain_line_for_every_step_and_few_for_an_evaluation():
     display, out, clock = display_to_pipe()
     with display:
         display.start_stage("basic", steps=100)
         for step in range(1, 101):
-            clock.now += 1.5  # 150 seconds in all
+            clock.now += 1.5
             display.update(step, reward=step / 100, accuracy=0.256, tokens_per_second=310.4)
+        done = display.counter("evaluate", 100)
+        for _ in range(100):
+            clock.now += 1.5  # 150 seconds in all
+            done(1)
     lines = out.getvalue().splitlines()
-    assert lines[0] == "basic: begins" and len(lines) == 6  # 30, 60, 90, 120 s, and complete
-    assert lines[1].startswith("basic: 20/100  2:00 left  reward 0.20  accuracy 26%  310 tokens/s")
+    assert lines[0] == "basic: begins" and len(lines) == 101 + 6  # at 30, 60 .. and 150 s
+    assert lines[20].startswith("basic: 20/100  2:00 left  reward 0.20  accuracy 26%  310 tokens/s")
     assert "memory" in lines[1] and "\x1b" not in out.getvalue()
-    assert lines[-1].startswith("basic: 100/100  reward 1.00")
+    assert lines[100].startswith("basic: 100/100  reward 1.00")
+
+
+def test_an_answer_is_one_short_line_without_control_characters():
+    display, out, _ = display_to_pipe()
+    sample = {"prompt": "Why?", "completion": "1+1=2\n\n#### 2\x1b[31m", "correct": True}
+    display.answer("basic, before training", sample)
+    display.answer("x", {**sample, "completion": 900 * "y", "correct": False})
+    first, second = out.getvalue().splitlines()
+    assert first == "basic, before training: Why? -> right: 1+1=2 | #### 2\ufffd[31m"
+    assert second == "x: " + ("Why? -> wrong: " + 900 * "y")[:500] + "…"
 
 
 def test_a_resumed_stage_judges_speed_by_its_own_steps():
@@ -166,11 +180,11 @@ def test_a_long_step_shows_its_parts_and_a_short_one_does_not():
         clock.now += 1
         display.part("rollouts", done, 8)
     display.update(1, rss_bytes=0)
-    assert out.getvalue().splitlines() == ["basic: begins"]
+    assert out.getvalue().splitlines() == ["basic: begins", "basic: 1/2  8.0 s left  memory 0 MiB"]
     for done in range(1, 9):
         clock.now += 20
         display.part("rollouts", done, 8)
-    assert out.getvalue().splitlines()[1:] == [
+    assert out.getvalue().splitlines()[2:] == [
         "basic 1/2: rollouts 2/8  2:00 left",
         "basic 1/2: rollouts 4/8  1:20 left",
         "basic 1/2: rollouts 6/8  40.0 s left",

@@ -40,6 +40,7 @@ from cpugrpo_edu.run.data import load_data
 from cpugrpo_edu.run.pause import Control, Interrupted
 from cpugrpo_edu.run.pipeline import run
 from cpugrpo_edu.run.saver import CheckpointSaver
+from cpugrpo_edu.run.signal_check import PROMPTS
 from cpugrpo_edu.run.state import RunState, Session, load_state
 from cpugrpo_edu.show.progress import ProgressDisplay
 
@@ -155,7 +156,7 @@ def test_the_record_is_complete(first, config):
     ]  # fmt: skip
     assert all(table["table"]["overall"]["n"] == 6 for table in results["evaluations"])
     assert set(results["comparisons"]) == {"after vs before", "INT8 vs fp32"}
-    assert len(results["samples"]) == 3 and results["forgetting"] and results["working"]
+    assert len(results["samples"]) == 5 and results["forgetting"] and results["working"]
 
 
 @pytest.mark.slow
@@ -287,6 +288,7 @@ def test_few_frames_from_the_command_to_a_token(config, tmp_path, monkeypatch):
                 frames.append(f"{path.relative_to(package)}: {frame.name}")
         raise KeyboardInterrupt  # this first token is enough
 
+    monkeypatch.setattr(pipeline, "check_signal", lambda *_: None)
     monkeypatch.setattr(torch, "searchsorted", spy)  # how ``draw`` picks a token
     code, _, err = invoke(
         "run", "--quiet", "--output", tmp_path / "run", "--model", config.model, "--threads", 1,
@@ -381,7 +383,9 @@ def test_weights_that_do_not_change_fail_the_run(config, tmp_path):
 def interrupt(config, folder, step):
     """Send Ctrl-C while the completions of a step are rewarded."""
     global ask_after
-    ask_after = (step - 1) * config.prompts_per_step * config.num_generations + 1
+    stages = 1 + (step - 1) // config.steps[0]  # before each, some of its groups are sampled
+    sampled = stages * min(PROMPTS, config.steps[0] * config.prompts_per_step)
+    ask_after = ((step - 1) * config.prompts_per_step + sampled) * config.num_generations + 1
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped after") as caught:
         run(config, folder)

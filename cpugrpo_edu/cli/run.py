@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.machine import usable_cores
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.run.config import RunConfig, check_settings
+from cpugrpo_edu.run.config import RunConfig, check_settings, config_for
 
 PROFILES: dict[str, dict[str, Any]] = {
     "balanced": {},
@@ -59,7 +58,10 @@ def run(
 
     `cpugrpo run --seed 1 --ewc 0 --output runs/no-ewc`
 
-    `cpugrpo run --model Qwen/Qwen2-0.5B-Instruct --lora 16 --dtype int8 --data openai/gsm8k`
+    `cpugrpo run --model smollm2 --steps 5 --per-cell 20` tries a chat model. All models but ours
+    have other defaults, marked *chat model* below, with which training takes half an hour or more.
+
+    `cpugrpo run --model Qwen/Qwen2-0.5B-Instruct --data openai/gsm8k --max-completion 200`
     """
     if profile not in PROFILES:
         raise UserError(f"unknown --profile {profile!r}; allowed are {', '.join(PROFILES)}")
@@ -102,20 +104,20 @@ def run(
 def with_threads(settings: dict[str, Any], resumed: Path | None, nproc: int) -> RunConfig:
     """The run's configuration, with torch given its threads.
 
-    Where no number was asked for, a resumed run keeps its own, and a new one takes what is
-    fastest here.
+    A resumed run keeps the settings that it was begun with, its threads included, whatever the
+    defaults are now; a new one takes the number of threads that is fastest here.
     """
     if "memory_budget_gib" in settings:  # pages of 2 MiB would round every tensor up
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
-    config = RunConfig(**settings)
+    begun = recorded_config(resumed) if resumed else None
+    config = replace(begun, **settings) if begun else config_for(**settings)
     check_settings(config)
     hardware.configure_threads(config.threads)  # loads torch, which reads the environment
     from cpugrpo_edu.engine import ranks
 
-    if config.threads is not None or nproc > 1 or ranks.joined():
+    if config.threads is not None or resumed or nproc > 1 or ranks.joined():
         return config
-    threads = threads_of(resumed) if resumed else fewer_threads(config.model)
-    return replace(config, threads=threads)
+    return replace(config, threads=fewer_threads(config.model))
 
 
 def fewer_threads(model: str) -> int | None:
@@ -129,13 +131,18 @@ def fewer_threads(model: str) -> int | None:
     return threads if threads < usable_cores() else None
 
 
-def threads_of(folder: Path) -> int | None:
-    """The threads that the run in a folder was started with; None means all cores."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+def recorded_config(folder: Path) -> RunConfig | None:
+    """The settings that the run in a folder was begun with; None if they cannot be read."""
+    try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        found = state["config"]["threads"]
-        return found if isinstance(found, int) else None
-    return None
+        settings = dict(state["config"])
+        for name, value in settings.items():
+            settings[name] = tuple(value) if isinstance(value, list) else value
+        config = RunConfig(**settings)
+        check_settings(config)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError):
+        return None  # the run itself will say why it cannot be resumed
+    return config
 
 
 @contextmanager

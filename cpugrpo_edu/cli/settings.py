@@ -1,10 +1,10 @@
-"""One option for each field of ``RunConfig``: its flag, type, default and help."""
+"""One option for each field of a configuration: its flag, type, default and help."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer import Option
@@ -12,37 +12,50 @@ from typer import Option
 from cpugrpo_edu.engine.memory import parse_bytes
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.machine import GIB
-from cpugrpo_edu.run.config import RunConfig, flag_of
+from cpugrpo_edu.run.config import CHAT_MODEL, RunConfig, flag_of
+
+Command = Callable[..., None]
 
 
-def with_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's ``**settings`` by one option for each field.
+def settings_of(kind: Any) -> Callable[[Command], Command]:
+    """Replace a command's ``**settings`` by one option for each field of ``kind``.
 
-    The default of every option is None, "not given", so that a profile can set it; --help shows
-    the field's own.
+    The default of every option is None, "not given", so that a profile or the kind of model can
+    set it; --help shows the field's own, and that of a run on a chat model where it is another.
     """
-    signature = inspect.signature(function, eval_str=True)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    hints = get_type_hints(RunConfig)
-    for field in fields(RunConfig):
-        flag = flag_of(field.name)
-        kind, convert = reading(field.name, hints[field.name])
-        option = Option(
-            f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
-            help=field.metadata["help"],
-            show_default=shown(field.default),
-            callback=convert,
+    hints, others = get_type_hints(kind), CHAT_MODEL if kind is RunConfig else {}
+    options = [option(field, hints[field.name], others) for field in fields(kind)]
+
+    def replace(function: Command) -> Command:
+        signature = inspect.signature(function, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*own, *options]
         )
-        parameters.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[kind | None, option],
-            )
-        )
-    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return function
+        return function
+
+    return replace
+
+
+def option(field: Field[Any], hint: Any, others: Mapping[str, Any]) -> inspect.Parameter:
+    """The option for one field, as a parameter that typer reads."""
+    flag = flag_of(field.name)
+    kind, convert = reading(field.name, hint)
+    default = shown(field.default)
+    if field.name in others:
+        default = f"{default}; chat model: {shown(others[field.name])}"
+    shape = Option(
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        help=field.metadata["help"],
+        show_default=default,
+        callback=convert,
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, shape],
+    )
 
 
 def reading(name: str, hint: Any) -> tuple[type, Callable[[str | None], Any] | None]:
@@ -74,7 +87,7 @@ def reader(name: str, read: Callable[[str], Any]) -> Callable[[str | None], Any]
 
 def shown(default: Any) -> str | bool:
     """A default as the user would type it; False where there is none to show."""
-    if default is None:
+    if default in (None, ()):
         return False
     if isinstance(default, bool):
         return "on" if default else "off"
@@ -97,3 +110,7 @@ def three_numbers(text: str, kind: type) -> tuple[Any, Any, Any]:
     if len(values) != 3:
         raise UserError(f"cannot read {text!r}; give one number or three, such as 16,16,16")
     return values[0], values[1], values[2]
+
+
+with_settings = settings_of(RunConfig)
+"""The options of a run."""

@@ -37,12 +37,12 @@ def train(
     ``settings`` are fields of ``RunConfig``, if no ``config`` is given. With ``resume`` it
     continues the run in ``output``. Raises UserError for settings that do not exist.
     """
-    from cpugrpo_edu.run.config import RunConfig
+    from cpugrpo_edu.run.config import config_for
 
     if config is not None and settings:
         raise UserError(f"give a config, or settings ({', '.join(settings)}), not both")
     try:
-        dashboard = Dashboard(output, config or RunConfig(**settings))
+        dashboard = Dashboard(output, config or config_for(**settings))
     except TypeError as error:
         raise UserError(f"{error}; RunConfig's fields are the settings") from error
     dashboard.begin(resume)

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import operator
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from cpugrpo_edu.curriculum import ORDERS, Stage, make_stages
@@ -34,7 +35,8 @@ def setting(default: Any, help: str, choices: tuple[str, ...] = (), **bounds: fl
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Every setting of a run. The defaults suit the bundled model on two cores."""
+    """Every setting of a run. The defaults suit the bundled model on two cores; `config_for` has
+    others for a chat model."""
 
     model: str = setting("bundled", "The bundled model, a model folder, or a Hugging Face hub id.")
     seed: int = setting(0, "Seed of the training data and the rollouts.", least=0, most=2**31 - 1)
@@ -53,7 +55,7 @@ class RunConfig:
     system: str | None = setting(None, "System prompt; by default the model's own.")
     answer_format: str | None = setting(
         None,
-        "Default: hash (####) for bundled, else auto. Or boxed, sentence, last-number, math-verify.",
+        "Default: hash for bundled, else auto. Or boxed, sentence, last-number, math-verify.",
         ANSWER_FORMATS,
     )
     # Curriculum
@@ -90,7 +92,7 @@ class RunConfig:
         "Rewards and their weights, such as correct_answer=1,valid_steps=0.5.",
     )
     patience: int = setting(
-        8, "Steps in a row without a learning signal that end the run; 0 never does.", least=0
+        8, "Steps in a row without a learning signal that end the run; 0 never ends it.", least=0
     )
     # Model and memory
     lora_rank: int = setting(0, "LoRA rank; 0 trains all weights.", least=0)
@@ -100,9 +102,9 @@ class RunConfig:
         ("auto", "float32", "bfloat16", "int8"),
     )
     kernel: str = setting(
-        "packed",
-        "Products of an INT8 model: packed (torch), or compiled (C; needs a compiler).",
-        ("packed", "compiled"),
+        "auto",
+        "Products of INT8 weights: compiled (C), packed (torch), or auto: C where it compiles.",
+        ("auto", "compiled", "packed"),
     )
     checkpointing: str = setting(
         "on",
@@ -141,7 +143,11 @@ class RunConfig:
     fisher_examples: int = setting(
         64, "Problems for each Fisher estimate; 0 switches it off.", least=0
     )
-    ewc_strength: float = setting(0.1, "Strength of the EWC penalty; 0 switches it off.", least=0)
+    ewc_strength: float = setting(
+        0.1,
+        "Strength of the EWC penalty; 0: off. Off for chat models: with LoRA it is not measured.",
+        least=0,
+    )
     ewc_decay: float = setting(
         1.0, "Factor, 0 to 1, on the Fisher of earlier stages at each new one.", least=0, most=1
     )
@@ -175,8 +181,57 @@ class RunConfig:
         return self.dtype == "int8"
 
 
+CHAT_MODEL: dict[str, Any] = {
+    "domains": ("stories",),
+    "steps": (40, 50, 60),
+    "learning_rates": (5e-4, 5e-4, 3e-4),
+    "prompts_per_step": 8,
+    "max_completion": 64,
+    "temperature": 0.8,
+    "rewards": "correct_answer=1",
+    "lora_rank": 16,
+    "dtype": "int8",
+    "int8_evaluation": False,
+    "fisher_examples": 0,
+    "ewc_strength": 0.0,
+    "per_cell": 200,
+}
+"""Defaults of every model that is not one of ours, for half an hour of training on two cores."""
+
+ALL_WEIGHTS: dict[str, Any] = {"dtype": "float32", "learning_rates": (1e-5, 1e-5, 1e-5)}
+"""What differs where all weights of such a model are trained (a LoRA rank of 0)."""
+
+
+def config_for(model: str = "bundled", **given: Any) -> RunConfig:
+    """The settings of a run of this model: what is ``given``, and defaults that suit the model.
+
+    Our own models take those of ``RunConfig``, all others those of ``CHAT_MODEL`` before them.
+    Raises TypeError for a setting that does not exist.
+    """
+    defaults: dict[str, Any] = {}
+    if not is_ours(model):
+        defaults |= CHAT_MODEL
+        if given.get("lora_rank") == 0:
+            defaults |= ALL_WEIGHTS
+        if given.get("ewc_strength"):  # without a Fisher estimate there would be no penalty
+            del defaults["fisher_examples"]
+    return RunConfig(model, **{**defaults, **given})
+
+
+def is_ours(model: str) -> bool:
+    """Whether it is the bundled model, or a folder whose config says that it is one of its kind."""
+    if model == "bundled":
+        return True
+    try:
+        settings = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a hub id, or something that loading will refuse
+        return False
+    return isinstance(settings, dict) and bool(settings.get("cpugrpo_format"))
+
+
 FLAGS = {
     "learning_rates": "--lr",
+    "learning_rate": "--lr",
     "lora_rank": "--lora",
     "ewc_strength": "--ewc",
     "memory_budget_gib": "--memory-budget",
@@ -185,7 +240,7 @@ FLAGS = {
 
 
 def flag_of(name: str) -> str:
-    """The command line's flag of a field of ``RunConfig``."""
+    """The command line's flag of a setting."""
     return FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
@@ -210,8 +265,8 @@ def check_tracker(name: str) -> None:
         )
 
 
-def check_settings(config: RunConfig) -> None:
-    """UserError, naming the flag, for a setting that would fail only later, perhaps after hours."""
+def check_bounds(config: Any) -> None:
+    """UserError, naming the flag, for a setting that its field does not allow."""
     for item in fields(config):
         value, rules, flag = getattr(config, item.name), item.metadata, flag_of(item.name)
         if rules["choices"] and value not in (*rules["choices"], item.default):
@@ -221,6 +276,11 @@ def check_settings(config: RunConfig) -> None:
         if bounds and not (within and value != float("inf")):
             allowed = " and ".join(f"{words} {bound}" for words, _, bound in bounds)
             raise UserError(f"{flag} is {value}; give {allowed}")
+
+
+def check_settings(config: RunConfig) -> None:
+    """UserError, naming the flag, for a setting that would fail only later, perhaps after hours."""
+    check_bounds(config)
     if max(stage.steps for stage in config.stages) > 1_000_000:
         raise UserError(f"--steps is {config.steps}; a stage can have at most 1000000")
     if not all(0 <= rate < float("inf") for rate in config.learning_rates):
@@ -243,7 +303,7 @@ def check_settings(config: RunConfig) -> None:
     parse_rewards(config.rewards, config.max_completion)
 
 
-def plain(config: RunConfig) -> dict[str, Any]:
+def plain(config: Any) -> dict[str, Any]:
     """The configuration as JSON would give it back."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return found

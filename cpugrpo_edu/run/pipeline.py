@@ -29,6 +29,7 @@ from cpugrpo_edu.run.consolidate import consolidate
 from cpugrpo_edu.run.pause import Control, Interrupted, stop_on_interrupt
 from cpugrpo_edu.run.prepare import load, prepare
 from cpugrpo_edu.run.results import measure, processes, results_of
+from cpugrpo_edu.run.signal_check import check_signal, show_answer
 from cpugrpo_edu.run.stage import begin_stage, end_stage
 from cpugrpo_edu.run.state import Learner, Session
 from cpugrpo_edu.show.progress import ProgressDisplay
@@ -68,13 +69,18 @@ def run(
                 report_to=report_to,
             )
             learner = load(session)
-            measure(session, learner, "before")
             done = len(session.state.stages)
+            if not done:  # at once, not after an evaluation that may take minutes
+                with session.phase("train"):
+                    check_signal(session, learner, 0)
+            measure(session, learner, "before")
             if done:  # the process that trained the last one may have ended before measuring it
                 measure(session, learner, f"after {config.stages[done - 1].name}")
             for index in range(done, len(config.stages)):
                 stage = config.stages[index]
                 with session.phase("train"):
+                    check_signal(session, learner, index)
+                    show_answer(session, learner, index, "before training")
                     training = begin_stage(session, learner, index)
                     if stage.steps:
                         with stop_on_interrupt(session.control):
@@ -82,6 +88,7 @@ def run(
                     row = end_stage(session, learner, training)
                     row |= consolidate(session, learner, index)
                     save_stage(session, learner, index, row)
+                    show_answer(session, learner, index, "after training")
                 if ranks.agree(session.control.stopping):  # asked for in its last step
                     raise Interrupted(f"stopped after stage {stage.name!r}")
                 measure(session, learner, f"after {stage.name}")
@@ -93,7 +100,9 @@ def run(
 
 
 @contextmanager
-def writing_to(output: str | Path) -> Iterator[None]:
+def writing_to(
+    output: str | Path, go_on: str = "run the same command with --resume"
+) -> Iterator[None]:
     """End with one sentence when a disk is full or read-only; the last good state stays."""
     try:
         yield
@@ -103,7 +112,7 @@ def writing_to(output: str | Path) -> Iterator[None]:
             raise
         raise UserError(
             f"cannot write in {output}: {reason}; what was saved before is intact: make room or "
-            "make it writable, then run the same command with --resume"
+            f"make it writable, then {go_on}"
         ) from error
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from cpugrpo_edu.sample import Sampling
 
 CURVE = ("stage", "step", "reward", "reward_std", "accuracy", "completion_length", "entropy")
 """What a record keeps of every step; ``metrics.jsonl`` has all of it."""
+SHOWN = 5
+"""Problems whose completions the report shows."""
 
 
 def measure(session: Session, learner: Learner, label: str) -> None:
@@ -135,23 +139,35 @@ def comparisons(
 def samples(
     problems: Sequence[Problem], before: Evaluation, after: Evaluation
 ) -> list[dict[str, Any]]:
-    """The first problem of each domain and difficulty, with its completions before and after."""
-    first: dict[tuple[str, str], int] = {}
-    for i, problem in enumerate(problems):
-        first.setdefault((problem.domain, problem.difficulty), i)
+    """A few problems with their completions before and after."""
     return [
         {
             "question": problems[i].question,
             "answer": problems[i].answer,
-            "domain": domain,
-            "difficulty": difficulty,
+            "domain": problems[i].domain,
+            "difficulty": problems[i].difficulty,
             "before": before.completions[i],
             "after": after.completions[i],
             "before_correct": before.correct[i],
             "after_correct": after.correct[i],
         }
-        for (domain, difficulty), i in first.items()
+        for i in problems_to_show(problems)
     ]
+
+
+def problems_to_show(problems: Sequence[Problem]) -> list[int]:
+    """Numbers of ``SHOWN`` problems, from all difficulties in turn and there from all domains.
+
+    Their places alone decide, no completion does: nobody can pick the ones that improved.
+    """
+    drawn: Counter[tuple[str, str]] = Counter()
+    levels: dict[str, list[tuple[int, int]]] = {}
+    for i, problem in enumerate(problems):
+        cell = (problem.domain, problem.difficulty)
+        levels.setdefault(problem.difficulty, []).append((drawn[cell], i))
+        drawn[cell] += 1
+    turns = zip_longest(*map(sorted, levels.values()))
+    return [entry[1] for turn in turns for entry in turn if entry][:SHOWN]
 
 
 def components(

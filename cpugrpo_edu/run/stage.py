@@ -79,6 +79,7 @@ def end_stage(session: Session, learner: Learner, training: StageTraining) -> di
     if ranks.agree(session.control.stopping) and step < stage.steps:
         raise Interrupted(f"stopped after step {step} of stage {stage.name!r}")
     row = row_of(stage, time.perf_counter() - training.begun, training.trainer)
+    row["signal"] = session.state.signals.get(stage.name)
     weights = fingerprint(learner.policy.model)
     if weights == session.state.fingerprint and stage.steps:
         raise UserError(

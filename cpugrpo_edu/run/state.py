@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class RunState:
     """Of the weights after the last complete stage."""
     fingerprint_first: str = ""
     """Of the weights before any training."""
+    signals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By stage, what was sampled before it, see `signal_check.Signal`."""
 
     @classmethod
     def new(cls, config: RunConfig) -> RunState:

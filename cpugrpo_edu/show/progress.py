@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from cpugrpo_edu.record.markdown import printable
 from cpugrpo_edu.record.metrics import Metrics
 from cpugrpo_edu.show.text import clock_time, gib
 
@@ -38,6 +39,8 @@ LOGGED: list[tuple[str, Callable[[Any], str]]] = [
     ("rss_bytes", lambda n: f"memory {gib(n)}"),
 ]
 """What a plain line shows of a step."""
+LONGEST = 500
+"""Characters that are printed of a question and its answer."""
 
 
 def readings(metrics: Metrics) -> list[tuple[str, str]]:
@@ -46,6 +49,13 @@ def readings(metrics: Metrics) -> list[tuple[str, str]]:
         (name, "–" if metrics.get(key) is None else form(metrics[key]))
         for key, name, form in READINGS
     ]
+
+
+def one_line(sample: Mapping[str, Any]) -> str:
+    """A question with its answer ({"prompt", "completion", "correct"}) in one line."""
+    verdict = {True: "right: ", False: "wrong: ", None: ""}[sample["correct"]]
+    lines = printable(f"{sample['prompt']} -> {verdict}{sample['completion']}").split("\n")
+    return " | ".join(part.strip() for part in lines if part.strip())
 
 
 @dataclass
@@ -80,19 +90,16 @@ class LivePanel(Progress):
                 grid.add_row(*(Text(f"{name}: {text}") for name, text in pairs[i : i + 3]))
             yield grid
             if sample := self.latest.get("sample"):
-                verdict = {True: "right: ", False: "wrong: ", None: ""}[sample["correct"]]
-                lines = f"{sample['prompt']} -> {verdict}{sample['completion']}".split("\n")
-                line = " | ".join(part.strip() for part in lines if part.strip())
-                yield Text(line, no_wrap=True, overflow="ellipsis", style="dim")
+                yield Text(one_line(sample), no_wrap=True, overflow="ellipsis", style="dim")
         yield self.make_tasks_table(self.tasks)
 
 
 class ProgressDisplay:
     """Progress of a run: a live panel in a terminal or notebook, plain lines elsewhere.
 
-    In a pipe or in CI it prints a line when a phase begins, at most one every ``interval``
-    seconds while it goes on, and one when it is complete. ``quiet`` prints nothing. It writes
-    to stderr, so that stdout stays free for results.
+    In a pipe or in CI it prints a line for every optimizer step; of an evaluation one when it
+    begins, at most one every ``interval`` seconds while it goes on, and one when it is complete.
+    ``quiet`` prints nothing. It writes to stderr, so that stdout stays free for results.
 
     >>> with ProgressDisplay() as display:                      # doctest: +SKIP
     ...     display.start_stage("basic", steps=120)
@@ -108,6 +115,7 @@ class ProgressDisplay:
         interval: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ):
+        self.quiet = quiet
         self.console = Console(quiet=True) if quiet else console or Console(stderr=True)
         self.interval = interval
         self._clock = clock
@@ -139,6 +147,11 @@ class ProgressDisplay:
         """Print one line now, above the panel if there is one."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def answer(self, label: str, sample: Mapping[str, Any]) -> None:
+        """Print a question with the model's answer (see `one_line`), shortened to a few lines."""
+        text = one_line(sample)
+        self.message(f"{label}: {text[:LONGEST]}{'…' if len(text) > LONGEST else ''}")
+
     def start_stage(self, name: str, steps: int, done: int = 0) -> None:
         """Begin a stage of ``steps`` optimizer steps, ``done`` of them in an earlier run."""
         self._stage = self._begin(name, steps, done)
@@ -152,6 +165,7 @@ class ProgressDisplay:
         if self._panel:
             self._panel.latest = metrics
         known = [form(metrics[key]) for key, form in LOGGED if metrics.get(key) is not None]
+        self._last_line = -math.inf  # a step always gets its line
         self._show(self._stage, known)
 
     def part(self, what: str, done: int, total: int) -> None:

@@ -11,7 +11,8 @@ without evaluation)::
     forgetting    forgetting_matrix output
     stages        [{"name", "steps", "seconds", "learning_rate",
                   "reward_first", "reward_last", "tokens_generated",
-                  "fisher_seconds", "ewc_penalty_last"}]
+                  "fisher_seconds", "ewc_penalty_last",
+                  "signal": {"groups", "with_signal", "mean_reward"}}]
     steps         [{"stage", "step", "reward", ...}]: the learning curve
     components    {"int8_rollouts": {"on": bool, "detail": {...}}, ...}
     seconds       {"load", "train", "evaluate", "report", "total"}
@@ -125,12 +126,12 @@ Block: TypeAlias = "str | list[str] | Table | Picture | Sample"
 def sections(record: RunRecord, metrics: Sequence[Metrics]) -> list[tuple[str, list[Block]]]:
     """Heading and content of every section; one that has nothing to show says so."""
     made: list[tuple[str, list[Block]]] = [
+        ("The same problems before and after training", _samples(record)),
         ("Accuracy", [*_accuracy(record), *_comparisons(record)]),
         ("Learning", [Picture("learning.png", plots.plot_learning(metrics))] if metrics else []),
         ("Stages", _stages(record)),
         ("Forgetting", _forgetting(record)),
         ("Time and memory", _time_and_memory(record, metrics)),
-        ("Completions before and after", _samples(record)),
         ("What this does not show", [_limits(record)]),
         ("Components", _components(record)),
         ("Machine, versions and configuration", _machine(record)),
@@ -194,6 +195,7 @@ def _stages(record: RunRecord) -> list[Block]:
         ("name", "Stage", str),
         ("steps", "Steps", str),
         ("seconds", "Time", clock_time),
+        ("signal", "Groups with a signal", "{0[with_signal]} of {0[groups]}".format),
         ("learning_rate", "Learning rate", "{:.2g}".format),
         ("reward_first", "First reward", "{:.3f}".format),
         ("reward_last", "Last reward", "{:.3f}".format),
