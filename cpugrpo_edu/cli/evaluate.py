@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
 from typer import Argument, Option
@@ -14,8 +14,12 @@ from cpugrpo_edu.cli.settings import comma_names
 from cpugrpo_edu.data import DIFFICULTIES, Problem
 from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.record.evaluations import Evaluation, SampledEvaluation
 from cpugrpo_edu.record.files import check_output_folder
 from cpugrpo_edu.run.config import RunConfig, help_of
+
+if TYPE_CHECKING:
+    from cpugrpo_edu.policy import Policy
 
 Temperature = Annotated[float, Option(help="0 is greedy.", callback=within(0))]
 Longest = Annotated[int, Option(help="Longest completion, in tokens.", callback=within(1))]
@@ -29,6 +33,13 @@ def evaluate(
     model: Model = "bundled",
     per_cell: PerCell = 100,
     temperature: Temperature = 0.0,
+    samples: Annotated[
+        int,
+        Option(
+            help="Completions of each problem; several give pass@k and majority vote.",
+            callback=within(1, 1024),
+        ),
+    ] = 1,
     seed: Seed = 0,
     data: Annotated[str, Option(help="generated, or data as for run.")] = "generated",
     domains: Annotated[str | None, Option(help=help_of("domains"))] = None,
@@ -45,54 +56,103 @@ def evaluate(
     `cpugrpo evaluate --model runs/first/model --per-cell 300`
 
     `cpugrpo evaluate --model smollm2 --domains stories --per-cell 20`
+
+    `cpugrpo evaluate --model smollm2 --domains stories --samples 8 --temperature 0.8`
     """
     hardware.configure_threads()
-    from cpugrpo_edu.engine.architectures import require
-    from cpugrpo_edu.engine.int8 import quantize_for_rollout
     from cpugrpo_edu.evaluate import evaluate as measure
-    from cpugrpo_edu.models.load import check_policy, default_answer_format, load_policy
     from cpugrpo_edu.record.evaluations import save_evaluation
-    from cpugrpo_edu.record.stats import accuracy_table
-    from cpugrpo_edu.run.data import load_data
+    from cpugrpo_edu.run.vote import check_samples, evaluate_samples
     from cpugrpo_edu.sample import Sampling
     from cpugrpo_edu.show.progress import ProgressDisplay
-    from cpugrpo_edu.tasks.answers import check_answer_format, with_answer_format
 
-    if answer_format is not None:
-        check_answer_format(answer_format)
     sampling = Sampling(max_completion, temperature, seed=seed)
+    check_samples(samples, sampling)
     if output is not None:
         check_output_folder(output.parent)
         if output.exists():
             raise UserError(f"{output} already exists; give another --output")
-    config = RunConfig(data=data, verifier=verifier, per_cell=per_cell)
+    config = RunConfig(
+        model, data=data, verifier=verifier, per_cell=per_cell, answer_format=answer_format
+    )
     if domains is not None:
         config = replace(config, domains=comma_names(domains))
+    policy, problems = load_asked(config, int8)
+    label = f"{model}, INT8" if int8 else model
+    with ProgressDisplay(quiet=call.quiet) as display:
+        bar = display.counter("evaluate", len(problems))
+        if samples > 1:
+            several = evaluate_samples(policy, problems, label, samples, sampling, bar)
+        else:
+            one = measure(policy, problems, label, sampling, bar)
+    if output is not None:
+        save_evaluation(several if samples > 1 else one, output)
+    if samples > 1:
+        give_samples(call, several)
+    else:
+        give_accuracy(call, one)
+
+
+def load_asked(config: RunConfig, int8: bool) -> tuple[Policy, list[Problem]]:
+    """The policy, or its INT8 copy, and the held-out problems, read in its answer format."""
+    from cpugrpo_edu.engine.architectures import require
+    from cpugrpo_edu.engine.int8 import quantize_for_rollout
+    from cpugrpo_edu.models.load import check_policy, default_answer_format, load_policy
+    from cpugrpo_edu.run.data import load_data
+    from cpugrpo_edu.tasks.answers import check_answer_format, with_answer_format
+
+    if config.answer_format is not None:
+        check_answer_format(config.answer_format)
     _, problems = load_data(config, to_train=False)
-    policy = load_policy(model, answer_format=answer_format)
+    policy = load_policy(config.model, answer_format=config.answer_format)
     check_policy(policy)
-    chosen = answer_format or default_answer_format(policy.model.config)
-    problems = with_answer_format(problems, chosen)
+    chosen = config.answer_format or default_answer_format(policy.model.config)
     if int8:
         require(policy.model.config, "INT8 copy")
         policy = replace(policy, model=quantize_for_rollout(policy.model))
-    with ProgressDisplay(quiet=call.quiet) as display:
-        bar = display.counter("evaluate", len(problems))
-        label = f"{model}, INT8" if int8 else model
-        result = measure(policy, problems, label, sampling, bar)
-    if output is not None:
-        save_evaluation(result, output)
+    return policy, with_answer_format(problems, chosen)
+
+
+def give_accuracy(call: Call, result: Evaluation) -> None:
+    from cpugrpo_edu.record.stats import accuracy_table
+
     found = accuracy_table(result)
     overall = f"Overall {accuracy_text(found['overall'])}; {result.seconds:.1f} s"
-    call.give(found, accuracies(label, found), overall)
+    call.give(found, accuracies(result.label, found), overall)
+
+
+def give_samples(call: Call, result: SampledEvaluation) -> None:
+    """A row for each pass@k and one for the majority vote, by difficulty."""
+    from cpugrpo_edu.record.pass_at_k import sampled_table
+
+    found = sampled_table(result)
+    parts = {**found["by_difficulty"], "all": found["overall"]}
+    rows = [
+        [f"pass@{k}", *(estimate_text(part["pass_at_k"][k]) for part in parts.values())]
+        for k in found["overall"]["pass_at_k"]
+    ]
+    rows.append(
+        [f"majority of {result.n}", *(estimate_text(part["majority"]) for part in parts.values())]
+    )
+    shown = table(
+        f"{result.label}: exact match in % (95 % Wilson interval), {result.n} completions of each "
+        f"problem at temperature {result.temperature:g}",
+        ["", *(f"{name}, {part['n']}" for name, part in parts.items())],
+        rows,
+    )
+    call.give(found, shown)
+
+
+def estimate_text(row: dict[str, float]) -> str:
+    """An estimate and its interval in percent."""
+    return f"{100 * row['estimate']:.1f} ({100 * row['low']:.1f}–{100 * row['high']:.1f})"
 
 
 def accuracy_text(row: dict[str, Any] | None) -> str:
     """Accuracy and interval in percent, and the number of problems."""
     if row is None:
         return "–"
-    low, high = 100 * row["low"], 100 * row["high"]
-    return f"{100 * row['accuracy']:.1f} ({low:.1f}–{high:.1f}), {row['n']}"
+    return f"{estimate_text({**row, 'estimate': row['accuracy']})}, {row['n']}"
 
 
 def accuracies(label: str, found: dict[str, Any]) -> Table:

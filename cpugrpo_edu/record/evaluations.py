@@ -7,10 +7,12 @@ import json
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.files import replacing
+
+Kind = TypeVar("Kind")
 
 
 @dataclass
@@ -42,7 +44,44 @@ class Evaluation:
         return cls(**data)
 
 
-def save_evaluation(evaluation: Evaluation, path: str | Path) -> Path:
+@dataclass
+class SampledEvaluation:
+    """What a model answered when it was asked each problem n times.
+
+    All lists have one entry per problem and the same order; those of completions have n entries
+    in it. ``majority`` is the place, from 0, of a completion that states the most frequent answer,
+    or None where no completion states one.
+    """
+
+    label: str
+    seed: int
+    temperature: float
+    item_ids: list[str]
+    domains: list[str]
+    difficulties: list[str]
+    correct: list[list[bool]]
+    majority: list[int | None]
+    tokens: list[list[int]]
+    finished: list[list[bool]]
+    completions: list[list[str]]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def n(self) -> int:
+        """Completions of each problem."""
+        return len(self.correct[0])
+
+    @property
+    def majority_correct(self) -> list[bool]:
+        """Whether the most frequent answer to each problem is right; no answer is wrong."""
+        pairs = zip(self.majority, self.correct, strict=True)
+        return [place is not None and right[place] for place, right in pairs]
+
+
+def save_evaluation(evaluation: Evaluation | SampledEvaluation, path: str | Path) -> Path:
     """Write every item as compressed JSON, so that others can re-analyse it."""
     with replacing(path) as temporary, gzip.open(temporary, "wt", encoding="utf-8") as file:
         json.dump(evaluation.to_json(), file)
@@ -55,9 +94,19 @@ def evaluation_path(run: Path, label: str) -> Path:
 
 
 def load_evaluation(path: str | Path) -> Evaluation:
+    """An evaluation with one completion of each problem. UserError if it cannot be read."""
+    return _load(path, Evaluation)
+
+
+def load_sampled_evaluation(path: str | Path) -> SampledEvaluation:
+    """An evaluation with several completions of each problem. UserError if it cannot be read."""
+    return _load(path, SampledEvaluation)
+
+
+def _load(path: str | Path, kind: type[Kind]) -> Kind:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            return Evaluation.from_json(json.load(file))
+            return kind(**json.load(file))
     except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
         raise UserError(
             f"cannot read an evaluation from {path}: {error}; "

@@ -61,18 +61,22 @@ def _check_confidence(confidence: float) -> float:
     return confidence
 
 
-def wilson_interval(k: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(k: float, n: int, confidence: float = 0.95) -> Interval:
     """Wilson (1927) score interval for ``k`` successes in ``n`` independent trials.
 
     It solves (p_hat - p)^2 = z^2 p (1 - p) / n for p, so unlike p_hat +- z*se it stays in
     [0, 1] and does not collapse to a point at k = 0 or k = n. Without continuity correction:
-    coverage is the stated one on average over p. Raises ValueError if k of n is not a count.
+    coverage is the stated one on average over p. ``k`` may be the sum of n values in [0, 1]: they
+    vary by at most p (1 - p), so the interval is then on the safe side. Raises ValueError if k of
+    n is not a count.
     """
     if n < 1 or not 0 <= k <= n:
         raise ValueError(f"{k} right of {n} is not a count: k must lie in 0..n, and n above 0")
-    _check_confidence(confidence)
-    ends = stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
-    return Interval(k / n, float(ends.low), float(ends.high))
+    z = float(stats.norm.ppf(0.5 + _check_confidence(confidence) / 2))
+    p, share = k / n, z * z / n
+    centre, half = p + share / 2, (share * (p * (1 - p) + share / 4)) ** 0.5
+    low, high = (centre - half) / (1 + share), (centre + half) / (1 + share)
+    return Interval(p, low if k else 0.0, high if k < n else 1.0)
 
 
 def _outcomes(before: ArrayLike, after: ArrayLike) -> tuple[Bools, Bools]:
