@@ -27,7 +27,7 @@ from cpugrpo_edu.run.config import flag_of
 from cpugrpo_edu.run.pause import Interrupted
 from cpugrpo_edu.tasks import split_of
 
-COMMANDS = ("doctor", "run", "evaluate", "generate", "report", "pretrain", "models")
+COMMANDS = ("doctor", "run", "warmstart", "evaluate", "generate", "report", "pretrain", "models")
 
 
 @pytest.fixture(autouse=True)

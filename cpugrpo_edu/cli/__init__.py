@@ -15,7 +15,7 @@ from typing import NoReturn
 from typer.exceptions import TyperException
 
 # Importing a module registers its commands; --help lists them in this order.
-from cpugrpo_edu.cli import doctor, run, evaluate, results, models, bench, study, assign  # noqa: F401  # isort: skip
+from cpugrpo_edu.cli import doctor, run, warmstart, evaluate, results, models, bench, study, assign  # noqa: F401  # isort: skip
 from cpugrpo_edu.cli.command import app
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.files import write_failure
