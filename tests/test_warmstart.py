@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from command_line import invoke
 from transformers import AutoModelForCausalLM
 
 from cpugrpo_edu.data import Episode, Group
+from cpugrpo_edu.engine.trl_internals import without_notices
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.fisher import Example
 from cpugrpo_edu.models.load import load_policy
@@ -54,7 +57,8 @@ def log_likelihood(policy, problems):
 
 def trainer_of(policy, examples, config, micro_batch, folder):
     reporter = Reporter(config, MetricsLog(folder / "metrics.jsonl"), QUIET, Control())
-    return make_trainer(policy, examples, config, micro_batch, reporter)
+    with without_notices():
+        return make_trainer(policy, examples, config, micro_batch, reporter)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -168,6 +172,31 @@ def test_a_stop_saves_what_was_learned(tiny_folder, tmp_path):
     assert record.results["steps"] == 1 and record.results["weights_changed"]["changed"]
     assert len(read_metrics(tmp_path / "warm" / "metrics.jsonl")) == 1
     load_policy(tmp_path / "warm")
+
+
+def test_ctrl_c_stops_after_the_step_and_says_so(tiny_folder, tmp_path, monkeypatch):
+    write = MetricsLog.write
+
+    def interrupted(log, row):
+        write(log, row)
+        if row["step"] == 2:  # is over, so the third is the current one
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(MetricsLog, "write", interrupted)
+    flags = ["--model", tiny_folder, "--domains", "lists", "--problems", 4, "--steps", 9, "--quiet"]
+    code, out, _ = invoke("warmstart", *flags, "--threads", 1, "--output", tmp_path / "warm")
+    assert code == 130 and "stopped after 3" in out
+    assert RunRecord.load(tmp_path / "warm" / "record.json").results["steps"] == 3
+    load_policy(tmp_path / "warm")
+
+
+def test_a_loss_that_is_not_the_models_own_is_refused(tiny_policy, tiny_folder, tmp_path):
+    """As it would be for an architecture with a logit scale that TRL does not know."""
+    [(_, example)] = worked_lessons(tiny_policy, make_problems("lists", "basic", "train", 1))
+    head = tiny_policy.model.lm_head
+    head.register_forward_hook(lambda module, inputs, logits: 0.5 * logits)
+    with pytest.raises(UserError, match="another loss for a 'qwen2' model"):
+        trainer_of(tiny_policy, [example], small(tiny_folder), 1, tmp_path)
 
 
 def test_a_full_disk_leaves_no_half_model(tiny_folder, tmp_path, monkeypatch):

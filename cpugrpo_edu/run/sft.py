@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -140,4 +142,26 @@ def make_trainer(
         callbacks=[reporter],
     )
     trainer.remove_callback(PrinterCallback)
+    check_loss(trainer, policy, rows[0])
     return trainer
+
+
+def check_loss(trainer: SFTTrainer, policy: Policy, row: dict[str, list[int]]) -> None:
+    """UserError if TRL's loss is not that of a plain forward pass.
+
+    TRL multiplies hidden states with the head itself, and so must know what else an architecture
+    does to its logits.
+    """
+    model, ids = policy.model, torch.tensor([row["input_ids"]])
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        found = float(trainer.compute_loss(model, trainer.data_collator([row])))
+        logits = model(input_ids=ids).logits[0, :-1].float()
+    model.train(training)
+    plain = float(cross_entropy(logits, torch.tensor(row["labels"][1:])))
+    if not abs(found - plain) < (0.01 if model.dtype == torch.float32 else 0.3):  # by rounding
+        raise UserError(
+            f"TRL computes another loss for a {model.config.model_type!r} model than the model "
+            "itself; choose another model, such as one built like Qwen2 or Llama"
+        )
