@@ -1,8 +1,9 @@
-"""``decode.c``, compiled on this machine: a token through all layers in one call.
+"""``decode.c``, compiled: a token through all layers in one call.
 
 Decoding with torch takes some thousand calls a token, and for a model of half a billion
 parameters and two completions they take as long as reading its weights. The same arithmetic in
-C is limited only by that reading. It is optional and needs a C compiler; torch alone always works.
+C is limited only by that reading. It is compiled on this machine where there is a C compiler;
+otherwise a wheel for Linux brings it. It is optional: torch alone always works.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -26,12 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpugrpo_edu.engine import kernel_builds
 from cpugrpo_edu.record.files import cache_folder
+from cpugrpo_edu.record.machine import processor_flags
 
 SOURCE = Path(__file__).with_name("decode.c")
-WIDE = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
-FLAGS = ("-O3", "-march=native", *WIDE, "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
-"""No flag that lets the compiler assume that NaN cannot occur."""
+SHIPPED = SOURCE.parent
+"""The folder with the libraries that a wheel brings."""
+FLAGS = (*kernel_builds.options(platform.machine(), ()), "-march=native")
 
 BLOCK = 32
 """Inputs that share a scale, and activations that share a size: ``BLOCK`` in ``decode.c``."""
@@ -139,17 +143,44 @@ def compile_library(folder: Path) -> Path:
     return library
 
 
+def shipped_library() -> Path:
+    """The fastest library of the wheel that this processor can run. RuntimeError if none."""
+    flags = processor_flags()
+    for name, needs in kernel_builds.SHIPPED.get(platform.machine(), {}).items():
+        for path in SHIPPED.glob(f"_decode_{name}.*.so"):
+            if flags.issuperset(needs):
+                return path
+    raise RuntimeError("the package brings none for this processor")
+
+
 @lru_cache
-def library() -> tuple[Any, str]:
-    """The compiled functions; or None and the reason."""
-    try:
-        # torch has already loaded OpenMP: the library uses the same one and its threads
-        functions = ctypes.CDLL(str(compile_library(cache_folder())))
+def _load() -> tuple[Any, str]:
+    reasons = []
+    for find in (lambda: compile_library(cache_folder()), shipped_library):
+        try:
+            # torch has already loaded OpenMP: the library uses the same one and its threads
+            functions = ctypes.CDLL(str(find()))
+        except (OSError, RuntimeError) as error:
+            reasons.append(str(error))
+            continue
         for name in ("decode", "times", "unpack", "softmax_tile"):
             getattr(functions, name).restype = None
-    except (OSError, RuntimeError) as error:
-        return None, str(error)
-    return functions, ""
+        return functions, ""
+    return None, "; ".join(reasons)
+
+
+_loading = threading.Lock()
+
+
+def library() -> tuple[Any, str]:
+    """The compiled functions; or None and the reason. Compiles them, or waits for who does."""
+    with _loading:
+        return _load()
+
+
+def compile_ahead() -> None:
+    """Compile in the background, while a model loads; ``library`` waits for what is left."""
+    threading.Thread(target=library, daemon=True).start()
 
 
 def available() -> bool:

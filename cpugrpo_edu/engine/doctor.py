@@ -53,8 +53,8 @@ def check(name: str, fine: bool, detail: str, fix: str, *, fails: bool = False) 
 
 def examine() -> list[Check]:
     """Every check, the installation first; "fail" means that a run will not work."""
-    more = (check_limits, check_numbers, check_speed, check_blas, check_swap, check_versions)
-    return [*installation(), *(look() for look in more)]
+    speed = (check_limits, check_numbers, check_kernel, check_speed, check_blas)
+    return [*installation(), *(look() for look in (*speed, check_swap, check_versions))]
 
 
 def installation() -> list[Check]:
@@ -173,6 +173,19 @@ def check_numbers() -> Check:
     detail = f"INT8: {', '.join(integer) or 'none'}; bfloat16: {', '.join(half) or 'none'}"
     fix = "INT8 rollouts work, but try --no-int8-rollouts as well: which is faster differs"
     return check("short numbers", bool(integer), detail, fix)
+
+
+def check_kernel() -> Check:
+    """Where the C code for INT8 models comes from, or why torch has to do its work."""
+    from cpugrpo_edu.engine import c_kernel
+
+    functions, why = c_kernel.library()
+    if functions is None:
+        fix = "on Linux, install a C compiler (the package gcc; in conda c-compiler)"
+        return Check("compiled kernel", "warn", f"none, so torch does its work: {why}", fix)
+    path = Path(functions._name)
+    origin = "brought by the package" if path.parent == c_kernel.SHIPPED else "compiled here"
+    return Check("compiled kernel", "ok", f"{origin}: {path.name}")
 
 
 def check_speed() -> Check:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cpugrpo_edu.data import Problem
+from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.architectures import require, require_context, supports
 from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
@@ -88,7 +89,7 @@ def load_policy(
     name: str | Path = "bundled",
     *,
     dtype: str = "float32",
-    kernel: str = "packed",
+    kernel: str = "auto",
     lora_rank: int = 0,
     system: str | None = None,
     answer_format: str | None = None,
@@ -100,8 +101,8 @@ def load_policy(
 
     ``dtype`` is float32, bfloat16, auto (bfloat16 where the CPU computes in it), or int8:
     a frozen integer base that only LoRA can train, in a quarter of the memory, whose products
-    ``kernel`` computes (``int8_base.KERNELS``; "compiled" is "packed" where there is no C
-    compiler). ``seed`` draws the adapters; ``options`` are the sampler's. Without ``system``,
+    ``kernel`` computes: "compiled", "packed" (torch), or "auto": the first wherever it
+    works. ``seed`` draws the adapters; ``options`` are the sampler's. Without ``system``,
     a model's chat template decides on the system prompt; only a model other than ours whose
     answers are read in the ``answer_format`` "hash" gets ``SYSTEM_PROMPT``. Raises ``UserError``
     for an unknown model, a broken download, or too little memory.
@@ -112,6 +113,8 @@ def load_policy(
         raise UserError(f"unknown dtype {dtype!r}; allowed are auto, {', '.join(DTYPES)}, int8")
     if lora_rank < 0:
         raise UserError(f"lora_rank is {lora_rank}; give 0 (full fine-tuning) or more")
+    if dtype == FROZEN and kernel != "packed":
+        c_kernel.compile_ahead()
     source = resolve_source(name)
     try:
         # Never run code from a model folder, never load a pickle: safetensors only.

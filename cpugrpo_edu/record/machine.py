@@ -157,9 +157,14 @@ def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, set[str]]:
     return name, flags
 
 
+def processor_flags() -> set[str]:
+    """The processor's instruction sets, as /proc/cpuinfo names them."""
+    return _cpuinfo()[1]
+
+
 def native_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 itself; elsewhere it is emulated and slower than fp32."""
-    return bool(_cpuinfo()[1] & {"avx512_bf16", "amx_bf16", "bf16"})
+    return bool(processor_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,8 @@ def load(session: Session) -> Learner:
     available = available_memory()
     if session.memory_limit is not None:
         available = min(available, session.memory_limit)
+    if config.kernel != "packed" and (config.int8_rollouts or config.frozen):
+        c_kernel.compile_ahead()
     policy = load_policy(
         config.model if last is None or config.lora_rank else last,
         dtype=config.weights,
