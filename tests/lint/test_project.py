@@ -125,11 +125,20 @@ def test_conda_environment_agrees_with_the_lock():
     assert python in SpecifierSet(PROJECT["requires-python"])
     versions = pinned(environment(python, "linux"))
     for name, *version in specs:
-        if name not in ("python", "pip"):
+        if name not in ("python", "pip", "c-compiler"):
             assert version[0] == versions[name.replace("pytorch", "torch")], name
 
-    assert ["pytorch", versions["torch"], "cpu*"] in specs
+    assert ["pytorch", versions["torch"], "cpu*"] in specs and ["c-compiler"] in specs
     assert {"pip": ["-r requirements.lock", "-e ."]} in conda["dependencies"]
+
+
+def test_a_release_has_a_compiled_wheel_for_every_python():
+    release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    [settings] = [step["env"] for step in release["jobs"]["compiled"]["steps"] if "env" in step]
+    wheels = [f"cp{python.replace('.', '')}-manylinux_*" for python in PYTHONS]
+    assert settings["CIBW_BUILD"].split() == wheels
+    assert settings["CIBW_ENVIRONMENT"] == "CPUGRPO_SHIP_KERNEL=1"
+    assert "--exclude libgomp.so.1" in settings["CIBW_REPAIR_WHEEL_COMMAND"]
 
 
 def test_lock_has_no_cuda_package():
