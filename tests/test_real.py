@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from command_line import invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpugrpo_edu.data import Problem
@@ -17,6 +20,9 @@ from cpugrpo_edu.models import load_policy
 from cpugrpo_edu.models.fetch import fetch
 from cpugrpo_edu.models.load import default_answer_format
 from cpugrpo_edu.policy import token_log_probs
+from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.run.warmstart import warmstart
+from cpugrpo_edu.run.warmstart_config import WarmstartConfig
 from cpugrpo_edu.sample import Sampling, rollout, sample
 from cpugrpo_edu.tasks.answers import exact_match
 from cpugrpo_edu.train import make_batch
@@ -168,3 +174,48 @@ def test_fisher_of_lora_is_the_mean_square_of_the_scores(policy, groups):
             total[name] += gradient.square() / len(examples)
     a, b = (torch.cat([t.flatten() for t in x.values()]) for x in (found, total))
     assert (a - b).norm() < 1e-3 * b.norm()
+
+
+@pytest.mark.parametrize("method", ["sft", "rft"])
+def test_a_warm_start_of_two_steps_is_a_model_that_evaluates(folder, tmp_path, method):
+    """It learns from stories, or from its own sums, some of which are right."""
+    sums = [{"prompt": f"What is {n} plus 10?", "answer": str(n + 10)} for n in range(20, 50)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    data = {"domains": ("stories",)} if method == "sft" else {"data": str(tmp_path / "sums.jsonl")}
+    config = WarmstartConfig(
+        "smollm2", method, problems=6, steps=2, batch_size=2, lora_rank=4, samples=4,
+        max_completion=32, threads=1, **data,
+    )  # fmt: skip
+    record = warmstart(config, tmp_path / "warm")
+    found = record.results
+    assert found["steps"] == 2 and found["weights_changed"]["changed"]
+    assert 0 < found["loss"]["first"] < 4
+    warm = load_policy(tmp_path / "warm")
+    assert warm.system is None and default_answer_format(warm.model.config) == "auto"
+    [group] = rollout(warm, PROBLEMS[:1], 1, Sampling(8, 0.0))
+    assert group.episodes[0].text
+
+
+def test_the_command_trains_it_with_defaults_of_its_own(folder, tmp_path):
+    """Two steps on sums, some of which it gets right."""
+    sums = [{"prompt": f"What is {n} plus 10?", "answer": str(n + 10)} for n in range(20, 60)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    code, _, err = invoke(
+        "run", "--model", "smollm2", "--data", tmp_path / "sums.jsonl", "--output",
+        tmp_path / "run", "--steps", "2,0,0", "--per-cell", 2, "--prompts-per-step", 4,
+        "--num-generations", 4, "--max-completion", 24, "--threads", 1,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "groups sampled before training have a signal" in err
+    assert "basic, before training: " in err and "basic, after training: " in err
+    record = RunRecord.load(tmp_path / "run" / "record.json")
+    config, results = record.config, record.results
+    assert (config["dtype"], config["lora_rank"], config["temperature"]) == ("int8", 16, 0.8)
+    assert results["weights_changed"]["changed"]
+    assert results["stages"][0]["signal"]["with_signal"] > 0
+    assert results["evaluations"][0]["label"] == "before"
+    shown = [(sample["before"], sample["after"]) for sample in results["samples"]]
+    assert shown and all(map(all, shown))
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert report.index("The same problems before and after training") < report.index("## Accuracy")
+    assert (tmp_path / "run" / "report.html").exists()
