@@ -648,5 +648,6 @@ def test_a_broken_model_folder(name, command, tmp_path, tiny_folder):
     words, spoil = MODELS[name]
     shutil.copytree(tiny_folder, tmp_path / "model")
     spoil(tmp_path / "model")
-    arguments = {"generate": ["generate", "a"], "run": ["run", "-q", "--output", "out"]}[command]
+    run = ["run", "-q", "--output", "out", "--lora", "0"]
+    arguments = {"generate": ["generate", "a"], "run": run}[command]
     refused(words, [*arguments, "--model", "model"], tmp_path)

@@ -13,7 +13,7 @@ from lab_fixtures import until
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.notebook.dashboard import Dashboard, numbers_html, samples_html, train, watch
 from cpugrpo_edu.record.metrics import read_metrics
-from cpugrpo_edu.run.config import RunConfig
+from cpugrpo_edu.run.config import RunConfig, config_for
 from cpugrpo_edu.run.pause import Control
 from cpugrpo_edu.run.pipeline import Interrupted, run
 
@@ -67,6 +67,12 @@ def test_a_stop_before_the_first_step_is_resumable(tmp_path):
     with pytest.raises(Interrupted, match="evaluating 'before'"):
         run(RunConfig(**SMALL), tmp_path / "run", resume=True, control=control)
     assert not steps(tmp_path / "run")
+
+
+def test_a_notebook_gets_the_defaults_of_its_kind_of_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(Dashboard, "begin", lambda self, resume: None)
+    found = train(tmp_path / "run", model="smollm2", per_cell=3)
+    assert found.config == config_for("smollm2", per_cell=3)
 
 
 # The buttons, on a run

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from command_line import invoke
 
-from cpugrpo_edu.data import Episode, Group
+from cpugrpo_edu.data import DIFFICULTIES, Episode, Group, Problem
 from cpugrpo_edu.engine.memory import PeakMemory
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.load import fingerprint, load_policy
@@ -20,6 +20,7 @@ from cpugrpo_edu.run.config import RunConfig
 from cpugrpo_edu.run.pause import Control, Interrupted
 from cpugrpo_edu.run.pipeline import run
 from cpugrpo_edu.run.prepare import load, prepare
+from cpugrpo_edu.run.results import problems_to_show
 from cpugrpo_edu.run.signal_check import PROMPTS, ROUNDS, Signal, check_signal, signal_of
 from cpugrpo_edu.show.progress import ProgressDisplay
 
@@ -215,3 +216,34 @@ def test_each_stage_shows_an_answer_before_and_after(config, tmp_path, capsys):
     ]  # fmt: skip
     questions = [line.split(": ", 1)[1].split(" -> ")[0] for line in lines]
     assert questions[0] == questions[1] != questions[2] == questions[3]
+
+
+# What the report opens with
+
+
+def problem(domain, difficulty, number):
+    return Problem(f"{domain}/{difficulty}/{number}", domain, difficulty, f"{number}?", "1")
+
+
+@pytest.mark.parametrize(
+    ("domains", "counts", "expected"),
+    [
+        (["a"], (2, 2, 2), ["a0", "a0", "a0", "a1", "a1"]),
+        (["a", "b"], (2, 2, 2), ["a0", "a0", "a0", "b0", "b0"]),
+        (["a"], (4, 0, 1), ["a0", "a0", "a1", "a2", "a3"]),
+        (["a"], (1, 1, 0), ["a0", "a0"]),
+    ],
+)
+def test_the_places_of_problems_decide_which_are_shown(domains, counts, expected):
+    """Difficulties take turns, and within one the domains."""
+    problems = [
+        problem(domain, level, i)
+        for domain in domains
+        for level, count in zip(DIFFICULTIES, counts, strict=True)
+        for i in range(count)
+    ]
+    chosen = [problems[i] for i in problems_to_show(problems)]
+    assert [p.domain + p.question[0] for p in chosen] == expected
+    levels = [level for level, count in zip(DIFFICULTIES, counts, strict=True) if count]
+    assert [p.difficulty for p in chosen][: len(levels)] == levels
+    assert len(set(map(id, chosen))) == len(chosen)

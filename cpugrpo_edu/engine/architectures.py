@@ -44,9 +44,9 @@ INSTEAD: dict[Feature, tuple[str, str]] = {
     "rollouts": ("sampling", "choose another model"),
     "fast engine": ("the fast engine", "choose the engine generate"),
     "packed pass": ("a packed pass over a group", "leave share_prefix out"),
-    "frozen base": ("a frozen INT8 base", "choose the dtype float32 or bfloat16"),
+    "frozen base": ("a frozen INT8 base", "choose another, such as --dtype float32"),
     "INT8 copy": ("an INT8 copy", "leave INT8 out (--no-int8-rollouts, --no-int8-evaluation)"),
-    "LoRA": ("LoRA", "train all weights (without --lora)"),
+    "LoRA": ("LoRA", "train all weights (--lora 0)"),
     "GGUF": (
         "GGUF export",
         "export --to merged and use the converter of the program that will run the model",
