@@ -104,7 +104,9 @@ def give_b1(call: Call, record: RunRecord, output: Path | None) -> None:
 @command(bench, "b4")
 def bench_b4(
     call: Call,
-    peers: Annotated[str, Option(help="stock, stock-lora, ours-float, separated by commas.")] = "",
+    peers: Annotated[
+        str, Option(help="stock, stock-lora, ours-float, ours-full, separated by commas.")
+    ] = "",
     model: Annotated[str, Option(help="smollm2, a model folder, or a hub id.")] = "smollm2",
     steps: Annotated[int, Option(help="Steps of ours.", callback=within(1))] = 5,
     peer_steps: Annotated[int, Option(help="Steps of each peer.", callback=within(1))] = 3,

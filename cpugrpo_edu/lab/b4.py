@@ -32,7 +32,7 @@ from cpugrpo_edu.lab.contestants import StepClock, measured, process_seconds
 from cpugrpo_edu.lab.floors import machine_floors
 from cpugrpo_edu.lab.worker import run_worker, silent
 from cpugrpo_edu.models.load import load_policy, relative_change, resolve_source, snapshot
-from cpugrpo_edu.record.machine import GIB
+from cpugrpo_edu.record.machine import GIB, native_bfloat16
 from cpugrpo_edu.record.run_record import RunRecord, new_record
 from cpugrpo_edu.rewards import parse_rewards
 from cpugrpo_edu.sample import Sampling, rollout
@@ -67,17 +67,19 @@ class RealWorkload:
 PEERS = {
     "stock": "TRL's GRPOTrainer, full fine-tuning, float32",
     "stock-lora": "TRL's GRPOTrainer with LoRA on all linear layers, float32",
-    "ours-float": "this package without INT8: a float32 base",
+    "ours-float": "this package without INT8: LoRA on a float32 base",
+    "ours-full": "this package, full fine-tuning, INT8 rollouts, Adafactor",
 }
-NEED = {"stock": 9 * GIB, "stock-lora": 8 * GIB, "ours-float": 4 * GIB}
+NEED = {"stock": 9 * GIB, "stock-lora": 8 * GIB, "ours-float": 4 * GIB, "ours-full": 4 * GIB}
 """Free bytes that a peer needs; with less it is skipped, and the record says why."""
 
 
 @measured
-def ours(workload: RealWorkload, dtype: str = "int8") -> dict[str, Any]:
-    """The workload with this package's defaults for a model of this size."""
+def ours(workload: RealWorkload, dtype: str = "int8", lora: bool = True) -> dict[str, Any]:
+    """The workload with this package: LoRA, or all weights."""
     imported, start = process_seconds(), time.perf_counter()
-    policy = load_policy(workload.model, dtype=dtype, lora_rank=workload.lora_rank)
+    rank = workload.lora_rank if lora else 0
+    policy = load_policy(workload.model, dtype=dtype, lora_rank=rank)
     problems, before = workload.problems(), snapshot(policy.model)
     with tempfile.TemporaryDirectory() as out:
         config = cpu_config(
@@ -88,9 +90,16 @@ def ours(workload: RealWorkload, dtype: str = "int8") -> dict[str, Any]:
             temperature=workload.temperature,
             max_steps=workload.steps,
             learning_rate=LEARNING_RATE,
+            optim="adamw_torch" if lora else "adafactor",
+            bf16=not lora and native_bfloat16(),
         )
         options = EngineOptions(
-            share_prefix=True, recompute=spares_memory(policy.model), patience=0
+            share_prefix=True,
+            recompute=not lora or spares_memory(policy.model),
+            int8_rollouts=not lora,
+            int8_head=not lora,
+            spare_memory=not lora,
+            patience=0,
         )
         rewards = trl_rewards(parse_rewards("correct_answer=1"), problems)
         data = to_dataset(problems, policy.system)
@@ -227,6 +236,7 @@ def bench_b4(
         "stock": partial(run_worker, stock, workload, lora=False, steps=peer_steps),
         "stock-lora": partial(run_worker, stock, workload, lora=True, steps=peer_steps),
         "ours-float": partial(run_worker, ours, workload, "float32"),
+        "ours-full": partial(run_worker, ours, workload, "float32", lora=False),
     }
     for peer in peers:
         say(f"{peer}: {PEERS[peer]}")
