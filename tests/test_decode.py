@@ -237,8 +237,8 @@ def test_a_second_try_counts_each_prompt_once(model, monkeypatch):
     seen, refused = [], []
     first = engine_module.decode
 
-    def refuse_once(*arguments):
-        groups = first(*arguments)
+    def refuse_once(*arguments, **named):
+        groups = first(*arguments, **named)
         if not refused:
             refused.append(True)
             raise MemoryError
@@ -358,11 +358,11 @@ def test_fewer_rows_where_memory_is_short_or_refused(tiny_policy, monkeypatch):
 
     whole, original, rows = greedy(), module.decode, []
 
-    def spy(lm, texts, copies, *arguments):
+    def spy(lm, texts, copies, **arguments):
         rows.append(len(texts) * copies)
         if rows[-1] > 3:
             raise MemoryError
-        return original(lm, texts, copies, *arguments)
+        return original(lm, texts, copies, **arguments)
 
     monkeypatch.setattr(engine_module, "decode", spy)
     assert greedy() == whole
@@ -375,9 +375,9 @@ def test_fewer_rows_where_memory_is_short_or_refused(tiny_policy, monkeypatch):
 def test_generate_has_fewer_rows_where_memory_is_short(gpt2, monkeypatch):
     original, rows = engine_module.decode_with_generate, []
 
-    def spy(lm, texts, copies, *arguments):
+    def spy(lm, texts, copies, **arguments):
         rows.append(len(texts) * copies)
-        return original(lm, texts, copies, *arguments)
+        return original(lm, texts, copies, **arguments)
 
     monkeypatch.setattr(engine_module, "decode_with_generate", spy)
     whole = run(gpt2, copies=2, temperature=0.0, max_new_tokens=3)

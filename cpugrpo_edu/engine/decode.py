@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -374,6 +374,38 @@ class Meter:
         return lambda share: self((before + these * share) / total)
 
 
+@dataclass
+class Batches:
+    """What the batches of one call of ``sample`` share, and their groups by number of prompt."""
+
+    draw: Callable[..., list[Group]]  # one batch: prompts, copies, generator, on_share
+    prompts: Sequence[Sequence[int]]
+    n: int
+    generator: torch.Generator
+    found: dict[int, Group] = field(default_factory=dict)
+
+    def complete(self, chunk: list[int], meter: Meter, rows: int) -> None:
+        """The prompts with these numbers, at most ``rows`` completions at a time."""
+        state = self.generator.get_state()
+        groups = [Group(list(self.prompts[i]), []) for i in chunk]
+        together, copies = max(1, rows // self.n), min(rows, self.n)
+        try:
+            for start in range(0, len(groups), together):
+                part = groups[start : start + together]
+                for first in range(0, self.n, copies):
+                    count, ids = min(copies, self.n - first), [group.prompt_ids for group in part]
+                    before = start * self.n + first * len(part)  # completions
+                    on_share = meter.within(before, count * len(part), self.n * len(groups))
+                    more = self.draw(ids, count, generator=self.generator, on_share=on_share)
+                    for group, addition in zip(part, more, strict=True):
+                        group.episodes.extend(addition.episodes)
+        except BaseException:
+            self.generator.set_state(state)  # a second try draws what this one drew
+            raise
+        self.found.update(zip(chunk, groups, strict=True))
+        meter(1.0)
+
+
 @torch.inference_mode()
 def sample(
     model: Any,
@@ -401,23 +433,12 @@ def sample(
     lm, was_training = causal_lm(model), model.training
     require_context(lm.config, max(map(len, prompts), default=0), sampling.max_new_tokens)
     decoding = decode if options.engine == "fast" and is_supported(lm) else decode_with_generate
-    generator = torch.Generator().manual_seed(sampling.seed)
     stop = eos_ids if sampling.stop_at_eos else set()
+    lock = threading.Lock()
 
-    def complete(texts: list[Sequence[int]], state: Tensor, meter: Meter, rows: int) -> list[Group]:
-        generator.set_state(state)  # a second try draws what the first one drew
-        groups = [Group(list(text), []) for text in texts]
-        together, copies = max(1, rows // n), min(rows, n)
-        for start in range(0, len(groups), together):
-            part = groups[start : start + together]
-            for first in range(0, n, copies):
-                count, prompt_ids = min(copies, n - first), [group.prompt_ids for group in part]
-                before = start * n + first * len(part)  # completions
-                on_share = meter.within(before, count * len(part), n * len(groups))
-                more = decoding(lm, prompt_ids, count, sampling, stop, pad_id, generator, on_share)
-                for group, addition in zip(part, more, strict=True):
-                    group.episodes.extend(addition.episodes)
-        return groups
+    def report(more: int) -> None:
+        with lock:
+            on_done(more)
 
     rows = rows_at_once(lm, prompts, sampling, options)
     # Completions that are drawn depend on those before them, greedy ones do not.
@@ -425,27 +446,24 @@ def sample(
     most = min(rows, n * len(prompts)) // WORKER_ROWS if greedy else 1
     workers = max(1, min(torch.get_num_threads(), most))
     rows //= workers
-    chunks = list(chunks_by_length(prompts, max(1, rows // n)))
-    found: dict[int, Group] = {}
-    lock = threading.Lock()
-
-    def report(more: int) -> None:
-        with lock:
-            on_done(more)
-
-    def finish(chunk: list[int]) -> None:
-        texts, meter = [prompts[i] for i in chunk], Meter(len(chunk), report)
-        attempt = functools.partial(complete, texts, generator.get_state(), meter)
-        found.update(zip(chunk, retry_smaller(attempt, rows), strict=True))
-        meter(1.0)
-
+    batches = Batches(
+        functools.partial(decoding, lm, sampling=sampling, eos_ids=stop, pad_id=pad_id),
+        prompts,
+        n,
+        torch.Generator().manual_seed(sampling.seed),
+    )
+    attempts = [
+        functools.partial(batches.complete, chunk, Meter(len(chunk), report))
+        for chunk in chunks_by_length(prompts, max(1, rows // n))
+    ]
+    together = functools.partial(side_by_side, workers=workers) if workers > 1 else map
     model.eval()  # dropout must not act on rollouts
     try:
         with unpacked(lm):
-            list(side_by_side(finish, chunks, workers))
+            list(together(functools.partial(retry_smaller, size=rows), attempts))
     finally:
         model.train(was_training)
-    return [found[i] for i in range(len(prompts))]
+    return [batches.found[i] for i in range(len(prompts))]
 
 
 def rows_at_once(

@@ -21,11 +21,8 @@ def side_by_side(
 ) -> Iterator[Result]:
     """``function`` of each item, in inference mode; results in the order in which they are done.
 
-    ``workers`` threads share torch's present number of threads. With one worker it is ``map``.
+    ``workers`` threads share torch's present number of threads.
     """
-    if workers == 1:
-        yield from map(function, items)
-        return
     threads = torch.get_num_threads()
 
     def call(item: Item) -> Result:

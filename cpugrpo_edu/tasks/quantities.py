@@ -99,12 +99,13 @@ MEASURES = {
 }
 """Units of which two different ones never mean the same; every other word may follow a number."""
 
-NO_UNITS = set(
+NOT_UNITS = (
     "am pm bc bce ad pi tau sqrt root sin cos tan log ln exp mod or and plus minus times point "
     "squared cubed zero one two three four five six seven eight nine ten eleven twelve thirteen "
     "fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy "
-    "eighty ninety mil half halves".split()
+    "eighty ninety mil half halves"
 )
+NO_UNITS = set(NOT_UNITS.split())
 """Words after a number that make it another one, or none."""
 
 

@@ -3,8 +3,9 @@ r"""Where a completion states its answer, in each format that the package reads.
 ``hash`` is the mark of GSM8K, ``#### 42``. ``auto`` reads what chat models write: the mark,
 ``\boxed{42}``, ``<answer>42</answer>``, "The answer is 42." and "Answer: 42" anywhere; without
 any of them the bold text and the result after the last ``=`` in the last line, or the only number
-of the last sentence, "So she has 12 apples.". ``boxed`` and ``sentence`` read one of these, ``last-number`` the last number of the text, and ``math-verify``
-the same as ``auto``, compared by the library of that name.
+of the last sentence, "So she has 12 apples.". ``boxed`` and ``sentence`` read one of these,
+``last-number`` the last number of the text, and ``math-verify`` the same as ``auto``, compared by
+the library of that name.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def _closing(line: str, start: int) -> list[Statement]:
     """The only number of the last sentence, if that is complete: "So she has 12 apples."."""
     sentence = re.split(r"(?<=[.!?])\s+", line.rstrip())[-1]
     numbers = [*_LAST_NUMBER.finditer(sentence)]
-    complete = sentence.rstrip("*_\")").endswith((".", "!"))
+    complete = sentence.rstrip('*_")').endswith((".", "!"))
     if not complete or len(numbers) != 1 or re.search(r"\bor\b", sentence):
         return []
     at = start + len(line.rstrip()) - len(sentence)

@@ -438,9 +438,7 @@ def evaluate_formats(
         served = replace(policy(), model=changed)
         judged = with_answer_format(problems, default_answer_format(served.model.config))
         evaluate(served, judged[:8], "warm-up", Sampling(8, temperature=0.0))
-        found = evaluate(
-            served, judged, f"{name}, {chosen.name}", Sampling(limit, temperature=0.0)
-        )
+        found = evaluate(served, judged, f"{name}, {chosen.name}", Sampling(limit, temperature=0.0))
         return {
             "evaluation": packed_evaluation(found),
             "bytes": stored_bytes(policy().model, chosen, changed),
