@@ -106,7 +106,7 @@ FORMATS = (
     Format("fp32", lambda model: model),
     Format("bf16", lambda model: copy.deepcopy(model).to(torch.bfloat16).eval(), bits=16),
     Format("INT8 dynamic, per tensor", partial(quantize_for_rollout, per_channel=False), bits=8),
-    Format("INT8 dynamic, per channel", partial(quantize_for_rollout, per_channel=True), bits=8),
+    Format("INT8 dynamic, per channel", partial(quantize_for_rollout, kernel="packed"), bits=8),
     Format("INT8 weight-only", lambda model: simulate(model, 8), simulated=True, bits=8),
     Format("INT4 weight-only", lambda model: simulate(model, 4, GROUP), simulated=True, bits=4),
 )
