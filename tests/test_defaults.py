@@ -121,7 +121,8 @@ def test_help_shows_both_defaults_where_they_differ(monkeypatch):
     monkeypatch.setenv("TERMINAL_WIDTH", "400")
     _, out, _ = invoke("run", "--help")
     assert len(re.findall("chat model: ", out)) == len(CHAT_MODEL)
-    assert "(1.0; chat model: 0.8)" in out and "40,50,60" in out
+    assert f"(1.0; chat model: {CHAT_MODEL['temperature']})" in out
+    assert f"(6,6,6; chat model: {','.join(map(str, CHAT_MODEL['steps']))})" in out
     assert {field.name for field in fields(RunConfig)} >= CHAT_MODEL.keys()
 
 

@@ -21,6 +21,7 @@ from cpugrpo_edu.models.fetch import fetch
 from cpugrpo_edu.models.load import default_answer_format
 from cpugrpo_edu.policy import token_log_probs
 from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.run.config import CHAT_MODEL
 from cpugrpo_edu.run.warmstart import warmstart
 from cpugrpo_edu.run.warmstart_config import WarmstartConfig
 from cpugrpo_edu.sample import Sampling, rollout, sample
@@ -210,7 +211,7 @@ def test_the_command_trains_it_with_defaults_of_its_own(folder, tmp_path):
     assert "basic, before training: " in err and "basic, after training: " in err
     record = RunRecord.load(tmp_path / "run" / "record.json")
     config, results = record.config, record.results
-    assert (config["dtype"], config["lora_rank"], config["temperature"]) == ("int8", 16, 0.8)
+    assert all(config[name] == CHAT_MODEL[name] for name in ("dtype", "lora_rank", "temperature"))
     assert results["weights_changed"]["changed"]
     assert results["stages"][0]["signal"]["with_signal"] > 0
     assert results["evaluations"][0]["label"] == "before"
