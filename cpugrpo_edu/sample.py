@@ -146,7 +146,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tupl
     # Inverse transform sampling: one random number per row. (Gumbel-max needs one per vocabulary
     # entry; with 151,936 entries that costs more than a layer.)
     log_total = logits.logsumexp(-1, keepdim=True)
-    mass = (logits - log_total).exp().cumsum(-1, dtype=torch.float64)
+    mass = (logits - log_total).exp_().cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
     point = torch.rand(total.shape, generator=generator, dtype=torch.float64) * total
     token = torch.searchsorted(mass, point, right=True)

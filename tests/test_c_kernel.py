@@ -21,6 +21,7 @@ from cpugrpo_edu.models import load as L
 from cpugrpo_edu.record.machine import processor_flags
 from cpugrpo_edu.run import prepare as P
 from cpugrpo_edu.run.config import RunConfig
+from cpugrpo_edu.sample import Sampling, draw
 
 needs_compiler = pytest.mark.skipif(not c_kernel.available(), reason=c_kernel.library()[1])
 
@@ -225,3 +226,32 @@ def test_weights_in_large_pages_lie_apart_and_go_with_their_last_use():
     assert pages() is not None
     del place, places
     assert pages() is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_draw_is_that_of_the_readable_sampler(temperature):
+    """The same tokens for the same random numbers, and the log-probs of what was drawn."""
+    torch.manual_seed(0)
+    logits = torch.randn(400, 5000) * 3
+    logits[:, 7] = -torch.inf  # a token that is never drawn
+    sampling = Sampling(1, temperature)
+    found = [
+        function(logits, sampling, torch.Generator().manual_seed(1))
+        for function in (draw, c_kernel.draw)
+    ]
+    same = found[0][0] == found[1][0]
+    assert same.float().mean() > 0.99  # where rounding decides, the next one
+    torch.testing.assert_close(found[0][1][same], found[1][1][same], rtol=0, atol=1e-5)
+
+
+@needs_compiler
+def test_draws_have_the_probabilities_of_the_softmax():
+    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0, -1.0]).repeat(20_000, 1)
+    token, log_prob = c_kernel.draw(logits, Sampling(1), torch.Generator().manual_seed(3))
+    p = logits[0].softmax(0)
+    share = torch.bincount(token, minlength=5) / len(token)
+    assert ((share - p).abs() <= 5 * (p * (1 - p) / len(token)).sqrt()).all()
+    torch.testing.assert_close(log_prob, p.log()[token], rtol=0, atol=1e-5)
+    greedy = Sampling(1, temperature=0.0)
+    assert (c_kernel.draw(logits, greedy, torch.Generator())[0] == 3).all()

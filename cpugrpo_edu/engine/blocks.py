@@ -17,11 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from cpugrpo_edu.engine.architectures import supports
 from cpugrpo_edu.engine.bf16 import product_of
-from cpugrpo_edu.engine.memory import trim_heap
-
-TRIM_LAYERS = 12
-"""Layers between two calls of ``trim_heap``, where memory is short: short-lived tensors leave
-holes in the heap."""
 
 
 def causal_lm(model: Any) -> Any:
@@ -247,9 +242,7 @@ def hidden_states(
     """
     hidden = lm.model.embed_tokens(ids)
     cos, sin = rotary(lm, hidden, positions)
-    for index, layer in enumerate(lm.model.layers):
-        if recompute and index % TRIM_LAYERS == 0:
-            trim_heap()
+    for layer in lm.model.layers:
         block = Block.of(layer, bfloat16)
         query, key, value = block.heads(block.before_attention(hidden), cos, sin)
         mixed = attend(query, key, value)

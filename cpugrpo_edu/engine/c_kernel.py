@@ -31,6 +31,8 @@ from torch import Tensor
 from cpugrpo_edu.engine import kernel_builds
 from cpugrpo_edu.record.files import cache_folder
 from cpugrpo_edu.record.machine import processor_flags
+from cpugrpo_edu.sample import Sampling
+from cpugrpo_edu.sample import draw as plain_draw
 
 SOURCE = Path(__file__).with_name("decode.c")
 SHIPPED = SOURCE.parent
@@ -163,7 +165,7 @@ def _load() -> tuple[Any, str]:
         except (OSError, RuntimeError) as error:
             reasons.append(str(error))
             continue
-        for name in ("decode", "times", "unpack", "softmax_tile"):
+        for name in ("decode", "times", "unpack", "softmax_tile", "draw"):
             getattr(functions, name).restype = None
         return functions, ""
     return None, "; ".join(reasons)
@@ -311,3 +313,21 @@ def softmax_tile(
         *(Pointer(address(tensor)) for tensor in (*sums, shrink, half)),
     )
     return z if half is None else half, shrink
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``cpugrpo_edu.sample.draw`` in one pass: the same tokens, but where rounding decides."""
+    if sampling.temperature == 0 or sampling.top_p < 1:
+        return plain_draw(logits, sampling, generator)
+    logits = logits.float().contiguous()
+    rows, vocabulary = logits.shape
+    uniform = torch.rand(rows, 1, generator=generator, dtype=torch.float64)
+    token, log_prob = torch.empty(rows, dtype=torch.long), logits.new_empty(rows)
+    library()[0].draw(
+        Pointer(address(logits)),
+        rows,
+        vocabulary,
+        ctypes.c_float(1 / sampling.temperature),
+        *(Pointer(address(tensor)) for tensor in (uniform, token, log_prob)),
+    )
+    return token, log_prob

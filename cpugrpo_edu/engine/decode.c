@@ -491,3 +491,33 @@ void softmax_tile(float *z, int rows, int n, float by, float *peak, float *total
     shrink[r] = s;
   }
 }
+
+#define PIECE 1024 /* probabilities that are summed in floats */
+
+/* One token of each row of logits (rows, n), by inverse transform: the first whose probabilities,
+ * those before it included, exceed `uniform` (rows). `by` is 1 / temperature. */
+void draw(const float *logits, int rows, int n, float by, const double *uniform, int64_t *token,
+          float *log_prob) {
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < rows; r++) {
+    const float *x = logits + (long)r * n;
+    float top = x[0];
+#pragma omp simd reduction(max : top)
+    for (int i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+    double total = 0, sums[n / PIECE + 1];
+    for (int start = 0; start < n; start += PIECE) {
+      const int end = start + PIECE < n ? start + PIECE : n;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int i = start; i < end; i++) sum += exponential((x[i] - top) * by);
+      total += sums[start / PIECE] = sum;
+    }
+    const double point = uniform[r] * total;
+    double before = 0;
+    int i = 0; /* the piece, and then the token in it; rounding never leads beyond the last one */
+    while (i + PIECE < n && before + sums[i / PIECE] <= point) before += sums[i / PIECE], i += PIECE;
+    while (i + 1 < n && (before += exponential((x[i] - top) * by)) <= point) i++;
+    token[r] = i;
+    log_prob[r] = (x[i] - top) * by - (float)log(total);
+  }
+}

@@ -76,7 +76,10 @@ class Cache:
         return Cache(keys, values, self.mask[rows])
 
     def select(self, rows: Tensor, capacity: int | None = None) -> Cache:
-        """A copy with the given rows (repeats allowed) and room for ``capacity`` positions."""
+        """The given rows (repeats allowed), with room for ``capacity`` positions.
+
+        This cache gives up its layers one by one, so that the two never exist side by side.
+        """
         capacity = capacity or self.mask.shape[1]
 
         def pick(old: Tensor) -> Tensor:
@@ -84,9 +87,12 @@ class Cache:
             new[:, :, : self.length] = old[:, :, : self.length].index_select(0, rows)
             return new
 
+        keys, values = (
+            [pick(old.pop(0)) for _ in range(len(old))] for old in (self.keys, self.values)
+        )
         mask = self.mask.new_zeros(len(rows), capacity)
         mask[:, : self.length] = self.mask[:, : self.length].index_select(0, rows)
-        return Cache(list(map(pick, self.keys)), list(map(pick, self.values)), mask, self.length)
+        return Cache(keys, values, mask, self.length)
 
 
 class Decoder:
@@ -262,8 +268,9 @@ def decode(
     After each token ``on_share`` gets the share that is done if no other row ends early.
     """
     decoder = Decoder(lm)
+    pick = draw
     if CompiledDecoder.serves(decoder):
-        decoder = CompiledDecoder(decoder)
+        decoder, pick = CompiledDecoder(decoder), c_kernel.draw
     new = sampling.max_new_tokens
     hidden, position, cache = prefill(decoder, prompts, pad_id, new if copies == 1 else 0)
     if copies > 1:
@@ -275,7 +282,7 @@ def decode(
     active = torch.arange(len(position))  # the episode of each row of the batch
     running = torch.ones(len(position), dtype=torch.bool)
     for step in range(sampling.max_new_tokens):
-        token, logprob = draw(decoder.head(hidden), sampling, generator)
+        token, logprob = pick(decoder.head(hidden), sampling, generator)
         ended = torch.isin(token, stop)
         live = (active[running], token[running], logprob[running], ended[running])
         for i, drawn, value, end in zip(*(x.tolist() for x in live), strict=True):

@@ -22,6 +22,9 @@ last cache. Larger ones were slower (128 completions of the bundled model: by ha
 MIN_TOKENS = 512
 """With fewer tokens in a micro-batch the weights would be read too often."""
 
+SHARED_TOKENS = 256
+"""Tokens of completions behind one prompt from which on products are as fast as longer ones."""
+
 WORKING_SPACE = 4
 """The peak of a micro-batch over the activations that it keeps: their derivatives, short-lived
 copies and holes in the heap (measured: 2.5, and 4 in the first step of a process). It decides

@@ -43,6 +43,7 @@ from cpugrpo_edu.engine.int8_base import is_frozen
 from cpugrpo_edu.engine.int8_matrix import usable
 from cpugrpo_edu.engine.memory import free_memory, release_memory, retry_smaller, trim_heap
 from cpugrpo_edu.engine.micro_batches import (
+    SHARED_TOKENS,
     WORKING_SPACE,
     share_of_loss,
     size_that_fits,
@@ -188,6 +189,8 @@ class CPUGRPOTrainer(GRPOInternals):
         self.rollout_copy: Any = None
         self.drift: Drift | None = None
         self.last_groups: list[Group] = []
+        # Freed memory goes back to the system between the phases of a step: they need it in turn.
+        self.spares_memory = self.options.spare_memory or is_frozen(policy.model)
         self.sampler: dict[str, Any] = {
             "eos_ids": policy.eos_ids,
             "pad_id": policy.pad_id,
@@ -260,6 +263,8 @@ class CPUGRPOTrainer(GRPOInternals):
         )
         if self.options.spare_memory:
             self.rollout_copy = None
+        if self.spares_memory:
+            trim_heap()  # of keys and values, before the backward pass takes as much
         seconds = time.perf_counter() - start
         self.last_groups = groups
         rows = [(group.prompt_ids, episode) for group in groups for episode in group.episodes]
@@ -493,7 +498,7 @@ class CPUGRPOTrainer(GRPOInternals):
             length,
             self.sequence_bytes(length, bool(self.args.gradient_checkpointing)),
             free,
-            int(self.num_generations or 1) if self.options.share_prefix else 1,
+            self.least_together(inputs["completion_ids"].shape[1]),
         )
         if size < wanted:
             self.tally.shrunk += 1
@@ -503,6 +508,13 @@ class CPUGRPOTrainer(GRPOInternals):
                     f"instead of {wanted} completions; the gradient stays the same"
                 )
         return size
+
+    def least_together(self, length: int) -> int:
+        """Completions of a group that should share its prompt: all, but not more than make long
+        products, since they take memory."""
+        if not self.options.share_prefix:
+            return 1
+        return min(int(self.num_generations or 1), max(1, SHARED_TOKENS // length))
 
     def free_memory(self) -> int:
         """Bytes left for activations: without the gradients and optimizer states still to come."""
@@ -527,7 +539,7 @@ class CPUGRPOTrainer(GRPOInternals):
         """TRL's, and the pull of EWC once per optimizer step: after the gradients of all
         processes were averaged and before they are clipped."""
         loss = super().training_step(*args, **kwargs)
-        if self.options.spare_memory:
+        if self.spares_memory:
             trim_heap()  # what the backward pass freed, before the optimizer takes as much
         strength = self.options.ewc_strength
         if self.anchor is not None and strength and self.accelerator.sync_gradients:

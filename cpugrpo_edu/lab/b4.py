@@ -95,7 +95,7 @@ def ours(workload: RealWorkload, dtype: str = "int8", lora: bool = True) -> dict
         )
         options = EngineOptions(
             share_prefix=True,
-            recompute=not lora or spares_memory(policy.model),
+            recompute=True,
             int8_rollouts=not lora,
             int8_head=not lora,
             spare_memory=not lora,
