@@ -134,6 +134,7 @@ static inline __attribute__((always_inline)) void strip_times(
   for (int r = 0; r < count; r++) y[r] = (floats){0};
   for (long b = 0; b < blocks; b++, q += BLOCK * STRIP) {
     ints sum[ROWS];
+    for (int i = 0; i < BLOCK * STRIP; i += 64) __builtin_prefetch(q + AHEAD + i, 0, LEVEL_2);
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++) sum[r] = (ints){0};
 #pragma GCC unroll 4
@@ -244,13 +245,12 @@ static void float_dots(const float *w, const float *x, int n, int count, float *
  * work and do not wait for each other at the end (nowait): the caller places the barrier. */
 static void product(const linear *l, const float *x, const rounded *from, int rows, float *y,
                     float *low) {
-  const long blocks = l->width / BLOCK, strip_bytes = (long)l->width * STRIP;
+  const long blocks = l->width / BLOCK;
 #pragma omp for schedule(static) nowait
   for (int start = 0; start < l->out; start += STRIP) {
     const int8_t *q = l->q + start * (long)l->width;
     const uint16_t *scales = l->scales + start / STRIP * blocks * 2 * STRIP;
     const int count = l->out - start < STRIP ? l->out - start : STRIP;
-    for (long i = 0; i < strip_bytes; i += 64) __builtin_prefetch(q + AHEAD + i, 0, LEVEL_2);
     for (int r = 0; r < rows; r += ROWS) {
       const int some = rows - r < ROWS ? rows - r : ROWS;
       const int16_t *levels = from->levels + (long)r * l->width;

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cpugrpo_edu import fisher
 from cpugrpo_edu.engine.architectures import supports
-from cpugrpo_edu.engine.int8_base import is_frozen, spares_memory
+from cpugrpo_edu.engine.int8_base import is_frozen
 from cpugrpo_edu.engine.memory import drop_input_grad_hooks, free_memory, trim_heap
 from cpugrpo_edu.engine.options import FISHER_VARIANTS
 from cpugrpo_edu.engine.options import FisherVariant as Variant
@@ -150,7 +150,7 @@ def frozen_log_probs(model: Any, row: Row, temperature: float) -> Tensor:
         labels,
         torch.ones_like(labels),
         temperature,
-        recompute=spares_memory(model),
+        recompute=is_frozen(model),
     )
     return log_probs
 

@@ -211,14 +211,8 @@ def frozen_kernel(model: Any) -> str | None:
 
 
 def is_frozen(model: Any) -> bool:
-    """Whether the model stands on a frozen INT8 base."""
-    return frozen_kernel(model) is not None
+    """Whether the model stands on a frozen INT8 base.
 
-
-def spares_memory(model: Any) -> bool:
-    """Whether to compute the inside of each MLP again in the backward pass.
-
-    A frozen base is there to save memory. With the compiled kernel the rollouts need no float
-    weights, and so there is room to keep it.
+    It is there to save memory, so the inside of each MLP is computed again in the backward pass.
     """
-    return frozen_kernel(model) not in (None, "compiled")
+    return frozen_kernel(model) is not None

@@ -43,8 +43,7 @@ class EngineOptions:
     share_prefix: bool = False
     """Score the completions of a prompt behind one copy of it, see :mod:`.shared_prefix`."""
     recompute: bool = False
-    """Compute the inside of each MLP again in the backward pass, see ``blocks.hidden_states`` and
-    ``int8_base.spares_memory``."""
+    """Compute the inside of each MLP again in the backward pass, see ``blocks.hidden_states``."""
     spare_memory: bool = False
     """Hold a second model only while it is needed, so that the backward pass has the memory: the
     INT8 copy is made again for each rollout, and a reference (a KL term with full fine-tuning) is

@@ -22,7 +22,6 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine.int8 import measure_drift
-from cpugrpo_edu.engine.int8_base import spares_memory
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.sizes import Architecture
 from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards

@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 from cpugrpo_edu.curriculum import stage_problems
 from cpugrpo_edu.engine.fisher import estimate_fisher
 from cpugrpo_edu.engine.guard import RolloutTally
-from cpugrpo_edu.engine.int8_base import load_frozen, spares_memory
+from cpugrpo_edu.engine.int8_base import is_frozen, load_frozen
 from cpugrpo_edu.engine.int8_matrix import usable
 from cpugrpo_edu.engine.memory import PeakMemory
 from cpugrpo_edu.engine.options import EngineOptions
@@ -193,7 +193,7 @@ def make_trainer(
         ewc_strength=EWC_STRENGTH if anchor else 0.0,
         engine="fast" if variant.fast_rollouts else "generate",
         share_prefix=variant.share_prefix,
-        recompute=variant.recompute and spares_memory(policy.model),
+        recompute=variant.recompute and is_frozen(policy.model),
         int8_rollouts=not lora,
         int8_head=not lora,
         kernel=variant.kernel,

@@ -158,7 +158,7 @@ def engine_options(session: Session, learner: Learner) -> EngineOptions:
         micro_batch=config.micro_batch,
         memory_limit=session.memory_limit,
         share_prefix=config.frozen if config.share_prefix is None else config.share_prefix,
-        recompute=int8_base.spares_memory(learner.policy.model),
+        recompute=int8_base.is_frozen(learner.policy.model),
         ewc_strength=config.ewc_strength,
         patience=config.patience,
     )
