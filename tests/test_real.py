@@ -10,6 +10,7 @@ from command_line import invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpugrpo_edu.data import Problem
+from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.decode import sample as fast_sample
 from cpugrpo_edu.engine.fisher import estimate_fisher
 from cpugrpo_edu.engine.int8 import Drift, measure_drift, quantize_for_rollout
@@ -140,8 +141,44 @@ def test_the_gradient_through_a_shared_prefix_is_that_of_separate_sequences(poli
     assert (a - b).norm() < 1e-3 * a.norm()
 
 
-def test_the_int8_copy_is_another_policy_and_recognised_as_such(policy, groups):
-    drift = measure_drift(policy.model, quantize_for_rollout(policy.model), groups, 0.8)
+@pytest.fixture(scope="module")
+def frozen(folder):
+    """The same policy on a frozen INT8 base; its adapter changes nothing yet."""
+    return load_policy("smollm2", dtype="int8", lora_rank=4, system="")
+
+
+@pytest.mark.skipif(not c_kernel.available(), reason=c_kernel.library()[1])
+def test_int8_weights_in_blocks_are_the_policy(policy, frozen, groups):
+    """As a copy for rollouts and as a frozen base."""
+    copy = quantize_for_rollout(policy.model, kernel="compiled")
+    for model in (copy, frozen.model):
+        drift = measure_drift(policy.model, model, groups, 0.8)
+        assert drift.kl <= 0.01 and drift.agreement >= 0.96 and drift.outside <= 0.01, drift
+
+
+def test_rollouts_on_a_frozen_base_are_of_the_policy_that_is_trained(frozen):
+    """At the first step every ratio should be 1, and a change of 1e-7 should stay small."""
+    batch = make_batch(rollout(frozen, PROBLEMS, 4, Sampling(24, 0.8, seed=2)), "none", 0)
+    prompt_mask = batch.attention_mask[:, : batch.prompt_ids.shape[1]]
+    inputs = (batch.prompt_ids, prompt_mask, batch.completion_ids, batch.mask, 0.8)
+    embedding = frozen.model.get_input_embeddings()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        now, _ = packed_log_probs(frozen.model, *inputs)
+        nudge = embedding.register_forward_hook(
+            lambda module, given, out: out * (1 + 1e-7 * torch.randn_like(out))
+        )
+        nudged, _ = packed_log_probs(frozen.model, *inputs)
+        nudge.remove()
+    on = batch.mask.bool()
+    ratio = (now - batch.old_log_probs)[on].exp()
+    assert ((ratio < 0.8) | (ratio > 1.2)).float().mean() <= 0.01
+    assert (nudged - now)[on].abs().mean() <= 0.02
+
+
+def test_torchs_dynamic_int8_is_another_policy_and_recognised_as_such(policy, groups):
+    copy = quantize_for_rollout(policy.model, kernel="packed")
+    drift = measure_drift(policy.model, copy, groups, 0.8)
     assert not drift.acceptable and drift.outside > 0.15
     exact = measure_drift(policy.model, policy.model, groups, 0.8)
     assert exact.acceptable and exact.kl < 1e-6 and exact.agreement == 1 and exact.outside == 0
