@@ -35,7 +35,6 @@ def test_every_item_once_with_a_share_of_the_threads(threads):
 
     assert sorted(side_by_side(call, range(20), 3)) == [(i, 1, True) for i in range(20)]
     assert torch.get_num_threads() == 3
-    assert list(side_by_side(call, [5, 4], 1)) == [(5, 3, False), (4, 3, False)]
 
 
 def test_an_error_ends_it_and_gives_the_threads_back(threads):
@@ -67,7 +66,7 @@ def test_greedy_completions_are_those_of_one_thread(tiny_policy, threads, monkey
     assert used == [3] and sum(done) == 23
     torch.set_num_threads(1)
     alone = ask(tiny_policy, prompts, n=2, options=options)
-    assert used == [3, 1]
+    assert used == [3]  # one thread needs no other
     for ours, theirs, prompt in zip(together, alone, prompts, strict=True):
         assert ours.prompt_ids == theirs.prompt_ids == prompt
         for a, b in zip(ours.episodes, theirs.episodes, strict=True):

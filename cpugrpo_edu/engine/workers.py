@@ -12,20 +12,20 @@ from typing import TypeVar
 
 import torch
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def side_by_side(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int
-) -> Iterator[Result]:
+    function: Callable[[T], R], items: Sequence[T], workers: int
+) -> Iterator[R]:
     """``function`` of each item, in inference mode; results in the order in which they are done.
 
     ``workers`` threads share torch's present number of threads.
     """
     threads = torch.get_num_threads()
 
-    def call(item: Item) -> Result:
+    def call(item: T) -> R:
         with torch.inference_mode():  # torch keeps it for each thread
             return function(item)
 
