@@ -16,9 +16,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def side_by_side(
-    function: Callable[[T], R], items: Sequence[T], workers: int
-) -> Iterator[R]:
+def side_by_side(function: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
     """``function`` of each item, in inference mode; results in the order in which they are done.
 
     ``workers`` threads share torch's present number of threads.
