@@ -262,6 +262,15 @@ def test_readme_and_guide_have_the_same_python():
     assert lines in python_blocks("book/how_to_run.md")
 
 
+def test_code_on_the_pages_fits_their_width():
+    """About 80 characters; a longer line is cut off."""
+    long = []
+    for page in [*Path("book").glob("*.md"), *Path("book").glob("*/*.md")]:
+        for block in re.findall(r"^```\w+\n(.*?)^```", page.read_text(), re.M | re.S):
+            long += [f"{page}: {line}" for line in block.splitlines() if len(line) > 80]
+    assert not long, "\n".join(long)
+
+
 def test_python_in_readme_and_guide_imports_what_is_there():
     for name in ("README.md", "book/how_to_run.md"):
         for block in python_blocks(name):
