@@ -187,7 +187,7 @@ CHAT_MODEL: dict[str, Any] = {
     "learning_rates": (5e-4, 5e-4, 3e-4),
     "prompts_per_step": 8,
     "max_completion": 64,
-    "temperature": 0.8,
+    "temperature": 0.7,
     "rewards": "correct_answer=1",
     "lora_rank": 16,
     "dtype": "int8",
