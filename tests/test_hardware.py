@@ -33,6 +33,21 @@ def test_threads_are_set_before_torch_and_twice_is_safe():
     assert run_python(code, OMP_NUM_THREADS="2")[:2] == ["1", "1"]
 
 
+def test_the_cache_of_shapes_is_small_unless_the_user_says_otherwise():
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    code = (
+        "import os; from cpugrpo_edu.engine import hardware as H; H.configure_threads(1);"
+        f"print(os.environ['{name}'])"
+    )
+    assert run_python(code, **{name: "7"}) == ["7"]
+    given = {k: v for k, v in os.environ.items() if k != name}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=given,
+        cwd=M.PACKAGE.parent, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["128"]
+
+
 def test_interop_threads_cannot_be_set_any_more(monkeypatch):
     import torch
 
