@@ -87,18 +87,20 @@ def bench_b1(
 
 def give_b1(call: Call, record: RunRecord, output: Path | None) -> None:
     """Give the record; exit with 1 if one of our own variants did not train."""
+    from cpugrpo_edu.lab.bench import untrained
     from cpugrpo_edu.lab.tables import fallback_note
 
     give(call, "bench-b1", record, output)
     if note := fallback_note(record):
         print(note, file=sys.stderr)
-    for name, result in {"ours": record.results["ours"], **record.results["peers"]}.items():
-        if not result.get("weights_changed", {"changed": True})["changed"]:
-            print(
-                f"cpugrpo: the weights of {name} did not change: no training took place",
-                file=sys.stderr,
-            )
-            raise SystemExit(1)
+    fail_on(untrained(record.results))
+
+
+def fail_on(faults: list[str]) -> None:
+    """Exit with 1 and the first fault, if there is one."""
+    for fault in faults:
+        print(f"cpugrpo: {fault}", file=sys.stderr)
+        raise SystemExit(1)
 
 
 @command(bench, "b4")
@@ -123,9 +125,7 @@ def bench_b4(
     names = comma_names(peers) if peers else ()
     record = b4.bench_b4(b4.RealWorkload(model=model, steps=steps), names, peer_steps, call.say)
     give(call, "bench-b4", record, output)
-    for fault in b4.faults(record.results):
-        print(f"cpugrpo: {fault}", file=sys.stderr)
-        raise SystemExit(1)
+    fail_on(b4.faults(record.results))
 
 
 @command(bench, "peers")

@@ -204,15 +204,9 @@ def generation_config(source: str, model: Any) -> Any:
         return model.generation_config
 
 
-def frozen_kernel(model: Any) -> str | None:
-    """The kernel of the frozen INT8 base that the model stands on, or None where there is none."""
-    embedding = model.get_input_embeddings()
-    return embedding.matrix.kernel if isinstance(embedding, Int8Embedding) else None
-
-
 def is_frozen(model: Any) -> bool:
     """Whether the model stands on a frozen INT8 base.
 
     It is there to save memory, so the inside of each MLP is computed again in the backward pass.
     """
-    return frozen_kernel(model) is not None
+    return isinstance(model.get_input_embeddings(), Int8Embedding)

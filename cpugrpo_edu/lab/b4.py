@@ -16,9 +16,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine.int8 import measure_drift
@@ -26,8 +25,14 @@ from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.sizes import Architecture
 from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
 from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
-from cpugrpo_edu.lab.bench import attempt, check_peers
-from cpugrpo_edu.lab.contestants import StepClock, measured, process_seconds
+from cpugrpo_edu.lab.bench import attempt, check_peers, untrained
+from cpugrpo_edu.lab.contestants import (
+    StepClock,
+    measured,
+    process_seconds,
+    stock_adapter,
+    stock_config,
+)
 from cpugrpo_edu.lab.floors import machine_floors
 from cpugrpo_edu.lab.worker import run_worker, silent
 from cpugrpo_edu.models.load import load_policy, relative_change, resolve_source, snapshot
@@ -132,10 +137,8 @@ def stock(workload: RealWorkload, lora: bool, steps: int) -> dict[str, Any]:
     source, problems = resolve_source(workload.model), workload.problems()
     rows = workload.prompts * workload.group
     with tempfile.TemporaryDirectory() as out:
-        config = GRPOConfig(
+        config = stock_config(
             out,
-            use_cpu=True,
-            bf16=False,
             learning_rate=LEARNING_RATE,
             temperature=workload.temperature,
             per_device_train_batch_size=8,
@@ -143,17 +146,7 @@ def stock(workload: RealWorkload, lora: bool, steps: int) -> dict[str, Any]:
             num_generations=workload.group,
             max_completion_length=workload.tokens,
             max_steps=steps,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
             shuffle_dataset=False,
-            disable_tqdm=True,
-        )
-        adapter = LoraConfig(
-            r=workload.lora_rank,
-            lora_alpha=2 * workload.lora_rank,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
         )
         trainer = GRPOTrainer(
             AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
@@ -161,7 +154,7 @@ def stock(workload: RealWorkload, lora: bool, steps: int) -> dict[str, Any]:
             args=config,
             train_dataset=to_dataset(problems),
             processing_class=AutoTokenizer.from_pretrained(source, padding_side="left"),
-            peft_config=adapter if lora else None,
+            peft_config=stock_adapter(workload.lora_rank) if lora else None,
         )
         before = snapshot(trainer.model)
         clock = StepClock()
@@ -246,11 +239,7 @@ def bench_b4(
 
 def faults(results: dict[str, Any]) -> list[str]:
     """What makes the benchmark fail: no training, or a policy that is not the model's."""
-    found = [
-        f"the weights of {name} did not change: no training took place"
-        for name, result in {"ours": results["ours"], **results["peers"]}.items()
-        if not result.get("weights_changed", {"changed": True})["changed"]
-    ]
+    found = untrained(results)
     kept = results["fidelity"]
     if kept["kl"] > KL_LIMIT or kept["outside"] > OUTSIDE_LIMIT or kept["agreement"] < NEAREST:
         found.append(f"log-probs miss their tolerance: {kept}")

@@ -85,6 +85,15 @@ def check_peers(peers: tuple[str, ...], allowed: Iterable[str]) -> None:
         raise UserError(f"unknown peer {', '.join(unknown)}; allowed are {', '.join(allowed)}")
 
 
+def untrained(results: dict[str, Any]) -> list[str]:
+    """A sentence for each contestant whose weights did not change."""
+    return [
+        f"the weights of {name} did not change: no training took place"
+        for name, result in {"ours": results["ours"], **results["peers"]}.items()
+        if not result.get("weights_changed", {"changed": True})["changed"]
+    ]
+
+
 def attempt(need: int, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of a contestant, or why it was skipped. Never ends the comparison."""
     available = available_memory()

@@ -241,6 +241,26 @@ def bundled(config: RunConfig, options: EngineOptions, rewards: str = "") -> dic
 # TRL
 
 
+def stock_config(out: str, **own: Any) -> GRPOConfig:
+    """TRL's defaults, made legal on a CPU and quiet, with the ``own`` settings of a workload."""
+    return GRPOConfig(
+        out,
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **own,
+    )
+
+
+def stock_adapter(rank: int) -> LoraConfig:
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
 @measured
 def stock(workload: Workload, folder: Path, lora: bool, steps: int) -> dict[str, Any]:
     """Some steps of the workload with plain TRL: made legal on a CPU, otherwise its defaults.
@@ -250,10 +270,8 @@ def stock(workload: Workload, folder: Path, lora: bool, steps: int) -> dict[str,
     imported, start = process_seconds(), time.perf_counter()
     source = folder / "fp32"
     with tempfile.TemporaryDirectory() as out:
-        config = GRPOConfig(
+        config = stock_config(
             out,
-            use_cpu=True,
-            bf16=False,
             beta=BETA,
             learning_rate=LEARNING_RATE,
             per_device_train_batch_size=workload.group,
@@ -261,16 +279,6 @@ def stock(workload: Workload, folder: Path, lora: bool, steps: int) -> dict[str,
             max_completion_length=workload.tokens,
             generation_kwargs={"min_new_tokens": workload.tokens},
             max_steps=steps,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        adapter = LoraConfig(
-            r=LORA_RANK,
-            lora_alpha=2 * LORA_RANK,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
         )
         trainer = GRPOTrainer(
             str(source),
@@ -278,7 +286,7 @@ def stock(workload: Workload, folder: Path, lora: bool, steps: int) -> dict[str,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": workload.prompts()[:steps]}),
             processing_class=PreTrainedTokenizerFast.from_pretrained(source),
-            peft_config=adapter if lora else None,
+            peft_config=stock_adapter(LORA_RANK) if lora else None,
         )
         clock = StepClock()
         trainer.add_callback(clock)
