@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+DIVERGED = "the run diverged: lower the learning rate and start from an earlier checkpoint"
+
 
 class UserError(Exception):
     """A mistake in the input: one sentence with the value, what is allowed, and how to fix it.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cpugrpo_edu.data import Episode, Group, Problem
-from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.errors import DIVERGED, UserError
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.rewards import Reward, give_rewards
 
@@ -135,21 +135,19 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tupl
     The log-probs belong to the distribution that is sampled, so they include temperature and
     top-p. Greedy decoding reports the model's own log-probs.
     """
-    logits = logits.float()
-    if sampling.temperature == 0:
-        token = logits.argmax(-1, keepdim=True)
-        log_total = logits.logsumexp(-1, keepdim=True)
-        return token.squeeze(-1), (logits.gather(-1, token) - log_total).squeeze(-1)
-    logits = logits / sampling.temperature
-    if sampling.top_p < 1:
+    greedy = sampling.temperature == 0
+    logits = logits.float() / (1 if greedy else sampling.temperature)
+    if sampling.top_p < 1 and not greedy:
         logits = keep_top_p(logits, sampling.top_p)
-    # Inverse transform sampling: one random number per row. (Gumbel-max needs one per vocabulary
-    # entry; with 151,936 entries that costs more than a layer.)
     log_total = logits.logsumexp(-1, keepdim=True)
-    mass = (logits - log_total).exp_().cumsum(-1, dtype=torch.float64)
-    total = mass[:, -1:]
-    point = torch.rand(total.shape, generator=generator, dtype=torch.float64) * total
-    token = torch.searchsorted(mass, point, right=True)
+    if not log_total.isfinite().all():
+        raise UserError(f"the model's scores are NaN or infinite; {DIVERGED}")
+    token = logits.argmax(-1, keepdim=True)
+    if not greedy:
+        # Inverse transform sampling: one random number per row, where Gumbel-max needs one a token.
+        mass = (logits - log_total).exp_().cumsum(-1, dtype=torch.float64)
+        point = mass[:, -1:] * torch.rand(len(mass), 1, generator=generator, dtype=torch.float64)
+        token = torch.searchsorted(mass, point, right=True)
     return token.squeeze(-1), (logits.gather(-1, token) - log_total).squeeze(-1)
 
 

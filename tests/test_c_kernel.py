@@ -17,6 +17,7 @@ import torch
 from cpugrpo_edu.engine import c_kernel, kernel_builds
 from cpugrpo_edu.engine import doctor as D
 from cpugrpo_edu.engine.int8_matrix import BlockInt8Linear, Int8Matrix, usable
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models import load as L
 from cpugrpo_edu.record.machine import processor_flags
 from cpugrpo_edu.run import prepare as P
@@ -246,6 +247,17 @@ def test_a_draw_is_that_of_the_readable_sampler(temperature):
 
 
 @needs_compiler
+@needs_compiler
+@pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, 0.0), Sampling(1, 1.0, 0.9)])
+@pytest.mark.parametrize("function", [draw, c_kernel.draw])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_of_a_diverged_model_are_refused(function, sampling, bad):
+    logits = torch.randn(4, 3000)
+    logits[2, 1234] = bad
+    with pytest.raises(UserError, match="lower the learning rate"):
+        function(logits, sampling, torch.Generator())
+
+
 def test_draws_have_the_probabilities_of_the_softmax():
     logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0, -1.0]).repeat(20_000, 1)
     token, log_prob = c_kernel.draw(logits, Sampling(1), torch.Generator().manual_seed(3))

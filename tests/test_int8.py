@@ -298,6 +298,23 @@ def test_refresh_follows_an_optimizer_step(engine, ids):
     torch.testing.assert_close(logits(served, ids), logits(again, ids))
 
 
+@pytest.mark.parametrize("kernel", ["compiled", "packed", "bf16"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_refresh_keeps_the_float32_biases_of_a_bfloat16_model(ids, kernel, adapted):
+    """The kernel in C reads the biases as float32: bfloat16 ones would be noise to it."""
+    model = tiny().bfloat16()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
+    model = with_lora(model) if adapted else model
+    served = Q.quantize_for_rollout(model, kernel=kernel)
+    before = logits(served, ids)
+    kept = {n: p.dtype for n, p in served.named_parameters()}
+    Q.refresh(served, model)
+    assert {n: p.dtype for n, p in served.named_parameters()} == kept
+    torch.testing.assert_close(logits(served, ids), before)
+
+
 def test_refresh_follows_replaced_storage(ids):
     model = tiny()
     served = packed_copy(model)

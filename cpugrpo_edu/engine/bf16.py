@@ -57,7 +57,8 @@ def product_of(layer: nn.Linear, bfloat16: bool = False) -> Callable[[Tensor], T
 class Bf16Linear(nn.Module):
     """``x @ W.T + b`` with W kept in bfloat16 and x rounded to it; for inference only.
 
-    ``x`` (..., in_features) and the result (..., out_features) are float32, and so are the sums.
+    ``x`` is (..., in_features), the result (..., out_features) of the same dtype; the sums inside
+    are float32.
     Rounding a number to bfloat16 costs a relative error of at most 2**-9 whatever its
     neighbours are, so the outlier activations of real models do no harm (in INT8, one scale
     for a row makes the small numbers of that row vanish).
@@ -82,4 +83,4 @@ class Bf16Linear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a rollout copy has no gradient; train the live model")
         y = F.linear(x.bfloat16(), self.q).float()
-        return y if self.bias is None else y.add_(self.bias)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)

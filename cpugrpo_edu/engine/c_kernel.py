@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from cpugrpo_edu.engine import kernel_builds
+from cpugrpo_edu.errors import DIVERGED, UserError
 from cpugrpo_edu.record.files import cache_folder
 from cpugrpo_edu.record.machine import processor_flags
 from cpugrpo_edu.sample import Sampling
@@ -85,7 +86,7 @@ class Rounded(ctypes.Structure):
     def make(cls, rows: int, width: int) -> Rounded:
         levels = torch.empty(rows * width, dtype=torch.int16)
         sizes, sums = torch.empty(2, rows * width // BLOCK)
-        place = cls(*(address(tensor) for tensor in (levels, sizes, sums)))
+        place = cls(address(levels, torch.int16), address(sizes), address(sums))
         place.tensors = levels, sizes, sums
         return place
 
@@ -214,11 +215,12 @@ def in_large_pages(shape: torch.Size) -> Tensor:
     return place.view(shape)
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """The tensor's address for C. The caller keeps the tensor alive."""
+def address(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+    """The tensor's address for C, which reads numbers of ``dtype`` there. The caller keeps the
+    tensor alive."""
     if tensor is None:
         return None
-    assert tensor.is_contiguous()
+    assert tensor.is_contiguous() and tensor.dtype is dtype, (tensor.dtype, tensor.stride())
     return tensor.data_ptr()
 
 
@@ -234,7 +236,8 @@ def describe(
     strip = start // matrix.q.shape[2]
     stop = matrix.outputs if stop is None else stop
     return Linear(
-        *(address(t) for t in (matrix.q[strip:], matrix.scales[strip:], bias, down, up)),
+        *(address(matrix.q[strip:], torch.int8), address(matrix.scales[strip:], torch.half)),
+        *(address(tensor) for tensor in (bias, down, up)),
         *(matrix.inputs, matrix.width, stop - start, 0 if down is None else len(down)),
     )
 
@@ -291,7 +294,7 @@ def unpack(matrix: Any, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     to = torch.empty(matrix.inputs, stop - start, dtype=dtype)
     linear = describe(matrix, start=start, stop=stop)
     half = int(dtype is torch.bfloat16)
-    library()[0].unpack(ctypes.byref(linear), stop - start, half, Pointer(address(to)))
+    library()[0].unpack(ctypes.byref(linear), stop - start, half, Pointer(address(to, dtype)))
     return to
 
 
@@ -310,7 +313,8 @@ def softmax_tile(
         Pointer(address(z)),
         *z.shape,
         ctypes.c_float(1 / temperature),
-        *(Pointer(address(tensor)) for tensor in (*sums, shrink, half)),
+        *(Pointer(address(tensor)) for tensor in (*sums, shrink)),
+        Pointer(address(half, torch.bfloat16)),
     )
     return z if half is None else half, shrink
 
@@ -328,6 +332,10 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tupl
         rows,
         vocabulary,
         ctypes.c_float(1 / sampling.temperature),
-        *(Pointer(address(tensor)) for tensor in (uniform, token, log_prob)),
+        Pointer(address(uniform, torch.double)),
+        Pointer(address(token, torch.long)),
+        Pointer(address(log_prob)),
     )
+    if not log_prob.isfinite().all():
+        raise UserError(f"the model's scores are NaN or infinite; {DIVERGED}")
     return token, log_prob

@@ -28,7 +28,7 @@ from cpugrpo_edu.data import Group
 from cpugrpo_edu.engine.bf16 import Bf16Linear
 from cpugrpo_edu.engine.int8_matrix import BlockInt8Linear, cannot_save, usable
 from cpugrpo_edu.engine.memory import drop_input_grad_hooks
-from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.errors import DIVERGED, UserError
 
 _linear_dynamic = torch.ops.quantized.linear_dynamic
 
@@ -59,10 +59,7 @@ def quantize_tensor(
     rows = w.flatten(1) if per_channel else w.reshape(1, -1)
     low, high = rows.amin(1).double(), rows.amax(1).double()  # double: high - low may overflow
     if not (low.isfinite() & high.isfinite()).all():
-        raise UserError(
-            "cannot quantize weights that are NaN or infinite; "
-            "the run diverged: lower the learning rate and start from an earlier checkpoint"
-        )
+        raise UserError(f"cannot quantize weights that are NaN or infinite; {DIVERGED}")
     smallest = torch.finfo(torch.float32).tiny  # an all-zero row: any scale will do
     if symmetric:
         scale = (torch.maximum(-low, high) / 127).clamp(min=smallest).float()
@@ -296,12 +293,15 @@ def quantize_for_rollout(
 def refresh(served: nn.Module, model: nn.Module) -> nn.Module:
     """Bring the copy up to the live weights, in place, after an optimizer step."""
     live = _without_peft(model)
+    packed = set()
     for name, layer in _linears(live):
         target = served.get_submodule(name)
         if isinstance(target, QUANTIZED | Bf16Linear):
             target.pack(*_float_weights(layer))
+            packed.update(f"{name}.{own}" for own, _ in target.named_parameters())
     for name, parameter in served.named_parameters():
-        parameter.data = live.get_parameter(name).data  # shared unless the live one was replaced
+        if name not in packed:  # shared, unless the live one was replaced
+            parameter.data = live.get_parameter(name).data
     return served
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.c_kernel import BLOCK
-from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.errors import DIVERGED, UserError
 from cpugrpo_edu.record.machine import native_bfloat16
 
 STRIP = 16
@@ -62,8 +62,7 @@ def quantize_blocks(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = blocks.amin(-1), blocks.amax(-1)
     if not (low.abs().maximum(high.abs()) < 65_000).all():  # NaN fails as well
         raise UserError(
-            "cannot quantize weights that are NaN, infinite or above 65000; "
-            "the run diverged: lower the learning rate and start from an earlier checkpoint"
+            f"cannot quantize weights that are NaN, infinite or above 65000; {DIVERGED}"
         )
     offset = (low + (high - low) * (128 / 255)).half()
     up, down = high - offset.float(), offset.float() - low
