@@ -9,7 +9,7 @@ import results
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.text import BEGIN, END, results_table
+from cpugrpo_edu.show.text import BEGIN, END, results_table, verdict
 
 RECORD = RunRecord(
     kind="run",
@@ -146,3 +146,25 @@ def test_runs_with_other_settings_or_of_another_kind_are_refused(tmp_path):
     record(2, kind="bench").save(tmp_path / "run-2.json")
     with pytest.raises(UserError, match="kind 'bench'"):
         results.read_runs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "word"),
+    [
+        (0.01, 0.3, None, "rises"),
+        (-0.3, -0.01, 0.5, "falls"),
+        (-0.01, 0.01, None, "is not shown to change"),
+        (-0.01, 0.01, 0.02, "stays within the margin"),
+        (-0.03, 0.01, 0.02, "is not shown to change"),
+        (0.0, 0.01, None, "is not shown to change"),
+        (0.01, 0.012, 0.02, "rises"),
+    ],
+)
+def test_a_verdict_says_no_more_than_its_interval(low, high, margin, word):
+    assert verdict(low, high, margin=margin) == word
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.1), (float("nan"), 0.1)])
+def test_there_is_no_verdict_without_an_interval(low, high):
+    with pytest.raises(ValueError, match="interval"):
+        verdict(low, high)

@@ -79,6 +79,31 @@ def change_in_words(row: Mapping[str, Any], confidence: float) -> str:
     return f"Training made the model worse: accuracy fell {change}."
 
 
+def verdict(
+    low: float,
+    high: float,
+    up: str = "rises",
+    down: str = "falls",
+    margin: float | None = None,
+    same: str = "stays within the margin",
+    unclear: str = "is not shown to change",
+) -> str:
+    """The words that the interval [low, high] of a difference allows, and no stronger ones.
+
+    ``up`` or ``down`` if it excludes zero. Otherwise ``same``, if a ``margin`` was stated in
+    advance and the whole interval lies within +-margin; else ``unclear``: a difference that was
+    not shown is not the same as none. Raises ValueError if low > high, or for NaN.
+
+    >>> verdict(-0.01, 0.06)
+    'is not shown to change'
+    """
+    if not low <= high:
+        raise ValueError(f"the interval is {low} to {high}; its lower end must not be the higher")
+    if low > 0 or high < 0:
+        return up if low > 0 else down
+    return same if margin is not None and max(-low, high) <= margin else unclear
+
+
 # Numbers out of records
 
 
