@@ -12,7 +12,17 @@ from matplotlib.figure import Figure
 
 from cpugrpo_edu import notebook
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.notebook import Question, begin, explore, head, measured, model_for, quiz, show
+from cpugrpo_edu.notebook import (
+    Question,
+    begin,
+    explore,
+    head,
+    measured,
+    model_for,
+    quiz,
+    show,
+    stored_questions,
+)
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.show.palette import Plot, new_figure
 
@@ -166,3 +176,12 @@ def test_a_quiz_explains_every_answer(monkeypatch):
         quiz(Question("Two and two?", right=("4", "count"), wrong=[("5", "")]))
     with pytest.raises(UserError, match="wrong answer"):
         quiz(Question("Two and two?", right=("4", "count"), wrong=[]))
+
+
+def test_a_name_stands_for_the_stored_questions(monkeypatch):
+    asked = []
+    monkeypatch.setattr("jupyterquiz.display_quiz", lambda entries, **k: asked.extend(entries))
+    quiz("04_rewards")
+    assert [e["question"] for e in asked] == [q.text for q in stored_questions("04_rewards")]
+    with pytest.raises(UserError, match="'99_nothing'; allowed are .*04_rewards"):
+        quiz("99_nothing")

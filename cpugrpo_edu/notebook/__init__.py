@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import html
+import itertools
 import json
 import os
+import tomllib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -246,12 +248,16 @@ class Question:
     wrong: Sequence[tuple[str, str]]
 
 
-def quiz(*questions: Question) -> None:
-    """Show a self-check; every answer, right or wrong, explains itself when clicked."""
+def quiz(*questions: Question | str) -> None:
+    """Show a self-check; every answer, right or wrong, explains itself when clicked.
+
+    A name, such as ``"04_rewards"``, stands for the questions stored for that chapter.
+    """
     from jupyterquiz import display_quiz
 
     entries = []
-    for question in questions:
+    asked = [stored_questions(q) if isinstance(q, str) else [q] for q in questions]
+    for question in itertools.chain.from_iterable(asked):
         answers = [(*question.right, True), *((*wrong, False) for wrong in question.wrong)]
         if len(answers) < 2 or not all(text and why for text, why, _ in answers):
             raise UserError(
@@ -269,3 +275,14 @@ def quiz(*questions: Question) -> None:
             }
         )
     display_quiz(entries, shuffle_answers=True)
+
+
+def stored_questions(name: str) -> list[Question]:
+    """The questions of ``quizzes/NAME.toml``. Raises UserError if there is no such file."""
+    folder = Path(__file__).with_name("quizzes")
+    path = folder / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
+        raise UserError(f"there are no questions for {name!r}; allowed are {known}")
+    stored = tomllib.loads(path.read_text(encoding="utf-8"))["question"]
+    return [Question(q["text"], tuple(q["right"]), [tuple(w) for w in q["wrong"]]) for q in stored]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cpugrpo_edu.notebook import Question, stored_questions
+
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RECORDS = ROOT / "records" / "notebooks"
@@ -93,9 +95,11 @@ def test_every_cell_is_executed_and_short(path):
     assert counts == list(range(1, len(counts) + 1)), "execute it again, from top to bottom"
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
-def test_quiz_hides_its_source_and_explains_itself(path):
-    [asked] = [cell for cell in cells(path, "code") if "quiz(\n" in source(cell)]
+def asked_in(path):
+    """The questions of a chapter's quiz: stored in a file, or written into a hidden cell."""
+    [asked] = [cell for cell in cells(path, "code") if re.search(r"^quiz\(", source(cell), re.M)]
+    if f'quiz("{path.stem}")' in source(asked):
+        return stored_questions(path.stem)
     assert asked["metadata"]["jupyter"]["source_hidden"], "the source gives the answers away"
     tree = ast.parse(source(asked))
     [call] = [
@@ -103,10 +107,16 @@ def test_quiz_hides_its_source_and_explains_itself(path):
         for node in tree.body
         if isinstance(node, ast.Expr) and getattr(node.value.func, "id", "") == "quiz"
     ]
-    assert len(call.args) >= 4
-    for question in call.args:
-        parts = {keyword.arg: ast.literal_eval(keyword.value) for keyword in question.keywords}
-        answers = [parts["right"], *parts["wrong"]]
+    parts = [{k.arg: ast.literal_eval(k.value) for k in q.keywords} for q in call.args]
+    return [Question("", p["right"], p["wrong"]) for p in parts]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_quiz_hides_its_answers_and_explains_itself(path):
+    questions = asked_in(path)
+    assert len(questions) >= 4
+    for question in questions:
+        answers = [question.right, *question.wrong]
         assert len(answers) >= 3 and len({text for text, _ in answers}) == len(answers)
         assert all(len(why) >= 10 for _, why in answers), answers
 
