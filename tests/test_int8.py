@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from cpugrpo_edu.engine import int8 as Q
 from cpugrpo_edu.errors import UserError
@@ -391,8 +398,12 @@ def test_prompt_tuning_and_models_without_linears_are_refused():
     with pytest.raises(UserError, match="learned prompt"):
         packed_copy(prompted)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1))
+    for kind, model in (("gpt2", gpt2), ("mamba", mamba)):
+        with pytest.raises(UserError, match=f"INT8 copy does not work on this '{kind}' model"):
+            packed_copy(model)  # layers of the one are Conv1D, weights of the other in no layer
     with pytest.raises(UserError, match=r"no torch\.nn\.Linear"):
-        packed_copy(gpt2)  # all its layers are Conv1D
+        packed_copy(nn.Sequential(nn.Embedding(4, 4)))
 
 
 # --- the report

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpugrpo_edu.data import Group
+from cpugrpo_edu.engine.architectures import require
 from cpugrpo_edu.engine.bf16 import Bf16Linear
 from cpugrpo_edu.engine.int8_matrix import BlockInt8Linear, cannot_save, usable
 from cpugrpo_edu.engine.memory import drop_input_grad_hooks
@@ -260,9 +261,12 @@ def quantize_for_rollout(
     unless asked for: with tied embeddings it then costs no memory, and the
     log-probs hang on it most directly; but with a vocabulary of 150,000 it is a
     good part of all bytes read per token. The copy is in eval mode, no parameter
-    requires a gradient, and asking an INT8 layer for one raises RuntimeError.
+    requires a gradient, and asking an INT8 layer for one raises RuntimeError. Raises UserError for
+    an architecture whose weights are not all in linear layers.
     """
     live: Any = _without_peft(model)
+    if hasattr(live, "config"):
+        require(live.config, "INT8 copy")
     head = live.get_output_embeddings() if hasattr(live, "get_output_embeddings") else None
     make: Any = Bf16Linear
     if kernel != "bf16":
