@@ -136,14 +136,16 @@ def test_a_template_without_a_system_role_gets_its_text_in_the_first_turn(
     bare = "<start>user\nCompute 1+2.<end>\n<start>model\n"
     asked = bare.replace("Compute", "Be brief.\n\nCompute")
     system = {"role": "system", "content": "Be brief."}
-    assert shown(QUESTION) == bare
-    assert shown([system, *QUESTION]) == asked
+    plain = load_policy(folder)
+    assert plain.tokenizer.decode(plain.encode_chat(QUESTION)) == bare
+    assert shown(QUESTION) == shown([system, *QUESTION]) == asked
     longer = [system, *QUESTION, {"role": "assistant", "content": "3"}, *QUESTION]
     assert shown(longer).startswith(asked[: -len("<start>model\n")] + "<start>assistant\n3<end>")
     assert shown(longer).count("Be brief.") == 1
     # Saved with the model, for whoever loads it without us; and once only.
     saved = AutoTokenizer.from_pretrained(save_policy(policy, tmp_path / "saved"))
-    assert saved.chat_template == SYSTEM_TO_USER + template
+    assert saved.chat_template.endswith(SYSTEM_TO_USER + template)
+    assert saved.chat_template.count("Be brief.") == 1
     assert load_policy(tmp_path / "saved").tokenizer.chat_template == saved.chat_template
 
 
@@ -450,7 +452,7 @@ def test_a_folder_like_qwen2_instruct(qwen2_like):
     assert policy.system == SYSTEM_PROMPT
     assert policy.pad_id == special["<|endoftext|>"]
     assert policy.eos_ids == {special["<|im_end|>"], special["<|endoftext|>"]}
-    ids = policy.encode_chat(QUESTION)
+    ids = load_policy(folder).encode_chat(QUESTION)
     assert policy.tokenizer.decode(ids) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\nCompute 1+2.<|im_end|>\n<|im_start|>assistant\n"

@@ -297,7 +297,7 @@ def quantize_for_rollout(
 def refresh(served: nn.Module, model: nn.Module) -> nn.Module:
     """Bring the copy up to the live weights, in place, after an optimizer step."""
     live = _without_peft(model)
-    packed = set()
+    packed: set[str] = set()
     for name, layer in _linears(live):
         target = served.get_submodule(name)
         if isinstance(target, QUANTIZED | Bf16Linear):

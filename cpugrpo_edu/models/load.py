@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import json
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from cpugrpo_edu.engine.int8_base import is_frozen, load_frozen
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.sizes import ensure_fits, estimate_model_bytes
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.adapters import adapter_in, base_of, merged, name_base
 from cpugrpo_edu.models.fetch import PACKAGED, fetch
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.machine import native_bfloat16
@@ -47,6 +50,13 @@ SYSTEM_TO_USER = (
 )
 """In front of a chat template that has no system role: its text begins the first turn. As a part of
 the template it is saved with the model, so that its prompts stay those it was trained with."""
+OWN_SYSTEM = (
+    "{%% if not messages or messages[0]['role'] != 'system' %%}"
+    "{%% set messages = [{'role': 'system', 'content': %s}] + messages %%}{%% endif %%}"
+    "{# the system prompt of its training, for conversations that bring none #}"
+)
+"""In front of a chat template, so that the system prompt that a model was trained with is a part of
+the model, in every format that it is exported to."""
 SHORT = Problem("short", "", "", "1", "")
 SYSTEM_PROMPT = (
     "Work step by step, one step a line such as 12 * 3 = 36. "
@@ -71,7 +81,7 @@ def resolve_source(name: str | Path) -> str:
         return str(fetch(str(name), lambda line: print(line, file=sys.stderr)))
     path = Path(name)
     if path.is_dir():
-        if not (path / "config.json").exists():
+        if not (path / "config.json").exists() and adapter_in(path) is None:
             raise UserError(
                 f"{path} holds no config.json; give a Hugging Face model folder, "
                 "a hub id such as Qwen/Qwen2-0.5B-Instruct, or bundled"
@@ -104,8 +114,10 @@ def load_policy(
     ``kernel`` computes: "compiled", "packed" (torch), or "auto": the first wherever it
     works. ``seed`` draws the adapters; ``options`` are the sampler's. Without ``system``,
     a model's chat template decides on the system prompt; only a model other than ours whose
-    answers are read in the ``answer_format`` "hash" gets ``SYSTEM_PROMPT``. Raises ``UserError``
-    for an unknown model, a broken download, or too little memory.
+    answers are read in the ``answer_format`` "hash" gets ``SYSTEM_PROMPT``. Both belong to the
+    policy from then on, and are saved with it. A folder with only an adapter is loaded as its base
+    with the adapter merged in. Raises ``UserError`` for an unknown model, a broken download, or
+    too little memory.
     """
     if dtype == "auto":
         dtype = "bfloat16" if native_bfloat16() else "float32"
@@ -118,19 +130,17 @@ def load_policy(
     source = resolve_source(name)
     try:
         # Never run code from a model folder, never load a pickle: safetensors only.
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = read_config(source)
         switch_off_dropout(config)
         if lora_rank:
             require(config, "LoRA")
         if dtype == FROZEN:
             require(config, "frozen base")
         if check_memory:
-            ensure_fits(f"loading {name}", estimate_model_bytes(config, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        if dtype == FROZEN:
-            model = load_frozen(source, config, kernel)
-        else:
-            model = load_float(source, config, DTYPES[dtype])
+            largest = "float32" if adapter_in(source) else dtype  # an adapter is merged in float32
+            ensure_fits(f"loading {name}", estimate_model_bytes(config, largest))
+        tokenizer = read_tokenizer(source)
+        model = load_weights(source, config, dtype, kernel)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # the loaders raise a dozen unrelated kinds
@@ -142,10 +152,64 @@ def load_policy(
     prepare_tokenizer(tokenizer)
     if lora_rank:
         model = add_lora(model, lora_rank, seed)
-    if system is None and answer_format == "hash" and default_answer_format(config) != "hash":
-        system = SYSTEM_PROMPT
+        name_base(model, str(name) if str(name) in ("bundled", *PACKAGED) else source)
+    system = remember_prompt(tokenizer, model.config, system, answer_format)
     sampler = functools.partial(sample, options=options or EngineOptions())
     return Policy(model, tokenizer, source, system, sampler)
+
+
+def remember_prompt(
+    tokenizer: Any, config: Any, system: str | None, answer_format: str | None
+) -> str | None:
+    """Make the system prompt and the answer format a part of tokenizer and config, with which they
+    are saved. Returns the system prompt; None leaves the choice to the chat template."""
+    begin, end = (OWN_SYSTEM % "\0").split("\0")
+    template, remembered = tokenizer.chat_template, tokenizer.chat_template.startswith(begin)
+    foreign = answer_format == "hash" and default_answer_format(config) != "hash"
+    if system is None and foreign and not remembered:
+        system = SYSTEM_PROMPT
+    if system is not None:
+        template = template.partition(end)[2] if remembered else template
+        text = json.dumps(system, ensure_ascii=False)
+        tokenizer.chat_template = (OWN_SYSTEM % text if system else "") + template
+    if answer_format is not None:
+        config.cpugrpo_answer_format = answer_format
+    return system
+
+
+def model_folder(source: str, *files: str) -> str:
+    """Where these files of a model are: in its own folder, or an adapter's base has them."""
+    adapter = adapter_in(source)
+    if adapter is None or any((Path(source) / file).exists() for file in files):
+        return source
+    return model_folder(resolve_source(base_of(adapter)), *files)
+
+
+def read_config(source: str) -> Any:
+    folder = model_folder(source, "config.json")
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def read_tokenizer(source: str) -> Any:
+    folder = model_folder(source, "tokenizer.json", "tokenizer_config.json")
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_weights(source: str, config: Any, dtype: str, kernel: str) -> Any:
+    """The model of this config; an adapter is merged into its base, in float32, since bfloat16
+    would round most of its changes away."""
+    adapter = adapter_in(source)
+    if adapter is None and dtype == FROZEN:
+        return load_frozen(source, config, kernel)
+    if adapter is None:
+        return load_float(source, config, DTYPES[dtype])
+    model = merged(load_weights(resolve_source(base_of(adapter)), config, "float32", ""), adapter)
+    if dtype != FROZEN:
+        return model.to(DTYPES[dtype])
+    with tempfile.TemporaryDirectory(prefix="cpugrpo-") as folder:
+        model.save_pretrained(folder)
+        del model
+        return load_frozen(folder, config, kernel)
 
 
 def switch_off_dropout(config: Any) -> None:
@@ -157,9 +221,10 @@ def switch_off_dropout(config: Any) -> None:
 
 
 def default_answer_format(config: Any) -> str:
-    """How a model states its answers: "hash" for ours, "auto" for every other (see
-    `cpugrpo_edu.tasks.statements`)."""
-    return "hash" if getattr(config, "cpugrpo_format", False) else "auto"
+    """How a model states its answers, see `cpugrpo_edu.tasks.statements`: as it was trained to
+    here, else "hash" for ours, "auto" for every other."""
+    own: str | None = getattr(config, "cpugrpo_answer_format", None)
+    return own or ("hash" if getattr(config, "cpugrpo_format", False) else "auto")
 
 
 def load_float(source: str, config: Any, dtype: torch.dtype) -> Any:
@@ -317,14 +382,17 @@ def save_policy(policy: Policy, folder: str | Path) -> Path:
 
     LoRA adapters are merged into a float32 copy of the base; the adapter alone is kept beside it
     in ``adapter/``. On a frozen INT8 base only the adapter is saved: it belongs on the float model
-    that the base was made of.
+    that the base was made of, whose name it holds, and `load_policy` puts both together.
     """
     folder = Path(folder)
     model = policy.model
     lora = hasattr(model, "merge_and_unload")
     if lora:
         model.save_pretrained(folder / "adapter")
-    if not is_frozen(model):
+        model.config.save_pretrained(folder / "adapter")  # how to prompt it
+    if is_frozen(model):
+        model.config.save_pretrained(folder)
+    else:
         if lora:
             # In bfloat16, with 8 significant bits, the sum of a weight and a change of less than
             # 1/256 of it is often the weight again: most of what was learned would be lost.

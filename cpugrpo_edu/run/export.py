@@ -31,7 +31,7 @@ from cpugrpo_edu.engine.int8 import (
 )
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.models.load import Policy, load_policy, resolve_source
+from cpugrpo_edu.models.load import Policy, load_policy, read_config, resolve_source
 from cpugrpo_edu.record.files import check_output_folder, replacing
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.run.gguf_file import write_gguf
@@ -74,7 +74,7 @@ def export(
         raise UserError(f"problems is {problems}; give at least 1 to compare on")
     record = RunRecord.load(run / "record.json")
     if kind == "gguf":
-        require(model_config(run, record), "GGUF")
+        require(read_config(resolve_source(run / "model")), "GGUF")
     original = trained_policy(run, record)
     write, read = WAYS[kind]
     with replacing(output) as folder:
@@ -116,45 +116,20 @@ def compare(
     return found
 
 
-def model_config(run: Path, record: RunRecord) -> Any:
-    """The config of a run's model, or of the base that its adapter belongs to."""
-    from transformers import AutoConfig
-
-    folder = run / "model"
-    there = (folder / "config.json").exists()
-    return AutoConfig.from_pretrained(
-        folder if there else resolve_source(str(record.config["model"]))
-    )
-
-
 def trained_policy(run: Path, record: RunRecord) -> Policy:
     """The model at the end of a run; an adapter is merged into the float base."""
-    folder, system = run / "model", record.config.get("system")
-    if (folder / "config.json").exists():
-        return load_policy(folder, system=system, answer_format=answer_format(record))
-    if (folder / "adapter").is_dir():
-        return with_adapter(folder / "adapter", record, merge=True)
-    raise UserError(f"{run} holds no trained model; give the output folder of a complete run")
+    folder = run / "model"
+    if not folder.is_dir():
+        raise UserError(f"{run} holds no trained model; give the output folder of a complete run")
+    return load_policy(
+        folder, system=record.config.get("system"), answer_format=answer_format(record)
+    )
 
 
 def answer_format(record: RunRecord) -> str | None:
     """The run's setting; runs made before there was one read answers after ####."""
     found: str | None = record.config.get("answer_format", "hash")
     return found
-
-
-def with_adapter(adapter: Path, record: RunRecord, merge: bool = False) -> Policy:
-    from peft import PeftModel
-
-    base = load_policy(
-        str(record.config["model"]),
-        system=record.config.get("system"),
-        answer_format=answer_format(record),
-    )
-    base.model = PeftModel.from_pretrained(base.model, str(adapter))
-    if merge:
-        base.model = base.model.merge_and_unload()
-    return base
 
 
 def completions(
@@ -188,10 +163,8 @@ def write_adapter(policy: Policy, run: Path, record: RunRecord, folder: Path) ->
         )
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (folder / name).write_bytes((source / name).read_bytes())
-
-
-def read_adapter(folder: Path, original: Policy, record: RunRecord) -> Policy:
-    return with_adapter(folder, record)
+    policy.model.config.save_pretrained(folder)  # how to prompt it
+    policy.tokenizer.save_pretrained(folder)
 
 
 def write_int8(policy: Policy, run: Path, record: RunRecord, folder: Path) -> None:
@@ -272,7 +245,7 @@ Writer = Callable[[Policy, Path, RunRecord, Path], None]
 Reader = Callable[[Path, Policy, RunRecord], Policy]
 WAYS: dict[str, tuple[Writer, Reader]] = {
     "merged": (write_merged, read_merged),
-    "adapter": (write_adapter, read_adapter),
+    "adapter": (write_adapter, read_merged),
     "int8": (write_int8, read_int8),
     "gguf": (write_float_gguf, read_gguf),
 }
