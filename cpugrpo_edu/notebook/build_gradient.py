@@ -10,7 +10,7 @@ from torch import Tensor
 from cpugrpo_edu.notebook.checks import Build
 from cpugrpo_edu.policy import group_advantages, grpo_loss
 
-# --- Chapter 2: the gradient, and advantages -------------------------------------------
+# --- The gradient, and advantages ---------------------------------------------
 
 
 def _by_loss(theta: Tensor, rewards: Tensor, answers: Tensor) -> Tensor:

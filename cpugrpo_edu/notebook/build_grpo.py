@@ -14,7 +14,7 @@ from cpugrpo_edu.policy import clipped_surrogate, grpo_loss, kl_estimates
 from cpugrpo_edu.tasks import make_problems
 from cpugrpo_edu.train import REWARDS, Settings, train
 
-# --- Chapter 3: the clipped objective, the KL penalty and the loss -------------------------
+# --- The clipped objective, the KL penalty and the loss -----------------------
 
 
 def _surrogate(ratio: Tensor, A: Tensor, eps: float) -> Tensor:
@@ -241,7 +241,7 @@ def check_loss(mine: Function) -> bool:
     return LOSS.check(with_gradient(mine))
 
 
-# --- The training loop -------------------------------------------------------------------
+# --- The training loop --------------------------------------------------------
 
 FEW = Settings(prompts_per_step=4, max_new_tokens=64)
 STEPS = 2

@@ -14,7 +14,7 @@ from cpugrpo_edu.notebook.checks import Build, Function, called, misshapen, repo
 from cpugrpo_edu.policy import completion_logits, gather_log_probs, token_log_probs
 from cpugrpo_edu.sample import left_pad
 
-# --- Chapter 1: a padded batch, and its log-probabilities ------------------------
+# --- A padded batch, and its log-probabilities --------------------------------
 
 
 def padded(
@@ -72,51 +72,58 @@ PAD = Build(
 )
 
 
-def _late(model: Any, prompt_ids: Tensor, ids: Tensor, attention: Tensor) -> Tensor:
-    logits = model(torch.cat([prompt_ids, ids], 1), attention_mask=attention).logits
-    mask = attention[:, prompt_ids.shape[1] :]
-    return gather_log_probs(logits[:, prompt_ids.shape[1] :], ids) * mask
+def _late(model: Any, prompts: Tensor, ids: Tensor, attention: Tensor, T: float = 1.0) -> Tensor:
+    logits = model(torch.cat([prompts, ids], dim=1), attention_mask=attention).logits / T
+    P = prompts.shape[1]
+    return gather_log_probs(logits[:, P:], ids) * attention[:, P:]
 
 
-def _unmasked(model: Any, prompt_ids: Tensor, ids: Tensor, attention: Tensor) -> Tensor:
-    return gather_log_probs(completion_logits(model, prompt_ids, ids, attention), ids)
+def _inattentive(
+    model: Any, prompts: Tensor, ids: Tensor, attention: Tensor, T: float = 1.0
+) -> Tensor:
+    found = token_log_probs(model, prompts, ids, torch.ones_like(attention), T)
+    return found * attention[:, prompts.shape[1] :]
 
 
-def _inattentive(model: Any, prompt_ids: Tensor, ids: Tensor, attention: Tensor) -> Tensor:
-    found = token_log_probs(model, prompt_ids, ids, torch.ones_like(attention))
-    return found * attention[:, prompt_ids.shape[1] :]
-
-
-def _raw(model: Any, prompt_ids: Tensor, ids: Tensor, attention: Tensor) -> Tensor:
-    logits = completion_logits(model, prompt_ids, ids, attention)
-    return logits.gather(-1, ids[..., None])[..., 0] * attention[:, prompt_ids.shape[1] :]
-
-
-def _no_log(model: Any, prompt_ids: Tensor, ids: Tensor, attention: Tensor) -> Tensor:
-    found = token_log_probs(model, prompt_ids, ids, attention)
-    return found.exp() * attention[:, prompt_ids.shape[1] :]
+def _raw(model: Any, prompts: Tensor, ids: Tensor, attention: Tensor, T: float = 1.0) -> Tensor:
+    logits = completion_logits(model, prompts, ids, attention, T)
+    return logits.gather(-1, ids[..., None])[..., 0] * attention[:, prompts.shape[1] :]
 
 
 LOG_PROBS = Build(
     token_log_probs,
-    lambda: [(babbler().requires_grad_(False), *padded(*TEXTS, END))],
+    lambda: [
+        (babbler().requires_grad_(False), *padded(*TEXTS, END)),
+        (babbler().requires_grad_(False), *padded(*TEXTS, END), 2.0),
+    ],
     [
         (
-            (
-                "you read the logits one position too late: those at position i predict token i + "
-                "1, so the first one you need is at the prompt's last position."
-            ),
+            "you read the logits one position too late: those at position i predict token i + 1, "
+            "so the first one you need is at the prompt's last position.",
             _late,
         ),
-        ("it is not 0 on padding; multiply by the completion's part of the mask.", _unmasked),
-        ("the model attends to padding; pass it attention_mask=attention.", _inattentive),
+        (
+            "it is not 0 on padding; multiply by the completion's part of the mask.",
+            lambda *case: gather_log_probs(completion_logits(*case), case[2]),
+        ),
+        (
+            "the model attends to padding; pass it attention_mask=attention.",
+            _inattentive,
+        ),
         ("these are logits; the log-softmax over the vocabulary is missing.", _raw),
-        ("these are probabilities; take their logarithm.", _no_log),
+        (
+            "these are probabilities; take their logarithm.",
+            lambda *case: token_log_probs(*case).exp() * case[3][:, case[1].shape[1] :],
+        ),
+        (
+            "the temperature is ignored; divide the logits by it.",
+            lambda *case: token_log_probs(*case[:4]),
+        ),
     ],
 )
 
 
-# --- Chapter 1: the sampler ---------------------------------------------------------
+# --- The sampler --------------------------------------------------------------
 
 DRAWS = 4000
 UNLIKELY = 1e-6  # p-value below which a sampler draws from another distribution
