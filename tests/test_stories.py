@@ -24,7 +24,7 @@ from cpugrpo_edu.tasks import (
     make_problems,
 )
 from cpugrpo_edu.tasks.answers import extract_answer, with_answer_format
-from cpugrpo_edu.tasks.stories import Stories, work_out
+from cpugrpo_edu.tasks.stories import SMALL_STORIES, Stories, work_out
 from cpugrpo_edu.tasks.story_schemas import BESIDE_THE_POINT, SCHEMAS
 from cpugrpo_edu.tasks.story_words import KINDS, PEOPLE, Scene, count, plural, with_article
 
@@ -341,6 +341,35 @@ def test_a_step_that_is_no_whole_number_above_one_rules_the_numbers_out():
     assert work_out(divide, {"n": 12, "m": 4}) == [3]
     assert work_out(divide, {"n": 13, "m": 4}) == work_out(divide, {"n": 4, "m": 4}) == []
     assert work_out(subtract, {"n": 20, "m": 29}) == work_out(subtract, {"n": 9, "m": 8}) == []
+
+
+@pytest.mark.parametrize(
+    ("difficulty", "largest"), list(zip(DIFFICULTIES, (20, 30, 50), strict=True))
+)
+def test_small_stories_have_small_numbers_and_are_otherwise_the_same(difficulty, largest):
+    names = {schema.name for schema in SCHEMAS[difficulty]}
+    also = {schema.name for schema in SCHEMAS["intermediate"]} if difficulty == "advanced" else ()
+    assert len(SMALL_STORIES.schemas(difficulty)) >= 12
+    assert {schema.name for schema in SMALL_STORIES.schemas(difficulty)} <= names
+    rng = random.Random(1)
+    problems = [SMALL_STORIES.generate(difficulty, rng) for _ in range(3000)]
+    for problem in problems:
+        steps = problem.solution.replace("$", "")
+        assert all(int(n) <= largest for n in re.findall(r"(?:= )(\d+)", steps)), problem
+        assert int(problem.answer) <= largest and problem.domain == "small_stories"
+        assert problem.id.split("/")[0] in names.union(also)
+    if difficulty != "advanced":  # numbers beside the point may be any
+        numbers = [int(n) for p in problems for n in re.findall(r"\d+", p.question)]
+        assert max(numbers) <= max(largest, 20)
+
+
+def test_small_stories_are_enough_to_train_on_and_no_instance_is_in_two_splits():
+    for difficulty in DIFFICULTIES:
+        splits = [
+            {p.question for p in make_problems("small_stories", difficulty, split, 1000)}
+            for split in ("train", "eval")
+        ]
+        assert [len(split) for split in splits] == [1000, 1000] and not splits[0] & splits[1]
 
 
 # --- Splits -------------------------------------------------------------------

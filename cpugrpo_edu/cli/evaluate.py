@@ -55,9 +55,9 @@ def evaluate(
 
     `cpugrpo evaluate --model runs/first/model --per-cell 300`
 
-    `cpugrpo evaluate --model smollm2 --domains stories --per-cell 20`
+    `cpugrpo evaluate --model smollm2 --domains small_stories --per-cell 20`
 
-    `cpugrpo evaluate --model smollm2 --domains stories --samples 8 --temperature 0.8`
+    `cpugrpo evaluate --model smollm2 --domains small_stories --samples 8 --temperature 0.8`
     """
     hardware.configure_threads()
     from cpugrpo_edu.evaluate import evaluate as measure

@@ -24,10 +24,10 @@ def warmstart(
 
     Examples:
 
-    `cpugrpo warmstart --model smollm2 --domains stories --steps 200 --output runs/warm`, then
-    `cpugrpo run --model runs/warm` or `cpugrpo evaluate --model runs/warm --domains stories`
+    `cpugrpo warmstart --model smollm2 --domains small_stories --steps 200 --output runs/warm`, then
+    `cpugrpo run --model runs/warm` or `cpugrpo evaluate --model runs/warm --domains small_stories`
 
-    `cpugrpo warmstart --model smollm2 --domains stories --method rft --output runs/own`
+    `cpugrpo warmstart --model smollm2 --domains small_stories --method rft --output runs/own`
     """
     given = {name: value for name, value in settings.items() if value is not None}
     config = WarmstartConfig(**given)

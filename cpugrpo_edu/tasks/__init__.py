@@ -15,17 +15,21 @@ from cpugrpo_edu.data import DIFFICULTIES, Problem, Split, Task
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks.algebra import Algebra
 from cpugrpo_edu.tasks.arithmetic import Arithmetic
-from cpugrpo_edu.tasks.lists import Lists
-from cpugrpo_edu.tasks.stories import Stories
+from cpugrpo_edu.tasks.lists import Letters, Lists
+from cpugrpo_edu.tasks.stories import SMALL_STORIES, Stories
 from cpugrpo_edu.tasks.word_problems import WordProblems
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Arithmetic(), WordProblems(), Algebra(), Lists(), Stories())
+    task.name: task
+    for task in (
+        *(Arithmetic(), WordProblems(), Algebra(), Lists(), Letters()),
+        *(Stories(), SMALL_STORIES),
+    )
 }
 
 DOMAINS: tuple[str, ...] = ("arithmetic", "word_problems", "algebra", "lists")
-"""The domains of the bundled model, in the order in which tables show them. ``stories`` need the
-words of a real model."""
+"""The domains of the bundled model, in the order in which tables show them. ``letters`` are for the
+scenario of that name; ``stories`` and ``small_stories`` need the words of a real model."""
 
 SPLIT_SHARES: dict[Split, float] = {"pretrain": 0.70, "train": 0.15, "eval": 0.15}
 
@@ -100,6 +104,10 @@ def held_out_problems(
 
 
 def prompt_messages(problem: Problem, system: str | None = None) -> list[dict[str, str]]:
-    """The chat messages that ask the question."""
-    messages = [{"role": "user", "content": problem.question}]
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    """The chat messages that ask the question, or the problem's own, whose system prompt counts
+    more."""
+    own: list[dict[str, str]] = getattr(problem, "messages", [])
+    messages = own or [{"role": "user", "content": problem.question}]
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]

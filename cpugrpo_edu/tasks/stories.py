@@ -2,18 +2,21 @@
 
 A basic story takes one step, an intermediate one two; an advanced story takes three or more, or
 two and has a sentence that is beside the point. `story_schemas` holds the stories and
-`story_words` their words.
+`story_words` their words. The small stories have small numbers: a model of 135 million weights
+that cannot multiply 51 by 3 may still learn when to multiply.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from types import SimpleNamespace
 
-from cpugrpo_edu.data import ANSWER_MARK, Problem, StepReport
+from cpugrpo_edu.data import ANSWER_MARK, DIFFICULTIES, Problem, StepReport
 from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import apply
 from cpugrpo_edu.tasks.prose import check_prose
@@ -26,17 +29,27 @@ _SENTENCE_END = re.compile(r"(?<=[.?!]) (?=[A-Z{])")
 
 @dataclass(frozen=True)
 class Stories(ExactMatch):
-    """The domain ``stories``. ``ending`` is the last line of a worked solution, with the answer
-    for ``{}``; another is ``The answer is {}.``"""
+    """The domains ``stories`` and ``small_stories``.
+
+    ``ending`` is the last line of a worked solution, with the answer for ``{}``; another is ``The
+    answer is {}.`` ``largest`` bounds the numbers and results of each difficulty.
+    """
 
     name: str = "stories"
     ending: str = f"{ANSWER_MARK} {{}}"
+    largest: tuple[int, int, int] | None = None
+
+    def schemas(self, difficulty: str) -> tuple[Schema, ...]:
+        """The kinds of story of a difficulty."""
+        if self.largest is None:
+            return SCHEMAS[difficulty]
+        return schemas_within(difficulty, self.largest[DIFFICULTIES.index(difficulty)])
 
     def generate(self, difficulty: str, rng: random.Random) -> Problem:
         """Draw one story. Its ``id`` is the schema and the numbers, without those that are beside
         the point: it decides the split, so no instance is in two splits in other words."""
         distract = difficulty == "advanced" and rng.random() < 0.4
-        schema = rng.choice(SCHEMAS["intermediate" if distract else difficulty])
+        schema = rng.choice(self.schemas("intermediate" if distract else difficulty))
         numbers, results = draw_numbers(schema, rng)
         kind, _, text = rng.choice(schema.texts).rpartition("| ")
         scene = Scene(rng, kind or "thing", pair="{B" in text)
@@ -56,22 +69,47 @@ class Stories(ExactMatch):
         return check_prose(problem, completion, self.answer_format)
 
 
+SMALL_STORIES = Stories("small_stories", largest=(20, 30, 50))
+
+
+@lru_cache
+def schemas_within(difficulty: str, largest: int) -> tuple[Schema, ...]:
+    """The schemas of a difficulty with no number or result above ``largest``.
+
+    Those that allow fewer than 1 % of their draws then are left out.
+    """
+    small, rng = [], random.Random(0)
+    for schema in SCHEMAS[difficulty]:
+        ranges: dict[str, Sequence[int]] = {
+            name: [v for v in values if v <= largest] for name, values in schema.numbers.items()
+        }
+        if all(ranges.values()):
+            schema = replace(schema, numbers=ranges, largest=largest)
+            if sum(draw_once(schema, rng) is not None for _ in range(300)) >= 3:
+                small.append(schema)
+    return tuple(small)
+
+
 def draw_numbers(schema: Schema, rng: random.Random) -> tuple[dict[str, int], list[int]]:
     """Numbers for which the story makes sense, and the result of each step."""
-    while True:
-        numbers = {name: rng.choice(values) for name, values in schema.numbers.items()}
-        results = work_out(schema, numbers)
-        if results and schema.where(SimpleNamespace(**numbers)):
-            return numbers, results
+    while (drawn := draw_once(schema, rng)) is None:
+        pass
+    return drawn
+
+
+def draw_once(schema: Schema, rng: random.Random) -> tuple[dict[str, int], list[int]] | None:
+    numbers = {name: rng.choice(values) for name, values in schema.numbers.items()}
+    results = work_out(schema, numbers)
+    return (numbers, results) if results and schema.where(SimpleNamespace(**numbers)) else None
 
 
 def work_out(schema: Schema, numbers: dict[str, int]) -> list[int]:
-    """The result of each step; empty if one is not a whole number above 1."""
+    """The result of each step; empty if one is not a whole number, below 2 or too large."""
     known, results = dict(numbers), []
     for step in schema.steps:
         for expression, _ in _WORKING.findall(step):
             value = evaluate(expression, known)
-            if value.denominator != 1 or value < 2:
+            if value.denominator != 1 or not 2 <= value <= schema.largest:
                 return []
             results.append(int(value))
             known[f"r{len(results)}"] = int(value)

@@ -9,6 +9,7 @@ later steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -32,6 +33,8 @@ class Schema:
     """What else must hold, so that the story makes sense."""
     topics: tuple[str, ...] = ()
     """What a sentence beside the point must not be about."""
+    largest: float = math.inf
+    """No result may be larger."""
 
 
 def to(first: int, last: int, step: int = 1) -> range:
