@@ -397,7 +397,8 @@ def test_every_setting_has_a_flag_that_reaches_the_run(monkeypatch, tmp_path):
         "memory_budget_gib": 3.5, "cleanup": False, "threads": 1, "engine": "generate",
         "int8_rollouts": True, "int8_evaluation": False, "importance_correction": False,
         "share_prefix": False, "fisher": "exact", "fisher_examples": 8, "ewc_strength": 0.75,
-        "ewc_decay": 0.5, "per_cell": 9, "save_minutes": 2.0,
+        "protect": ("basic",), "scenario": "letters", "ewc_decay": 0.5, "per_cell": 9,
+        "save_minutes": 2.0,
     }  # fmt: skip
     written = {"learning_rates": "0.1", "memory_budget_gib": "3.5GiB"}
     arguments = []

@@ -257,13 +257,15 @@ def test_the_calibration_measures_every_floor():
 def test_estimate_of_a_run(recorded, model):
     some = RunConfig(steps=(2, 2, 2), per_cell=10)
     parts = run_parts(some, model, 104, 104)
-    assert set(parts) == {"load", "rollouts", "training", "fisher", "evaluate"}
+    assert set(parts) == {"load", "rollouts", "training", "evaluate"}
+    with_ewc = run_parts(replace(some, ewc_strength=0.1), model, 104, 104)
+    assert parts.items() <= with_ewc.items() and with_ewc["fisher"] > 0
     seconds, _, told = estimate_run(some, model)
     assert seconds == pytest.approx(sum(parts.values()))
     assert "runs to its limit" in told  # no run is recorded in this folder
     more = run_parts(replace(some, steps=(4, 4, 4)), model, 104, 104)
     assert more["training"] == pytest.approx(2 * parts["training"])
-    less = run_parts(replace(some, per_cell=0, fisher_examples=0), model, 104, 104)
+    less = run_parts(replace(some, per_cell=0), model, 104, 104)
     assert set(less) == {"load", "rollouts", "training"}
 
 
@@ -273,7 +275,7 @@ def test_recorded_runs_tell_lengths(recorded, model):
         "evaluations": [{"table": {"overall": {"tokens": 5.0}}}],
     }
     run = RunRecord("run", "", 0, "", {}, {}, asdict(RunConfig()), results)
-    run.save(recorded.parent / "run-seed0-ewc.json")
+    run.save(recorded.parent / "run-seed0-no-ewc.json")
     assert estimate.completion_lengths([run]) == (10.0, 5.0)
     short, _, told = estimate_run(RunConfig(), model)
     assert told == "" and short == sum(run_parts(RunConfig(), model, 10, 5).values())

@@ -10,6 +10,8 @@ from dataclasses import asdict, fields, replace
 import pytest
 from command_line import invoke
 
+from cpugrpo_edu.data import DIFFICULTIES
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.load import default_answer_format, load_policy
 from cpugrpo_edu.run.config import (
     ALL_WEIGHTS,
@@ -20,6 +22,7 @@ from cpugrpo_edu.run.config import (
     is_ours,
 )
 from cpugrpo_edu.run.pause import Interrupted
+from cpugrpo_edu.run.scenarios import SCENARIOS
 from cpugrpo_edu.run.state import RunState
 
 
@@ -71,8 +74,8 @@ def test_a_broken_folder_is_not_ours(tmp_path, content):
 def test_a_chat_model_has_defaults_of_its_own(model):
     config = config_for(model)
     assert asdict(config) == asdict(RunConfig(model)) | CHAT_MODEL
-    assert config.frozen and config.lora_rank and config.domains == ("stories",)
-    assert config.ewc_strength == config.fisher_examples == 0 and not config.int8_evaluation
+    assert config.frozen and config.lora_rank and config.domains == ("small_stories",)
+    assert not config.consolidates and not config.int8_evaluation
     check_settings(config)
     assert all(getattr(RunConfig(), name) != value for name, value in CHAT_MODEL.items())
 
@@ -87,15 +90,49 @@ def test_what_is_given_counts_more():
         config_for("smollm2", nonsense=1)
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({}, "last-number"),
+        ({"domains": ("stories",)}, "last-number"),
+        ({"domains": ("stories", "lists")}, None),
+        ({"data": "reasoning-gym:chain_sum"}, None),
+        ({"data": "own.jsonl", "answer_format": "boxed"}, "boxed"),
+    ],
+)
+def test_the_last_number_is_the_answer_only_where_every_answer_is_a_number(given, read):
+    assert config_for("smollm2", **given).answer_format == read
+
+
 def test_settings_that_belong_together_change_together():
-    """Without LoRA there is nothing to train on a frozen base; without a Fisher, no EWC."""
+    """Without LoRA there is nothing to train on a frozen base."""
     config = config_for("smollm2", lora_rank=0)
     assert (config.dtype, config.learning_rates) == tuple(ALL_WEIGHTS.values())
     check_settings(config)
     assert config_for("smollm2", lora_rank=0, learning_rates=(1.0, 1.0, 1.0)).learning_rates[0] == 1
-    assert config_for("smollm2", ewc_strength=0.1).fisher_examples == RunConfig().fisher_examples
-    assert config_for("smollm2", ewc_strength=0.0).fisher_examples == 0
-    assert config_for("smollm2", ewc_strength=0.1, fisher_examples=3).fisher_examples == 3
+
+
+def test_ewc_is_off_unless_it_is_asked_for():
+    """The default stages forget nothing, so there it could only cost."""
+    assert not RunConfig().consolidates and not config_for("smollm2").consolidates
+    assert RunConfig(ewc_strength=0.1).consolidates
+    assert config_for("smollm2", ewc_strength=0.1).consolidates
+    assert not RunConfig(ewc_strength=0.1, fisher_examples=0).consolidates
+
+
+def test_a_scenario_has_settings_of_its_own():
+    config = config_for(scenario="letters")
+    check_settings(config)
+    assert asdict(config) == asdict(RunConfig(scenario="letters")) | SCENARIOS["letters"].settings
+    assert config.consolidates and [stage.name for stage in config.stages if stage.steps] == [
+        "advanced"
+    ]
+    assert set(SCENARIOS["letters"].levels) == set(DIFFICULTIES)
+    assert config_for(scenario="letters", ewc_strength=0.0) == replace(config, ewc_strength=0.0)
+    with pytest.raises(UserError, match="unknown --scenario 'letter'; allowed are letters"):
+        check_settings(config_for(scenario="letter"))
+    with pytest.raises(UserError, match="--protect has easy; allowed are basic, intermediate"):
+        check_settings(RunConfig(protect=("basic", "easy")))
 
 
 # The command line

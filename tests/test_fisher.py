@@ -309,6 +309,16 @@ def test_lightning_formula():
     assert lightning_fisher(single)["gate"].item() == pytest.approx(1e-8 + 0.02)
 
 
+def test_uniform_springs_are_equal():
+    """As many entries as trainable weights, all 1, whatever the examples."""
+    model = tiny_policy()
+    model.model.layers[0].requires_grad_(False)
+    fisher = estimate_fisher(model, [], "uniform")
+    trainable = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    assert {n: f.shape for n, f in fisher.items()} == trainable
+    assert all((f == 1).all() and not f.requires_grad for f in fisher.values())
+
+
 def test_lightning_cannot_see_the_task():
     model = tiny_policy()
     one, other = [Example([1], [2])], [Example([4, 4], [0, 3])]

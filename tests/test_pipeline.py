@@ -39,6 +39,7 @@ from cpugrpo_edu.run.consolidate import fisher_examples
 from cpugrpo_edu.run.data import load_data
 from cpugrpo_edu.run.pause import Control, Interrupted
 from cpugrpo_edu.run.pipeline import run
+from cpugrpo_edu.run.prepare import protected_problems
 from cpugrpo_edu.run.saver import CheckpointSaver
 from cpugrpo_edu.run.signal_check import PROMPTS
 from cpugrpo_edu.run.state import RunState, Session, load_state
@@ -79,6 +80,7 @@ def config(tiny_folder):
         patience=0,
         rewards="odd_tokens=1",
         fisher_examples=2,
+        ewc_strength=0.1,
         per_cell=2,
         threads=1,
     )
@@ -160,7 +162,7 @@ def test_the_record_is_complete(first, config):
 
 
 @pytest.mark.slow
-def test_every_component_acts_in_the_default_run(first):
+def test_every_component_acts_in_a_run_with_ewc(first):
     parts = first[1].results["components"]
     assert {name: part["on"] for name, part in parts.items()} == {
         "curriculum": True,
@@ -513,6 +515,26 @@ def test_too_few_problems_show_before_anything_is_trained(config, tmp_path):
 def test_a_stage_of_no_steps_is_not_consolidated(config, tmp_path, no_report):
     record = run(small(config, fisher_examples=2), tmp_path / "one")
     assert [bool(stage["fisher"]) for stage in record.results["stages"]] == [True, False, False]
+
+
+@pytest.mark.slow
+def test_what_is_protected_holds_from_the_first_step_and_can_be_forgotten(config, tmp_path):
+    changes = {"steps": (2, 0, 0), "order": "reversed", "replay": 0.0, "per_cell": 2}
+    changes |= {"fisher": "uniform", "fisher_examples": 3, "protect": ("basic", "intermediate")}
+    config = small(config, **changes)
+    difficulties = [problem.difficulty for problem in protected_problems(config, None)]
+    assert len(difficulties) == 3 and set(difficulties) == {"basic", "intermediate"}
+    assert protected_problems(replace(config, ewc_strength=0.0), None) == []
+    record = run(config, tmp_path / "held")
+    rows = read_metrics(tmp_path / "held" / "metrics.jsonl")
+    assert rows[0]["ewc_penalty"] == 0 < rows[1]["ewc_penalty"]
+    forgotten = record.results["forgetting"]
+    assert forgotten["rows"] == ["before", "after advanced"]  # no stage without steps
+    assert forgotten["forgetting"]["advanced"] is None
+    assert all(forgotten["forgetting"][x] for x in config.protect)
+    run(replace(config, ewc_strength=0.0), tmp_path / "free")
+    rows = read_metrics(tmp_path / "free" / "metrics.jsonl")
+    assert "ewc_penalty" not in rows[1]
 
 
 def test_forgetting_counts_what_a_stage_replays():

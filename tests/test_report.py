@@ -18,7 +18,7 @@ from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import accuracy_table, compare, forgetting_matrix
 from cpugrpo_edu.show.palette import Plot
 from cpugrpo_edu.show.plots import plot_accuracy, plot_forgetting, plot_time_and_memory
-from cpugrpo_edu.show.report import COMPONENTS, headline, write_report
+from cpugrpo_edu.show.report import COMPONENTS, acted, headline, write_report
 from cpugrpo_edu.show.text import number, replace_between_markers, results_table, value
 
 HOSTILE = (
@@ -289,6 +289,26 @@ def test_headline_claims_no_more_than_the_interval(row, says, never):
     assert "took 1:03 and peaked at 1.50 GiB" in text
 
 
+def test_a_scenario_names_its_difficulties(tmp_path, undrawn):
+    record = full_record(ewc=False)
+    record.results["levels"] = {"basic": "three letters", "advanced": "five letters"}
+    text = headline(record)
+    rows = record.results["comparisons"]["after vs before"]["by_difficulty"]
+    ends = [
+        f"{100 * rows[x]['before']:.1f} % to {100 * rows[x]['after']:.1f} %" for x in DIFFICULTIES
+    ]
+    assert f"Of these, three letters from {ends[0]}, five letters from {ends[2]}." in text
+    report = write_report(record, tmp_path)[0].read_text()
+    assert "| All | three letters | intermediate | five letters |" in report
+    assert "Of these" not in headline(full_record())
+
+
+def test_what_acted_says_where_ewc_helps():
+    without, held = full_record(ewc=False), full_record(ewc=True)
+    assert "On: nothing." in acted(without) and "--scenario letters" in acted(without)
+    assert acted(held) == "On: EWC."
+
+
 def test_headline_says_when_nothing_was_trained():
     record = full_record()
     record.results["weights_changed"]["changed"] = False
@@ -407,7 +427,7 @@ def test_results_table_has_a_row_a_seed_and_the_mean_with_and_without_ewc():
             "low": difference - 0.05,
             "high": difference + 0.05,
         }
-    header, _, zero, one, mean, *without = cells(results_table(records))
+    header, _, *without, zero, one, mean = cells(results_table(records))
     assert {len(row) for row in (header, zero, one, mean, *without)} == {9}
     assert zero == [
         "0",
@@ -437,7 +457,7 @@ def test_results_table_of_incomplete_records():
     both = cells(results_table([bare, full_record(0, ewc=False)]))
     assert both[-1][0] == "mean of 2 seeds" and both[-1][2].endswith("(n = 1)")
     apart = cells(results_table([bare, full_record(0, ewc=True)]))
-    assert [row[:2] for row in apart[2:]] == [["0", "on"], ["5", "off"]]
+    assert [row[:2] for row in apart[2:]] == [["5", "off"], ["0", "on"]]
     with pytest.raises(UserError, match="two records of seed 5 without EWC"):
         results_table([bare, bare])
     with pytest.raises(UserError, match="at least one"):

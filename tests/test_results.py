@@ -69,8 +69,8 @@ def test_block_holds_the_means_and_their_origin(tmp_path):
     assert len(runs) == 3
     block = results.results_block(runs)
     header, rule, *rows = results_table(runs).splitlines()
-    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 2", "| mean of 2 seeds", "| 1"]
-    assert block.startswith("\n".join([header, rule, rows[2], ""]) + "\n")
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 1", "| 2", "| mean of 2 seeds"]
+    assert block.startswith("\n".join([header, rule, rows[3], ""]) + "\n")
     for origin in ("A CPU, 2 usable cores, 8 GiB", "trl 1.16.0", "0123456789."):
         assert block.count(origin) == 1, origin
 

@@ -119,6 +119,18 @@ def test_algebra_holds_for_the_answer_and_no_other_number(difficulty):
 
 
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_letters_are_to_be_sorted(difficulty):
+    """The same question as a list of one operation, with the letters as its answer."""
+    count = {"basic": 3, "intermediate": 4, "advanced": 5}[difficulty]
+    for problem in draw("letters", difficulty):
+        found = re.fullmatch(r"Take ([a-l ]+)\. Then sort\.", problem.question).group(1).split()
+        assert len(set(found)) == count and problem.answer == " ".join(sorted(found))
+        assert TASKS["letters"].verify(problem, problem.solution)
+        assert not TASKS["letters"].verify(problem, f"#### {problem.answer[:-2]}")
+        assert score(problem, problem.solution) == 1
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
 def test_lists_agree_with_a_simulation_by_position(difficulty):
     for problem in draw("lists", difficulty):
         start, operations = re.fullmatch(r"Take ([a-l ]+)\. Then (.+)\.", problem.question).groups()

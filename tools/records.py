@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = {"ewc": [], "no-ewc": ["--ewc", "0"]}
+VARIANTS: dict[str, list[str]] = {"no-ewc": [], "ewc": ["--ewc", "0.1"]}
 
 
 def main() -> None:

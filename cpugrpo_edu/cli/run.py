@@ -56,7 +56,10 @@ def run(
 
     `cpugrpo run` trains the bundled model in about a minute and evaluates it in another.
 
-    `cpugrpo run --seed 1 --ewc 0 --output runs/no-ewc`
+    `cpugrpo run --scenario letters` shows in seconds how training on five letters erases three and
+    four, and what EWC keeps; with `--ewc 0`, what is lost without it.
+
+    `cpugrpo run --seed 1 --ewc 0.1 --output runs/ewc`
 
     `cpugrpo run --model smollm2 --steps 5 --per-cell 20` tries a chat model. All models but ours
     have other defaults, marked *chat model* below, with which training takes half an hour or more.
@@ -171,7 +174,7 @@ def stopping_clearly(go_on: str) -> Iterator[None]:
 
 
 def give_results(call: Call, record: RunRecord, folder: Path) -> None:
-    from cpugrpo_edu.show.report import headline
+    from cpugrpo_edu.show.report import acted, headline
 
     data = {
         "record": str(folder / "record.json"),
@@ -179,6 +182,9 @@ def give_results(call: Call, record: RunRecord, folder: Path) -> None:
         "model": str(folder / "model"),
         "seconds": record.results["seconds"],
         "headline": headline(record),
+        "acted": acted(record),
     }
-    text = f"{data['headline']}\nReport: {data['report']}\nRecord: {data['record']}"
+    text = (
+        f"{data['headline']}\n{data['acted']}\nReport: {data['report']}\nRecord: {data['record']}"
+    )
     call.give(data, text)

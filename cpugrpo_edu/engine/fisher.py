@@ -1,7 +1,7 @@
-"""Fisher estimates that fit into memory, on INT8 bases too, and two estimates that are no Fisher.
+"""Fisher estimates that fit into memory, on INT8 bases too, and three that are no Fisher.
 
-``estimate_fisher`` adds to the root's ``fisher_diagonal`` what a run needs. The two variants
-"batched" and "lightning" are kept to be compared with the truth, not to be used.
+``estimate_fisher`` adds to the root's ``fisher_diagonal`` what a run needs. The variants "batched"
+and "lightning" are kept to be compared with the truth, not to be used; "uniform" is the control.
 """
 
 from __future__ import annotations
@@ -50,11 +50,16 @@ def estimate_fisher(
       towards the squared mean gradient. (With *sampled* labels E g = 0, and B times it is
       unbiased: the Gauss-Newton-Bartlett estimator of Sophia, arXiv 2305.14342.)
     - "lightning" is ``lightning_fisher``; it looks at no data, ``examples`` may be empty.
+    - "uniform" is 1 everywhere: equal springs, as in L2-SP (arXiv 1802.01483).
     """
     if variant not in FISHER_VARIANTS:
         raise ValueError(f"variant is {variant!r}; allowed are {FISHER_VARIANTS}: choose one")
     if variant == "lightning":
         return lightning_fisher(model)
+    if variant == "uniform":
+        return {
+            n: torch.ones_like(p.detach().float()) for n, p in trainable_parameters(model).items()
+        }
     drop_input_grad_hooks(model)  # vmap rejects them
     together = not is_frozen(model) and supports(model.config, "vmap") is None
     scores = per_sequence_scores if together else scores_one_by_one

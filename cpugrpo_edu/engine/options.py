@@ -12,7 +12,9 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vesp
 IMPORTANCE_LEVELS = ("token", "sequence")
 """What our trainer takes of TRL's losses and importance ratios."""
 
-FisherVariant = Literal["exact", "sample", "empirical", "batched", "rollout_score", "lightning"]
+FisherVariant = Literal[
+    "exact", "sample", "empirical", "batched", "rollout_score", "lightning", "uniform"
+]
 FISHER_VARIANTS: tuple[str, ...] = get_args(FisherVariant)
 """The estimates of :mod:`cpugrpo_edu.engine.fisher`."""
 

@@ -82,7 +82,7 @@ def run_parts(config: Any, model: CostModel, sampled: float, evaluated: float) -
         "rollouts": count * rollout,
         "training": count * (whole - rollout),
     }
-    if config.fisher_examples:  # a score costs what a completion of a step does
+    if config.consolidates:  # a score costs what a completion of a step does
         parts["fisher"] = len(config.steps) * config.fisher_examples / step.rows * whole
     if config.per_cell and config.data == "generated":
         problems = config.per_cell * len(config.domains) * len(DIFFICULTIES)

@@ -1,4 +1,4 @@
-"""The recorded default runs, and what they tell about the next one."""
+"""The recorded runs of the default stages, and what they tell about the next one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cpugrpo_edu.show.text import records_folder
 
 
 def recorded_runs() -> list[RunRecord]:
-    """The default runs in the folder of records, with and without EWC."""
+    """The recorded runs of the default stages, without EWC and with it."""
     return [RunRecord.load(path) for path in sorted(records_folder().glob("run-seed*.json"))]
 
 

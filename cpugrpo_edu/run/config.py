@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from cpugrpo_edu.curriculum import ORDERS, Stage, make_stages
+from cpugrpo_edu.data import DIFFICULTIES
 from cpugrpo_edu.engine.options import ENGINES, FISHER_VARIANTS, IMPORTANCE_LEVELS, LOSS_TYPES
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.rewards import parse_rewards
+from cpugrpo_edu.run.scenarios import SCENARIOS
 from cpugrpo_edu.tasks import DOMAINS, TASKS
 from cpugrpo_edu.tasks.answers import check_answer_format
 from cpugrpo_edu.tasks.statements import ANSWER_FORMATS
@@ -40,11 +42,22 @@ class RunConfig:
 
     model: str = setting("bundled", "The bundled model, a model folder, or a Hugging Face hub id.")
     seed: int = setting(0, "Seed of the training data and the rollouts.", least=0, most=2**31 - 1)
+    scenario: str | None = setting(
+        None,
+        "A small experiment with settings of its own: letters (EWC against forgetting).",
+        tuple(SCENARIOS),
+    )
     # Data
     data: str = setting(
         "generated",
-        "generated, a GSM8K-format file, folder or hub id, prompts (.jsonl), "
-        "or reasoning-gym:TASK,TASK.",
+        "generated, or your own: a file (.jsonl, .json, .csv, .parquet), a folder with splits, a "
+        "hub id, or reasoning-gym:TASK,TASK.",
+    )
+    prompt_column: str | None = setting(
+        None, "Column of your data with the prompts; by default prompt, question or the like."
+    )
+    answer_column: str | None = setting(
+        None, "Column with the answers; by default answer, ground_truth or the like."
     )
     verifier: str | None = setting(
         None, "Your verifier, path/to/file.py:function; the file is executed."
@@ -141,12 +154,15 @@ class RunConfig:
         "rollout_score", f"Fisher estimate for EWC: {', '.join(FISHER_VARIANTS)}.", FISHER_VARIANTS
     )
     fisher_examples: int = setting(
-        64, "Problems for each Fisher estimate; 0 switches it off.", least=0
+        64, "Problems for each Fisher estimate; 0 switches EWC off.", least=0
     )
     ewc_strength: float = setting(
-        0.1,
-        "Strength of the EWC penalty; 0: off. Off for chat models: with LoRA it is not measured.",
+        0.0,
+        "Strength of the EWC penalty, such as 0.1. Off: the default stages forget nothing.",
         least=0,
+    )
+    protect: tuple[str, ...] = setting(
+        (), "Difficulties that EWC protects from the first step on, such as basic,intermediate."
     )
     ewc_decay: float = setting(
         1.0, "Factor, 0 to 1, on the Fisher of earlier stages at each new one.", least=0, most=1
@@ -170,6 +186,11 @@ class RunConfig:
         )
 
     @property
+    def consolidates(self) -> bool:
+        """Whether EWC acts, and so needs Fisher information."""
+        return self.ewc_strength > 0 and self.fisher_examples > 0
+
+    @property
     def weights(self) -> str:
         """The dtype to load: "auto" trains all weights in float32, since bfloat16 would round
         their updates away, and leaves the choice to the loader where LoRA trains."""
@@ -182,18 +203,16 @@ class RunConfig:
 
 
 CHAT_MODEL: dict[str, Any] = {
-    "domains": ("stories",),
-    "steps": (40, 50, 60),
-    "learning_rates": (5e-4, 5e-4, 3e-4),
-    "prompts_per_step": 8,
+    "domains": ("small_stories",),
+    "answer_format": "last-number",
+    "steps": (40, 40, 40),
+    "learning_rates": (4e-4, 3e-4, 3e-4),
     "max_completion": 64,
     "temperature": 0.7,
     "rewards": "correct_answer=1",
     "lora_rank": 16,
     "dtype": "int8",
     "int8_evaluation": False,
-    "fisher_examples": 0,
-    "ewc_strength": 0.0,
     "per_cell": 200,
 }
 """Defaults of every model that is not one of ours, for half an hour of training on two cores."""
@@ -205,16 +224,19 @@ ALL_WEIGHTS: dict[str, Any] = {"dtype": "float32", "learning_rates": (1e-5, 1e-5
 def config_for(model: str = "bundled", **given: Any) -> RunConfig:
     """The settings of a run of this model: what is ``given``, and defaults that suit the model.
 
-    Our own models take those of ``RunConfig``, all others those of ``CHAT_MODEL`` before them.
-    Raises TypeError for a setting that does not exist.
+    Our own models take those of ``RunConfig``, all others those of ``CHAT_MODEL`` before them, and
+    a scenario has its own. Raises TypeError for a setting that does not exist.
     """
     defaults: dict[str, Any] = {}
     if not is_ours(model):
         defaults |= CHAT_MODEL
         if given.get("lora_rank") == 0:
             defaults |= ALL_WEIGHTS
-        if given.get("ewc_strength"):  # without a Fisher estimate there would be no penalty
-            del defaults["fisher_examples"]
+        stories = set(given.get("domains") or defaults["domains"]) <= {"stories", "small_stories"}
+        if given.get("data", "generated") != "generated" or not stories:
+            del defaults["answer_format"]  # their answers need not be numbers
+    if (name := given.get("scenario")) in SCENARIOS:
+        defaults |= SCENARIOS[name].settings
     return RunConfig(model, **{**defaults, **given})
 
 
@@ -289,6 +311,10 @@ def check_settings(config: RunConfig) -> None:
         )
     if len(set(config.domains)) < len(config.domains):
         raise UserError(f"--domains names one twice: {', '.join(config.domains)}; name each once")
+    if unknown := sorted(set(config.protect) - set(DIFFICULTIES)):
+        raise UserError(
+            f"--protect has {', '.join(unknown)}; allowed are {', '.join(DIFFICULTIES)}"
+        )
     if config.dtype == "bfloat16" and not config.lora_rank:
         raise UserError(
             "full fine-tuning in bfloat16 loses most updates, since a step is smaller than the "

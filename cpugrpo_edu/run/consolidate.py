@@ -23,11 +23,13 @@ from cpugrpo_edu.sample import Sampling, rollout
 
 GIVEN = ("empirical", "batched")
 """The estimates that score a given completion: a worked solution, or a bare answer."""
+NO_DATA = ("lightning", "uniform")
+"""The estimates that look at no completion."""
 
 
 def check_solutions(config: RunConfig, problems: Sequence[Sequence[Problem]]) -> None:
     """UserError if the estimate scores given completions and a problem of a stage has none."""
-    if config.fisher not in GIVEN or not config.fisher_examples:
+    if config.fisher not in GIVEN or not config.consolidates:
         return
     stages = zip(config.stages, problems, strict=True)
     scored = [p for stage, part in stages if stage.steps for p in part[-config.fisher_examples :]]
@@ -52,28 +54,44 @@ def solution_ids(policy: Policy, problem: Problem) -> list[int]:
     return [*ids, min(policy.eos_ids) if end is None else end]
 
 
+def protect_start(session: Session, learner: Learner) -> None:
+    """Anchor the untrained model, if the settings name difficulties that it must not forget."""
+    if session.config.consolidates and session.protected:
+        add_anchor(session, learner, session.protected, len(session.config.stages))
+
+
 def consolidate(session: Session, learner: Learner, index: int) -> dict[str, Any]:
     """Merge this stage's Fisher information into ``learner.anchor``; returns a part of its row."""
     begun = time.perf_counter()
     config = session.config
     detail: dict[str, Any] = {}
     # A stage of no steps learned nothing since the last anchor, which would count twice.
-    if config.fisher_examples and config.stages[index].steps:
-        problems = ranks.share(session.problems[index][-config.fisher_examples :])
-        fisher = fisher_of(session, learner.policy, problems, index)
-        values = torch.cat([f.flatten() for f in fisher.values()])
-        mean = float(values.mean())
-        if mean > 0:
-            latest = take_anchor(learner.policy.model, normalize_fisher(fisher))
-            learner.anchor = merge_anchors(learner.anchor, latest, config.ewc_decay)
-        detail = {
-            "variant": config.fisher,
-            "examples": config.fisher_examples if ranks.size() > 1 else len(problems),
-            "mean": mean,
-            "largest": float(values.max()),
-            "parameters": values.numel(),
-        }
+    if config.consolidates and config.stages[index].steps:
+        problems = session.problems[index][-config.fisher_examples :]
+        detail = add_anchor(session, learner, problems, index)
     return {"fisher": detail, "fisher_seconds": time.perf_counter() - begun}
+
+
+def add_anchor(
+    session: Session, learner: Learner, problems: list[Problem], seed: int
+) -> dict[str, Any]:
+    """Merge the Fisher information on ``problems`` into ``learner.anchor``; what the record says
+    of it."""
+    config = session.config
+    count = len(problems)
+    fisher = fisher_of(session, learner.policy, ranks.share(problems), seed)
+    values = torch.cat([f.flatten() for f in fisher.values()])
+    mean = float(values.mean())
+    if mean > 0:
+        latest = take_anchor(learner.policy.model, normalize_fisher(fisher))
+        learner.anchor = merge_anchors(learner.anchor, latest, config.ewc_decay)
+    return {
+        "variant": config.fisher,
+        "examples": count,
+        "mean": mean,
+        "largest": float(values.max()),
+        "parameters": values.numel(),
+    }
 
 
 def fisher_of(
@@ -102,7 +120,7 @@ def fisher_examples(
     config: RunConfig, policy: Policy, problems: list[Problem], seed: int
 ) -> list[Example]:
     """What the chosen estimate looks at: worked solutions, the policy's rollouts, or nothing."""
-    if config.fisher == "lightning":
+    if config.fisher in NO_DATA:
         return []
     if config.fisher in GIVEN:
         return [

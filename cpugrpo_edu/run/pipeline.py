@@ -25,7 +25,7 @@ from cpugrpo_edu.record.files import replacing, write_failure
 from cpugrpo_edu.record.run_record import RunRecord, new_record
 from cpugrpo_edu.run.anchors import save_anchor
 from cpugrpo_edu.run.config import RunConfig, plain
-from cpugrpo_edu.run.consolidate import consolidate
+from cpugrpo_edu.run.consolidate import consolidate, protect_start
 from cpugrpo_edu.run.pause import Control, Interrupted, stop_on_interrupt
 from cpugrpo_edu.run.prepare import load, prepare
 from cpugrpo_edu.run.results import measure, processes, results_of
@@ -73,8 +73,10 @@ def run(
             if not done:  # at once, not after an evaluation that may take minutes
                 with session.phase("train"):
                     check_signal(session, learner, 0)
+                    protect_start(session, learner)
             measure(session, learner, "before")
-            if done:  # the process that trained the last one may have ended before measuring it
+            # The process that trained the last one may have ended before measuring it.
+            if done and config.stages[done - 1].steps:
                 measure(session, learner, f"after {config.stages[done - 1].name}")
             for index in range(done, len(config.stages)):
                 stage = config.stages[index]
@@ -91,7 +93,8 @@ def run(
                     show_answer(session, learner, index, "after training")
                 if ranks.agree(session.control.stopping):  # asked for in its last step
                     raise Interrupted(f"stopped after stage {stage.name!r}")
-                measure(session, learner, f"after {stage.name}")
+                if stage.steps:
+                    measure(session, learner, f"after {stage.name}")
             results = ranks.on_main(lambda: finish(session, learner))
         results |= {"peak_rss_bytes": session.peak_rss_bytes(), "cpu_percent": peak.cpu_percent}
         if ranks.size() > 1:

@@ -11,7 +11,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from cpugrpo_edu.curriculum import stage_problems
+from cpugrpo_edu.curriculum import Stage, stage_problems
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import c_kernel, ranks
 from cpugrpo_edu.engine.architectures import context_length, require_context
@@ -77,6 +77,7 @@ def prepare(
             "or --resume to continue the run in it"
         )
     problems = [problems_of_stage(config, i, training) for i in range(len(config.stages))]
+    protected = protected_problems(config, training)
     check_solutions(config, problems)
     session = Session(
         config=config,
@@ -84,6 +85,7 @@ def prepare(
         state=load_state(output, config) if resume else RunState.new(config),
         rewards=parse_rewards(config.rewards, config.max_completion),
         problems=problems,
+        protected=protected,
         held_out=held_out,
         threads=configure_threads(config.threads),
         display=display,
@@ -108,9 +110,25 @@ def problems_of_stage(
     """The training problems of a stage: generated, or chosen from the user's own."""
     stage = config.stages[index]
     count = max(1, stage.steps) * config.prompts_per_step
+    return draw(config, stage, count, index, training)
+
+
+def protected_problems(config: RunConfig, training: list[Problem] | None) -> list[Problem]:
+    """Problems of the difficulties that the model must not forget, the same number of each."""
+    if not (config.protect and config.consolidates):
+        return []
+    mixture = dict.fromkeys(config.protect, 1 / len(config.protect))
+    stage = Stage("protected", mixture, steps=0, learning_rate=0.0)
+    return draw(config, stage, config.fisher_examples, len(config.stages), training)
+
+
+def draw(
+    config: RunConfig, stage: Stage, count: int, number: int, training: list[Problem] | None
+) -> list[Problem]:
+    """``count`` problems in a stage's mixture; another ``number`` gives others."""
     if training is None:
-        return stage_problems(stage, config.domains, count, seed=1000 * config.seed + index)
-    offset = count * index + 7919 * config.seed  # other problems in each stage and seed
+        return stage_problems(stage, config.domains, count, seed=1000 * config.seed + number)
+    offset = count * number + 7919 * config.seed  # other problems in each stage and seed
     return select_problems(stage, training, count, offset)
 
 
@@ -167,6 +185,7 @@ def read_answers(session: Session, policy: Policy) -> None:
     """Let every problem's task read answers in the asked format, or in the model's own."""
     chosen = session.config.answer_format or default_answer_format(policy.model.config)
     session.problems = [with_answer_format(problems, chosen) for problems in session.problems]
+    session.protected = with_answer_format(session.protected, chosen)
     session.held_out = with_answer_format(session.held_out, chosen)
 
 
@@ -176,7 +195,11 @@ def check_lengths(session: Session, policy: Policy) -> None:
     if limit is None:
         return
     rest = len(policy.encode_problem(Problem("short", "", "", "1", "")))
-    problems = {p.question: p for part in (*session.problems, session.held_out) for p in part}
+    problems = {
+        p.question: p
+        for part in (*session.problems, session.protected, session.held_out)
+        for p in part
+    }
     for question, problem in problems.items():
         # No text has more tokens than bytes, so most need not be tokenized.
         if rest + len(question.encode()) + config.max_completion > limit:
@@ -200,7 +223,7 @@ def plan_memory(session: Session, policy: Policy) -> bool:
             checkpointing=checkpointing,
             reference=config.beta > 0,
         )
-        consolidation = 4 if config.fisher_examples else 0  # anchor, Fisher, one gradient
+        consolidation = 4 if config.consolidates else 0  # anchor, Fisher, one gradient
         int8 = parts["weights"] // 4 if config.int8_rollouts and not config.frozen else 0
         return parts["total"] - parts["weights"] + consolidation * parts["gradients"] + int8
 

@@ -27,6 +27,7 @@ from cpugrpo_edu.record.metrics import read_metrics
 from cpugrpo_edu.record.stats import accuracy_table, compare, forgetting_matrix, working_share
 from cpugrpo_edu.run.config import RunConfig
 from cpugrpo_edu.run.pause import Interrupted
+from cpugrpo_edu.run.scenarios import SCENARIOS
 from cpugrpo_edu.run.state import Learner, Session
 from cpugrpo_edu.sample import Sampling
 
@@ -71,7 +72,7 @@ def evaluation(
 def results_of(session: Session, learner: Learner) -> dict[str, Any]:
     """Everything for the record that one process knows, with an evaluation of an INT8 copy."""
     config, state, model = session.config, session.state, learner.policy.model
-    labels = ["before", *(f"after {stage.name}" for stage in config.stages)]
+    labels = ["before", *(f"after {stage.name}" for stage in config.stages if stage.steps)]
     evaluations = [e for e in (evaluation(session, learner, label) for label in labels) if e]
     int8 = None
     quantization: dict[str, Any] = {}
@@ -97,6 +98,8 @@ def results_of(session: Session, learner: Learner) -> dict[str, Any]:
         "components": components(session, learner, quantization),
         "tokens_per_second": {"rollout": tokens / seconds if seconds else 0.0},
     }
+    if config.scenario:
+        results["levels"] = SCENARIOS[config.scenario].levels
     if evaluations:
         results |= comparisons(config, session.held_out, evaluations, int8)
     return results
@@ -122,7 +125,8 @@ def comparisons(
 ) -> dict[str, Any]:
     """Tables of all evaluations, and the last one compared with the first and with INT8."""
     before, after = evaluations[0], evaluations[-1]
-    trained = [[], *(stage.trained for stage in config.stages)]
+    # What is to be protected could be done before: it can be forgotten from the start.
+    trained = [config.protect, *(stage.trained for stage in config.stages if stage.steps)]
     compared = {"after vs before": compare(before, after)}
     if int8 is not None:
         compared["INT8 vs fp32"] = compare(after, int8)
@@ -191,8 +195,12 @@ def components(
             {"strength": config.ewc_strength, "penalty_last": penalties},
         ),
         "fisher": (
-            config.fisher_examples > 0,
-            {"variant": config.fisher, "examples": config.fisher_examples},
+            config.consolidates,
+            {
+                "variant": config.fisher,
+                "examples": config.fisher_examples,
+                "protects from the start": list(config.protect),
+            },
         ),
         "int8_rollouts": (
             config.frozen or (config.int8_rollouts and usable(config.kernel) in sampled_from),

@@ -62,6 +62,8 @@ class Session:
     rewards: list[Reward]
     problems: list[list[Problem]]
     """The training problems of each stage."""
+    protected: list[Problem]
+    """What the Fisher information of the untrained model is estimated on."""
     held_out: list[Problem]
     threads: dict[str, Any]
     display: ProgressDisplay

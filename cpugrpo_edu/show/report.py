@@ -20,6 +20,7 @@ without evaluation)::
     tokens_per_second {"rollout"}
     weights_changed  {"changed": bool, "relative_l2"}:
                   |after - before| / |before|
+    levels        {difficulty: what the run's scenario calls it}
     samples       [{"question", "answer", "difficulty", "domain",
                   "before", "after", "before_correct", "after_correct"}]
 
@@ -74,7 +75,8 @@ INT8 = "INT8 vs fp32"
 def headline(record: RunRecord) -> str:
     """What the run shows, in a sentence or two that claim no more than the interval does."""
     results = record.results
-    if compared := results.get("comparisons", {}).get(MAIN):
+    compared = results.get("comparisons", {}).get(MAIN)
+    if compared:
         text = change_in_words(compared["overall"], compared["confidence"])
     elif results.get("evaluations"):
         text = "The model was not evaluated both before and after training, so nothing is compared."
@@ -82,12 +84,37 @@ def headline(record: RunRecord) -> str:
         text = "This run was not evaluated: it says nothing about accuracy."
     if results.get("weights_changed", {}).get("changed") is False:
         text = "The weights did not change: nothing was learned. " + text
+    if compared and (levels := results.get("levels")):
+        ends = [
+            f"{name} from {percent(row['before'])} to {percent(row['after'])}"
+            for level, name in levels.items()
+            if (row := compared["by_difficulty"].get(level))
+        ]
+        text += f" Of these, {', '.join(ends)}."
     cost = []
     if (seconds := results.get("seconds", {}).get("total")) is not None:
         cost.append(f"took {clock_time(seconds)}")
     if (peak := results.get("peak_rss_bytes")) is not None:
         cost.append(f"peaked at {gib(peak)} of memory")
     return text + (f" The run {' and '.join(cost)}." if cost else "")
+
+
+def acted(record: RunRecord) -> str:
+    """Which components were on, and where EWC helps if it was off."""
+    parts = record.results.get("components", {})
+    on = [title for key, title in COMPONENTS.items() if parts.get(key, {}).get("on")]
+    text = f"On: {', '.join(on) or 'nothing'}."
+    if parts.get("ewc", {}).get("on") is False:
+        text += (
+            " Off: EWC, since the default stages forget nothing; "
+            "cpugrpo run --scenario letters turns it on where training forgets."
+        )
+    return text
+
+
+def level_name(record: RunRecord, level: str) -> str:
+    """A difficulty as the run's scenario calls it."""
+    return str(record.results.get("levels", {}).get(level, level))
 
 
 # Content: one list of sections for both templates
@@ -156,7 +183,8 @@ def _accuracy(record: RunRecord) -> list[Block]:
         rows.append([label, f"{overall['n']:,}", *map(_share, shares)])
         rows[-1] += [percent(overall["step_score"]), f"{overall['tokens']:.0f}"]
         rows[-1] += [percent(overall["finished"])]
-    header = ["Evaluation", "Problems", "All", *levels, "Step score", "Tokens each", "Finished"]
+    names = [level_name(record, level) for level in levels]
+    header = ["Evaluation", "Problems", "All", *names, "Step score", "Tokens each", "Finished"]
     caption = f"Exact-match accuracy with {round(100 * some['confidence'])} % Wilson intervals"
     return [Picture("accuracy.png", plots.plot_accuracy(record)), Table(caption, header, rows)]
 
@@ -169,7 +197,7 @@ def _comparisons(record: RunRecord) -> list[Block]:
         levels = compared["by_difficulty"]
         named = {
             "all problems": compared["overall"],
-            **{level: levels[level] for level in difficulty_order(levels)},
+            **{level_name(record, x): levels[x] for x in difficulty_order(levels)},
             **dict(plots.cells_in_order(compared)),
         }
         rows = [
@@ -227,10 +255,14 @@ def _forgetting(record: RunRecord) -> list[Block]:
     )
     return [
         Picture("forgetting.png", plots.plot_forgetting(record)),
-        Table("Accuracy by difficulty after each stage", ["", *columns], rows),
-        "Forgotten: the best accuracy from the stage that trained a difficulty onward, minus the "
-        "last (Chaudhry et al. 2018); negative where later stages helped, a dash where no later "
-        "stage followed.",
+        Table(
+            "Accuracy by difficulty after each stage",
+            ["", *(level_name(record, x) for x in columns)],
+            rows,
+        ),
+        "Forgotten: the best accuracy from the stage that trained a difficulty onward (or from "
+        "the start, if it was to be protected), minus the last (Chaudhry et al. 2018); negative "
+        "where later stages helped, a dash where no later stage followed.",
     ]
 
 

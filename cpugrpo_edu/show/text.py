@@ -242,7 +242,7 @@ def _mean_cells(runs: Sequence[Sequence[float | None]]) -> list[str]:
 
 
 def results_table(records: Sequence[RunRecord]) -> str:
-    """Markdown table of training runs: a row a seed, then their mean; with EWC, then without.
+    """Markdown table of training runs: a row a seed, then their mean; without EWC, then with.
 
     The interval of one seed is about which problems were drawn (paired bootstrap), that of a
     mean about the seed (95 % t interval, ddof = 1). Forgetting is that of the difficulty that
@@ -251,7 +251,7 @@ def results_table(records: Sequence[RunRecord]) -> str:
     """
     if not records:
         raise UserError("a results table needs at least one run record; none was given")
-    groups: dict[str, dict[int, RunRecord]] = {"on": {}, "off": {}}
+    groups: dict[str, dict[int, RunRecord]] = {"off": {}, "on": {}}
     for record in records:
         ewc = record.results.get("components", {}).get("ewc", {}).get("on", False)
         group = groups["on" if ewc else "off"]

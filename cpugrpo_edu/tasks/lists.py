@@ -33,6 +33,8 @@ SHAPES: dict[str, tuple[int, int]] = {
     "advanced": (6, 4),
 }
 LETTERS = "abcdefghijkl"
+SORTED = {"basic": 3, "intermediate": 4, "advanced": 5}
+"""Letters of a list that is only sorted."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Lists(ExactMatch):
         length, count = SHAPES[difficulty]
         items = rng.sample(LETTERS, length)
         names = [rng.choice(list(OPERATIONS)) for _ in range(count)]
+        return self.problem(difficulty, items, names)
+
+    def problem(self, difficulty: str, items: list[str], names: list[str]) -> Problem:
+        """What asks for these operations, one after the other."""
         lines, current = [], items
         for name in names:
             current = OPERATIONS[name](current)
@@ -72,6 +78,16 @@ class Lists(ExactMatch):
         return StepReport(
             tuple(steps), len(wanted), step_score(useful, len(given) - useful, len(wanted))
         )
+
+
+@dataclass(frozen=True)
+class Letters(Lists):
+    """Lists of three, four or five letters to sort: the first is the shortest, not the easiest."""
+
+    name: str = "letters"
+
+    def generate(self, difficulty: str, rng: random.Random) -> Problem:
+        return self.problem(difficulty, rng.sample(LETTERS, SORTED[difficulty]), ["sort"])
 
 
 def letters(line: str) -> str:

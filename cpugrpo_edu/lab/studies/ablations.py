@@ -58,12 +58,10 @@ REWARDS = {
 ARMS = (
     Arm("none", BASE),
     *(Arm("order", order, {"order": order}) for order in ("mixed", "reversed")),
-    Arm("ewc", "no EWC", {"ewc_strength": 0.0}),
     *(
         Arm("ewc", f"{name}, {strength:g}", {"fisher": name, "ewc_strength": strength})
         for name in FISHERS
         for strength in STRENGTHS
-        if (name, strength) != ("rollout_score", 0.1)
     ),
     *(
         Arm("group", f"G = {g}", {"num_generations": g, "prompts_per_step": COMPLETIONS // g})

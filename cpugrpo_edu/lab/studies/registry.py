@@ -66,6 +66,16 @@ STUDIES = {
             "Does training on one domain or difficulty help the others?",
             ("seeds",),
         ),
+        Study(
+            "forgetting",
+            "What do five tasks in a row forget, and what do springs and replay keep?",
+            ("seeds",),
+        ),
+        Study(
+            "letters",
+            "Does EWC keep what training on something else would erase?",
+            ("seeds",),
+        ),
     )
 }
 

@@ -1,0 +1,38 @@
+"""Small experiments with settings of their own: ``cpugrpo run --scenario``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Settings in place of the defaults, and what the difficulties are called."""
+
+    settings: dict[str, Any]
+    levels: dict[str, str]
+
+
+SCENARIOS = {
+    # Training on five letters alone erases three and four; EWC is there to keep them.
+    "letters": Scenario(
+        {
+            "domains": ("letters",),
+            "order": "reversed",
+            "steps": (12, 0, 0),
+            "replay": 0.0,
+            "prompts_per_step": 4,
+            "max_completion": 40,
+            "rewards": "correct_answer=1",
+            "checkpointing": "off",
+            "int8_rollouts": False,
+            "int8_evaluation": False,
+            "fisher_examples": 192,
+            "ewc_strength": 0.3,
+            "protect": ("basic", "intermediate"),
+            "per_cell": 100,
+        },
+        {"basic": "three letters", "intermediate": "four letters", "advanced": "five letters"},
+    ),
+}
