@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.run.config import RunConfig, plain
-from cpugrpo_edu.tasks import custom
+from cpugrpo_edu.tasks import custom, verifiers
 
 Case = tuple[str, list[str], dict[str, str | bytes]]  # words of the sentence, arguments, files
 
@@ -34,6 +34,7 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(custom, "TIME_LIMIT", 0.3)
+    monkeypatch.setattr(verifiers, "IMPORT_LIMIT", 2)
     monkeypatch.chdir(tmp_path)
 
 
@@ -229,8 +230,8 @@ SETTINGS: list[Case] = [
         ("cannot load the model 'no such model'", ["--model", "no such model"]),
         ("cannot load the model 'nobody/nothing'", ["--model", "nobody/nothing"]),
         ("nowhere.jsonl", ["--data", "nowhere.jsonl"]),
-        ("could not load nobody/nothing", ["--data", "nobody/nothing"]),
-        ("holds no split 'train'", ["--data", ""]),
+        ("could not read the data set nobody/nothing", ["--data", "nobody/nothing"]),
+        ("--data is empty", ["--data", ""]),
         ("is not a file or folder", ["--data", "a b"]),
     ]
 ]
@@ -257,11 +258,14 @@ ROWS: list[Case] = [
         ("line 2 of data.jsonl is not an object", GOOD + "null"),
         ("line 2 of data.jsonl is not an object", GOOD + "12"),
         ("line 2 of data.jsonl is not an object", GOOD + "true"),
-        ("line 2 of data.jsonl has None for 'question'", GOOD + "{}"),
-        ("line 2 of data.jsonl has None for 'question'", GOOD + '{"answer": "1"}'),
-        ("line 2 of data.jsonl has None for 'question'", GOOD + '{"prompt": null, "answer": "1"}'),
+        ("line 2 of data.jsonl has nothing under 'prompt' or 'question'", GOOD + "{}"),
         (
-            "line 2 of data.jsonl has ['a'] for 'question'",
+            "its keys are 'Q', 'answer': name the right one with --prompt-column",
+            GOOD + '{"Q": "a", "answer": "1"}',
+        ),
+        ("line 2 of data.jsonl has nothing under", GOOD + '{"prompt": null, "answer": "1"}'),
+        (
+            "line 2 of data.jsonl has 'a' among the messages of 'prompt'",
             GOOD + '{"prompt": ["a"], "answer": "1"}',
         ),
         ("line 2 of data.jsonl has an empty prompt", GOOD + '{"prompt": "", "answer": "1"}'),
@@ -269,7 +273,9 @@ ROWS: list[Case] = [
         ("line 2 of data.jsonl has no answer", GOOD + '{"prompt": "a"}'),
         ("line 2 of data.jsonl has no answer", GOOD + '{"prompt": "a", "answer": ""}'),
         ("line 2 of data.jsonl has no answer", GOOD + '{"prompt": "a", "answer": "  "}'),
-        ("for 'answer'", GOOD + '{"prompt": "a", "answer": null}'),
+        ("has no answer", GOOD + '{"prompt": "a", "answer": null}'),
+        ("no question of a user", GOOD + '{"prompt": [], "answer": "1"}'),
+        ("no question of a user", GOOD + '{"prompt": [{"role": "system", "content": "a"}]}'),
         ("for 'answer'", GOOD + '{"prompt": "a", "answer": {"x": 1}}'),
         ("for 'answer'", GOOD + '{"prompt": "a", "answer": true}'),
         ("for 'answer'", GOOD + '{"prompt": "a", "answer": ["1"]}'),
@@ -316,18 +322,17 @@ GSM8K_ROWS: list[Case] = [
     ]
 ] + [
     (
-        "holds no split 'train'",
+        "could not read the data set d",
         ["run", "-q", "--output", "out", "--data", "d"],
-        {"d/test.jsonl": ""},
+        {"d/train.jsonl": ""},
     ),
-    ("no problems in d", ["run", "-q", "--output", "out", "--data", "d"], {"d/train.jsonl": ""}),
     (
         "holds no split 'test'",
         ["run", "-q", "--output", "out", "--data", "d"],
         {"d/train.jsonl": GSM8K_GOOD},
     ),
     (
-        "cannot read",
+        "could not read the data set d",
         ["run", "-q", "--output", "out", "--data", "d"],
         {"d/train.parquet": "PAR1 no"},
     ),
@@ -392,7 +397,8 @@ VERDICTS: list[Case] = [
         ("ValueError: two lines", "raise ValueError('two\\nlines')"),
         ("SystemExit", "raise SystemExit(0)"),
         ("RecursionError", "return judge(problem, completion)"),
-        ("returned None", "return None"),
+        ("returned [True]", "return [True]"),
+        ("returned tensor([1, 1])", "import torch; return torch.tensor([1, 1])"),
         ("returned nan", "return float('nan')"),
         ("returned inf", "return float('inf')"),
         ("returned 2", "return 2"),

@@ -24,8 +24,9 @@ from cpugrpo_edu.rewards import Reward, parse_rewards
 from cpugrpo_edu.run.config import RunConfig, check_settings
 from cpugrpo_edu.tasks import DOMAINS, get_task, make_problems
 from cpugrpo_edu.tasks.answers import answers_match, extract_answer, normalize_answer, parse_number
-from cpugrpo_edu.tasks.custom import load_custom, load_verifier
+from cpugrpo_edu.tasks.custom import load_custom
 from cpugrpo_edu.tasks.gsm8k import load_gsm8k
+from cpugrpo_edu.tasks.verifiers import load_verifier
 
 FUZZ = settings(
     max_examples=200,

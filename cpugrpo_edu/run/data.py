@@ -18,9 +18,11 @@ from cpugrpo_edu.tasks import (
     question_hash,
     split_of,
 )
-from cpugrpo_edu.tasks.custom import load_custom
-from cpugrpo_edu.tasks.gsm8k import load_gsm8k
+from cpugrpo_edu.tasks.custom import load_custom, try_verifier
+from cpugrpo_edu.tasks.gsm8k import is_gsm8k, load_gsm8k
 from cpugrpo_edu.tasks.reasoning_gym import PREFIX, load_reasoning_gym
+from cpugrpo_edu.tasks.rows import HELD_OUT, splits
+from cpugrpo_edu.tasks.verifiers import load_verifier
 
 MAX_DRAWN = 5000
 """Most training problems of each Reasoning Gym task and difficulty; a longer run repeats them."""
@@ -32,7 +34,7 @@ def load_data(
     """Problems to train on (None: generate them) and held-out problems to evaluate on.
 
     The user's own data is split by the hash of the question, so that no problem is on both
-    sides; GSM8K-format folders and hub ids have a test split. ``to_train=False`` spares the time
+    sides, unless it has a split of its own to evaluate on. ``to_train=False`` spares the time
     to draw training problems. Raises UserError for data that cannot be read, or has too few
     problems.
     """
@@ -52,11 +54,39 @@ def load_data(
         return None, held_out_problems(per_cell, config.domains)
     if config.data.startswith(PREFIX):
         return draw_reasoning_gym(config, per_cell, to_train)
+    if not config.data.strip():
+        raise UserError("--data is empty; give a file, a folder or a hub id, or generated")
+    columns = (config.prompt_column, config.answer_column)
+    if config.verifier is None and columns == (None, None) and is_gsm8k(config.data):
+        if Path(config.data).is_file():
+            return divide(load_gsm8k(config.data), per_cell)
+        return load_gsm8k(config.data, "train"), load_gsm8k(config.data, "test", 3 * per_cell)
+    training, held_out = load_own(config, per_cell)
     if config.verifier is not None:
-        return divide(load_custom(config.data, config.verifier), per_cell)
-    if Path(config.data).is_file():
-        return divide(load_local_file(Path(config.data)), per_cell)
-    return load_gsm8k(config.data, "train"), load_gsm8k(config.data, "test", 3 * per_cell)
+        try_verifier(held_out)
+    return training, held_out
+
+
+def load_own(config: RunConfig, per_cell: int) -> tuple[list[Problem], list[Problem]]:
+    """The user's own problems; a split to evaluate on is left whole, else some are held out."""
+    names = splits(config.data)
+    verifier = None if config.verifier is None else load_verifier(config.verifier)
+
+    def load(split: str | None) -> list[Problem]:
+        return load_custom(
+            config.data,
+            verifier,
+            split=split,
+            prompt_column=config.prompt_column,
+            answer_column=config.answer_column,
+        )
+
+    to_train = [name for name in names if name not in HELD_OUT]
+    test = next((name for name in HELD_OUT if name in names), None)
+    if test is None or not to_train:
+        return divide(load(next(iter([*to_train, *names]), None)), per_cell)
+    training = load("train" if "train" in to_train else to_train[0])
+    return training, load(test)[: 3 * per_cell]
 
 
 def draw_reasoning_gym(
@@ -77,15 +107,6 @@ def draw_reasoning_gym(
         return [], evaluation
     training = load_reasoning_gym(config.data, count, config.seed, lambda q: not held_out(q))
     return training, evaluation
-
-
-def load_local_file(path: Path) -> list[Problem]:
-    """A GSM8K-format file, or prompts with answers, judged by the first line."""
-    if path.suffix == ".parquet":
-        return load_gsm8k(path)
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    return load_gsm8k(path) if '"question"' in first and "####" in first else load_custom(path)
 
 
 def divide(problems: list[Problem], per_cell: int) -> tuple[list[Problem], list[Problem]]:

@@ -6,7 +6,6 @@ The data set is not part of the package: give `load_gsm8k` a local copy or a hub
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from cpugrpo_edu.data import ANSWER_MARK, Problem, StepReport
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks.answers import ExactMatch, extract_answer
 from cpugrpo_edu.tasks.prose import ANNOTATION, check_prose
+from cpugrpo_edu.tasks.rows import HUB_ID, read_rows
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,15 @@ def load_gsm8k(source: str | Path, split: str = "test", limit: int | None = None
     return problems
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for each non-empty line; numbers are kept as text."""
+def is_gsm8k(source: str | Path) -> bool:
+    """Whether the first row of the source is in this format; of a hub id its name decides."""
+    if not Path(source).exists():
+        return "gsm8k" in str(source).lower()
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; give a UTF-8 JSONL file") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, parse_int=str, parse_float=str)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"line {number} of {path} is not JSON ({error}); write one object per line"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(f"line {number} of {path} is not an object; write {{...}} on each line")
-        yield number, row
+        _, row = next(iter(_rows(source, "train")), (0, {}))
+    except UserError:
+        return False
+    return "question" in row and ANSWER_MARK in str(row.get("answer"))
 
 
 def _rows(source: str | Path, split: str) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -76,7 +67,7 @@ def _rows(source: str | Path, split: str) -> Iterable[tuple[int, dict[str, Any]]
         return _rows_of_folder(path, split)
     if path.exists() or path.suffix in (".jsonl", ".json", ".parquet"):
         return _rows_of_file(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+    if re.fullmatch(HUB_ID, str(source)):
         return enumerate(_download(str(source), split), start=1)
     raise UserError(
         f"{source} is not a file or folder; give a JSONL file, a folder, or a hub id such as "
@@ -103,14 +94,7 @@ def _rows_of_folder(folder: Path, split: str) -> Iterator[tuple[int, dict[str, A
 
 
 def _rows_of_file(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    if file.suffix != ".parquet":
-        return read_jsonl(file)
-    import pyarrow.parquet
-
-    try:
-        return enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1)
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise UserError(f"cannot read {file}: {error}; give a Parquet file") from error
+    return ((row.number, row.texts) for row in read_rows(file))
 
 
 def _download(name: str, split: str) -> Iterable[dict[str, Any]]:
