@@ -37,9 +37,9 @@ Panels = Mapping[str, Mapping[str, Any]]
 """Title of a panel: name of a line: its values."""
 
 
-def plot_races(panels: Panels, y: Sequence[str], x: str = "step", top: float | None = None) -> Plot:
+def plot_races(panels: Panels, y: Sequence[str], x: str = "step") -> Plot:
     """Means over runs with their 95 % t intervals as bands; each line is (steps + 1, R)."""
-    figure = new_figure(3.4 * len(panels), 2.8)
+    figure = new_figure(*_size(panels))
     sentences = []
     for i, (title, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
@@ -49,13 +49,15 @@ def plot_races(panels: Panels, y: Sequence[str], x: str = "step", top: float | N
             axes.fill_between(at, mean - half, mean + half, color=color, alpha=0.15, lw=0)
             axes.plot(at, mean, color=color, ls=style, label=name)
             sentences.append(f"{title}, {name}: from {mean[0]:.2f} to {mean[-1]:.2f}.")
-        if top is not None:
-            axes.set_ylim(0, top)
         tidy(axes, title, x, y[i])
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=8)
     runs = next(iter(next(iter(panels.values())).values())).shape[1]
     return Plot(figure, f"Curves with bands, means of {runs} runs. " + " ".join(sentences))
+
+
+def _size(panels: Panels) -> tuple[float, float]:
+    return (5.0, 2.8) if len(panels) == 1 else (3.5 * len(panels), 2.8)
 
 
 def _mean_and_half(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,11 +72,10 @@ def plot_lines(
     panels: Panels,
     x: str,
     y: Sequence[str],
-    log: Sequence[bool] | None = None,
     marker: str = "",
 ) -> Plot:
     """Enumerated curves without error: each line is a sequence of values at ``at``."""
-    figure = new_figure(3.4 * len(panels), 2.8)
+    figure = new_figure(*_size(panels))
     sentences = []
     for i, (title, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
@@ -83,12 +84,10 @@ def plot_lines(
             sentences.append(
                 f"{title}, {name}: {values[0]:.3g} at {at[0]:g}, {values[-1]:.3g} at {at[-1]:g}."
             )
-        if log is not None and log[i]:
-            axes.set_yscale("log")
-        else:
-            axes.axhline(0, color="black", lw=0.8)
+        axes.axhline(0, color="black", lw=0.8)
         tidy(axes, title, x, y[i])
-        axes.legend(frameon=False, fontsize=8)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8)
     return Plot(figure, f"Lines over {x}. " + " ".join(sentences))
 
 
