@@ -41,6 +41,9 @@ def run(
     context: typer.Context,
     output: Annotated[Path | None, Option(help="New folder; default: runs/TIME-seedN.")] = None,
     resume: Annotated[bool, Option(help="Resume the run in --output.")] = False,
+    rejudge: Annotated[
+        bool, Option("--rejudge", help="Resume with a changed verifier: judge all again by it.")
+    ] = False,
     profile: Annotated[
         str, Option(help="balanced, fast (more memory) or frugal (less, one thread).")
     ] = "balanced",
@@ -70,6 +73,8 @@ def run(
         raise UserError(f"unknown --profile {profile!r}; allowed are {', '.join(PROFILES)}")
     if resume and output is None:
         raise UserError("--resume needs the --output folder of the interrupted run")
+    if rejudge and not resume:
+        raise UserError("--rejudge is for a run whose verifier changed; give it with --resume")
     given = {name: value for name, value in settings.items() if value is not None}
     config = with_threads({**PROFILES[profile], **given}, output if resume else None, nproc)
 
@@ -99,6 +104,7 @@ def run(
             display=ProgressDisplay(quiet=call.quiet or not ranks.is_main()),
             started=psutil.Process().create_time(),
             report_to=report_to,
+            rejudge=rejudge,
         )
     if ranks.is_main():
         give_results(call, record, folder)

@@ -45,11 +45,13 @@ def run(
     started: float | None = None,
     control: Control | None = None,
     report_to: str = "none",
+    rejudge: bool = False,
 ) -> RunRecord:
     """Do the whole run in the folder ``output`` and return its record.
 
     ``started`` is when the clock began (Unix time), if imports are to count; ``control``
-    pauses and stops from another thread; ``report_to`` is one of ``TRACKERS``. Raises
+    pauses and stops from another thread; ``report_to`` is one of ``TRACKERS``;
+    ``rejudge`` lets a resumed run have another verifier, see `run.inputs`. Raises
     UserError for bad input, and Interrupted after Ctrl-C or a stop; then ``resume=True`` with
     the same configuration continues. Several processes (see ``engine.ranks``) share the work;
     rank 0 writes, and each returns the record.
@@ -67,6 +69,7 @@ def run(
                 peak=peak,
                 started=started,
                 report_to=report_to,
+                rejudge=rejudge,
             )
             learner = load(session)
             done = len(session.state.stages)

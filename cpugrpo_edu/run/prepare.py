@@ -42,6 +42,7 @@ from cpugrpo_edu.run.anchors import load_anchor
 from cpugrpo_edu.run.config import RunConfig, check_settings, check_tracker
 from cpugrpo_edu.run.consolidate import check_solutions
 from cpugrpo_edu.run.data import load_data, select_problems
+from cpugrpo_edu.run.inputs import check_inputs, check_prompt, judge_again
 from cpugrpo_edu.run.pause import Control
 from cpugrpo_edu.run.stage import grpo_arguments
 from cpugrpo_edu.run.state import Learner, RunState, Session, load_state
@@ -59,6 +60,7 @@ def prepare(
     peak: PeakMemory,
     started: float,
     report_to: str,
+    rejudge: bool = False,
 ) -> Session:
     """Check all that can be checked before the model is loaded; nothing is written yet."""
     check_settings(config)
@@ -94,6 +96,7 @@ def prepare(
         started=started,
         report_to=report_to,
     )
+    check_inputs(session, rejudge)
     steps = ", ".join(str(stage.steps) for stage in config.stages)
     processes = f", {ranks.size()} processes" if ranks.size() > 1 else ""
     display.message(
@@ -160,6 +163,7 @@ def load(session: Session) -> Learner:
             f"no compiled kernel here ({c_kernel.library()[1]}); using torch's instead"
         )
     check_policy(policy)
+    check_prompt(session, policy)
     read_answers(session, policy)
     check_lengths(session, policy)
     first = snapshot(policy.model)
@@ -176,6 +180,8 @@ def load(session: Session) -> Learner:
     if not state.fingerprint:
         state.fingerprint = state.fingerprint_first = fingerprint(policy.model)
     state.seconds["load"] += time.time() - session.started
+    if session.rejudge:
+        ranks.on_main(lambda: judge_again(session))
     session.save_state()  # the first thing written, so a refused run leaves nothing behind
     log = MetricsLog(session.output / "metrics.jsonl" if ranks.is_main() else os.devnull)
     return Learner(policy, anchor, first, checkpointing, available, log)
@@ -202,7 +208,8 @@ def check_lengths(session: Session, policy: Policy) -> None:
     }
     for question, problem in problems.items():
         # No text has more tokens than bytes, so most need not be tokenized.
-        if rest + len(question.encode()) + config.max_completion > limit:
+        whole = getattr(problem, "messages", None)
+        if whole or rest + len(question.encode()) + config.max_completion > limit:
             length = len(policy.encode_problem(problem))
             require_context(policy.model.config, length, config.max_completion)
 

@@ -100,6 +100,8 @@ def results_of(session: Session, learner: Learner) -> dict[str, Any]:
     }
     if config.scenario:
         results["levels"] = SCENARIOS[config.scenario].levels
+    if state.rejudged:
+        results["verifier_changed"] = state.rejudged
     if evaluations:
         results |= comparisons(config, session.held_out, evaluations, int8)
     return results

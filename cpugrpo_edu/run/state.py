@@ -45,6 +45,10 @@ class RunState:
     """Of the weights before any training."""
     signals: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By stage, what was sampled before it, see `signal_check.Signal`."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """Fingerprints of the data, the verifier and the prompt, see `run.inputs`."""
+    rejudged: list[str] = field(default_factory=list)
+    """When the verifier was replaced, and the evaluations judged again."""
 
     @classmethod
     def new(cls, config: RunConfig) -> RunState:
@@ -72,6 +76,8 @@ class Session:
     started: float
     """When this process began, or last saved the state (Unix time)."""
     report_to: str
+    rejudge: bool = False
+    """Whether the verifier changed, and the evaluations so far are to be judged by the new one."""
 
     @property
     def memory_limit(self) -> int | None:

@@ -318,6 +318,11 @@ def _limits(record: RunRecord) -> list[str]:
             f"Accuracy on {tables[-1]['overall']['n']:,} generated problems of the trained kinds, "
             f"answered {how}: not a measure of reasoning in general."
         )
+    if changed := results.get("verifier_changed"):
+        limits.append(
+            f"The verifier was replaced {', '.join(changed)}. All evaluations were judged by the "
+            "last one, but training before that followed another."
+        )
     compared = results.get("comparisons", {})
     if compared:
         limits.append(
