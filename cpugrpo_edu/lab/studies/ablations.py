@@ -261,12 +261,34 @@ def findings(record: RunRecord) -> list[str]:
     if not tested:
         return ["One seed: no arm can be distinguished from the default."]
     clear = [each for each in tested if each["accuracy_difference"]["p_holm"] < 0.05]
+    rest = [each["accuracy_difference"] for each in tested if each not in clear]
     said = [
         f"{len(clear)} of {len(tested)} arms differ from the default in accuracy after correction "
         "for all of them."
     ]
     said += [f"{e['arm']}: {signed(e['accuracy_difference'])} points." for e in clear]
-    return said
+    if rest:
+        low, high = (f(row[end] for row in rest) for f, end in ((min, "low"), (max, "high")))
+        said.append(
+            "The others were not shown to differ, which is not the same as equal: their intervals "
+            f"reach from {100 * low:+.1f} to {100 * high:+.1f} points."
+        )
+    return [*caution(record), *said]
+
+
+def caution(record: RunRecord) -> list[str]:
+    """What confounds a record whose default had EWC on."""
+    strength = record.config["default"]["ewc_strength"]
+    if not strength:
+        return []
+    without = next((e for e in record.results["arms"] if e["arm"] == "no EWC"), None)
+    cost = f" ({signed(without['accuracy_difference'])} points without it)" if without else ""
+    return [
+        f"**In this record the default has EWC on, at {strength:g}{cost}, and so have all arms but "
+        "those of the factor EWC.** Its pull keeps its size while other arms scale the gradient of "
+        "the reward, so every difference below is one under this brake, and part of it may be "
+        "the brake's. Without EWC, the default of today, the arms have not been measured yet."
+    ]
 
 
 def plot(record: RunRecord) -> Plot:
