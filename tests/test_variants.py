@@ -13,6 +13,7 @@ from cpugrpo_edu.notebook.variant_plots import plot_lines, plot_races, plot_weig
 from cpugrpo_edu.notebook.variants import (
     Critic,
     Race,
+    aim,
     answers,
     at_cost,
     attention,
@@ -358,6 +359,19 @@ def test_dynamic_sampling_spends_more_and_learns_more_a_step():
     plain, dynamic = (skill_race(kind, steps=10, runs=4) for kind in (False, True))
     assert (plain[1][-1] == 10 * 16 * 8).all() and (dynamic[1][-1] > plain[1][-1]).all()
     assert dynamic[0][-1].mean() > plain[0][-1].mean()
+
+
+def test_without_a_baseline_one_prompt_is_aimed_at_exactly_or_not_at_all():
+    hit = aim([0.1], lambda r: r, group=4, options=5, batches=2000, runs=4)
+    assert hit.mean().item() == pytest.approx(1 - 0.9**4, abs=0.02)
+    assert torch.equal(aim([0.1], lambda r: 3 * r, runs=2), aim([0.1], lambda r: r, runs=2))
+
+
+def test_large_groups_aim_at_the_exact_gradient_unless_divided_by_their_deviation():
+    spread = [0.05, 0.5, 0.95]
+    straight = aim(spread, leave_one_out, group=3000, options=3, batches=2, runs=2)
+    bent = aim(spread, group_advantages, group=3000, options=3, batches=2, runs=2)
+    assert straight.min() > 0.99 > bent.max()
 
 
 def test_readings_of_a_race():

@@ -81,8 +81,9 @@ def plot_lines(
         axes = figure.add_subplot(1, len(panels), i + 1)
         for (name, values), (color, style) in zip(lines.items(), LOOKS):
             axes.plot(at, values, color=color, ls=style, marker=marker, ms=4, label=name)
+            first, last = (0.0 if abs(v) < 1e-12 else v for v in (values[0], values[-1]))
             sentences.append(
-                f"{title}, {name}: {values[0]:.3g} at {at[0]:g}, {values[-1]:.3g} at {at[-1]:g}."
+                f"{title}, {name}: {first:.3g} at {at[0]:g}, {last:.3g} at {at[-1]:g}."
             )
         axes.axhline(0, color="black", lw=0.8)
         tidy(axes, title, x, y[i])

@@ -440,6 +440,34 @@ def skill_race(
     return torch.stack(chances), torch.stack(spent)
 
 
+def aim(
+    chances: Sequence[float],
+    grade: Grade,
+    group: int = 8,
+    options: int = 16,
+    batches: int = 200,
+    runs: int = 20,
+    seed: int = 0,
+) -> Tensor:
+    """Mean cosine between a batch's gradient and the exact gradient of the mean success, (R,).
+
+    Each prompt has a policy of its own over ``options`` answers: the right one has the prompt's
+    chance, the wrong ones share the rest. ``grade`` maps rewards (..., prompts, group). A batch
+    without gradient counts 0. Methods with the same seed grade the same samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.tensor(chances, dtype=torch.float64)[:, None]
+    first = (torch.arange(options) == 0).double()
+    policy = torch.where(first == 1, p, (1 - p) / (options - 1))
+    drawn = torch.multinomial(policy, runs * batches * group, True, generator=generator)
+    index = drawn.view(len(p), runs, batches, group).movedim(0, 2)
+    advantages = grade((index == 0).double())
+    scores = torch.nn.functional.one_hot(index, options) - policy[:, None]
+    estimates = (advantages[..., None] * scores).mean(-2).flatten(2)
+    exact = (p * (first - policy)).flatten().expand_as(estimates)
+    return torch.cosine_similarity(estimates, exact, dim=-1, eps=1e-12).mean(1)
+
+
 def at_cost(values: Tensor, spent: Tensor, budget: float) -> Tensor:
     """What each run had reached when it had spent ``budget``, (R,) from (steps + 1, R)."""
     last = (spent <= budget).sum(0) - 1
