@@ -201,3 +201,9 @@ def test_every_command_takes_it(tiny_folder, adapter_only, tmp_path, monkeypatch
         )  # fmt: skip
         assert code == 0, err
         assert load_policy(out / "model")
+    code, said, err = invoke(
+        "run", "--model", folder, "--output", tmp_path / "kl", *steps, *off, *ways, *small,
+        "--beta", "0.1",
+    )  # fmt: skip
+    assert code == 2 and "which is an adapter; train with --lora, or export" in err
+    assert not (tmp_path / "kl").exists()

@@ -10,10 +10,14 @@ from typing import Any
 
 from cpugrpo_edu.errors import UserError
 
+SAID_AFTER = 3
+"""Steps in a row whose completions were all cut, after which the run says so."""
+
 
 @dataclass
 class Guard:
-    """Ends a run that learns nothing, with a sentence that says what to change.
+    """Ends a run that learns nothing, with a sentence that says what to change. It counts on from
+    one stage to the next.
 
     ``patience`` is the number of steps in a row that it accepts; 0 accepts any number, but never
     a NaN loss.
@@ -30,12 +34,12 @@ class Guard:
             raise UserError(
                 "the loss is NaN; lower the learning rate, or train in float32 instead of bfloat16"
             )
-        if not self.patience:
-            return
         equal = metrics.get("frac_reward_zero_std", 0.0) == 1.0
         self.without_signal = self.without_signal + 1 if equal else 0
         cut = metrics.get("completions/clipped_ratio", 0.0) == 1.0
         self.truncated = self.truncated + 1 if cut else 0
+        if not self.patience:
+            return
         if self.truncated >= self.patience:
             raise UserError(
                 f"all completions were cut at the length limit in {self.truncated} steps in a row; "
@@ -48,6 +52,20 @@ class Guard:
                 "nothing can be learned; choose easier problems, a denser reward such as "
                 "valid_steps, more generations or a higher temperature"
             )
+
+    def counts(self) -> dict[str, int]:
+        """What the next stage goes on counting from."""
+        return {"without_signal": self.without_signal, "truncated": self.truncated}
+
+    def warning(self) -> str | None:
+        """What to say now of the last steps, once each time that it begins to be true."""
+        if self.truncated == SAID_AFTER:
+            return (
+                f"all completions of the last {SAID_AFTER} steps were cut at the length limit, "
+                "before their end: raise --max-completion, or check the chat template and the "
+                "end-of-text token"
+            )
+        return None
 
 
 @dataclass

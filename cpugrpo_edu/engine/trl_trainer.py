@@ -556,5 +556,7 @@ class CPUGRPOTrainer(GRPOInternals):
         if "loss" in logs:
             self.on_step({**logs, "step": self.state.global_step})
             self.guard.check(logs)
+            if warning := self.guard.warning():
+                self.say(warning)
             if ranks.agree(self.should_stop()):
                 self.control.should_save = self.control.should_training_stop = True

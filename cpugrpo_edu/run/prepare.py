@@ -25,6 +25,7 @@ from cpugrpo_edu.engine.sizes import (
     fits,
 )
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.adapters import adapter_in
 from cpugrpo_edu.models.load import (
     check_policy,
     default_answer_format,
@@ -44,6 +45,7 @@ from cpugrpo_edu.run.consolidate import check_solutions
 from cpugrpo_edu.run.data import load_data, select_problems
 from cpugrpo_edu.run.inputs import check_inputs, check_prompt, judge_again
 from cpugrpo_edu.run.pause import Control
+from cpugrpo_edu.run.references import check_references
 from cpugrpo_edu.run.stage import grpo_arguments
 from cpugrpo_edu.run.state import Learner, RunState, Session, load_state
 from cpugrpo_edu.show.progress import ProgressDisplay
@@ -158,6 +160,11 @@ def load(session: Session) -> Learner:
     )
     if not config.lora_rank:  # TRL loads the reference of a KL term from here
         policy.model.config._name_or_path = resolve_source(config.model)
+        if config.beta and adapter_in(resolve_source(config.model)):
+            raise UserError(
+                f"a KL term (--beta) needs the weights of {config.model}, which is an adapter; "
+                "train with --lora, or export the model first (cpugrpo export --to merged)"
+            )
     if config.kernel == "compiled" and not c_kernel.available():
         session.display.message(
             f"no compiled kernel here ({c_kernel.library()[1]}); using torch's instead"
@@ -193,6 +200,11 @@ def read_answers(session: Session, policy: Policy) -> None:
     session.problems = [with_answer_format(problems, chosen) for problems in session.problems]
     session.protected = with_answer_format(session.protected, chosen)
     session.held_out = with_answer_format(session.held_out, chosen)
+    training = [
+        p for p, stage in zip(session.problems, session.config.stages, strict=True) if stage.steps
+    ]
+    if warning := check_references([p for part in training for p in part] or session.held_out):
+        session.display.message(warning)
 
 
 def check_lengths(session: Session, policy: Policy) -> None:

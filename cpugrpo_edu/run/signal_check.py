@@ -14,6 +14,7 @@ from cpugrpo_edu.data import Group
 from cpugrpo_edu.engine import ranks
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.run.pause import Interrupted
+from cpugrpo_edu.run.references import unmatched
 from cpugrpo_edu.run.stage import steps_before
 from cpugrpo_edu.run.state import Learner, Session
 from cpugrpo_edu.sample import Sampling, rollout
@@ -37,21 +38,31 @@ class Signal:
     mean_reward: float
     cut: float
     """Share of completions that were cut at the length limit."""
+    unmatched: str | None = None
+    """Where none of the answers is right, one of them beside its reference."""
 
     def __str__(self) -> str:
+        cut = f", {self.cut:.0%} of the completions cut at the limit" if self.cut > 0.5 else ""
         return (
             f"{self.with_signal} of {self.groups} groups sampled before training have a signal "
-            f"(rewards that differ), mean reward {self.mean_reward:.2f}"
+            f"(rewards that differ), mean reward {self.mean_reward:.2f}{cut}"
+            + (f"; {self.unmatched}" if self.unmatched else "")
         )
+
+
+def has_signal(groups: list[Group]) -> int:
+    """Groups whose rewards are not all equal."""
+    return sum(len({e.reward for e in group.episodes}) > 1 for group in groups)
 
 
 def signal_of(groups: list[Group]) -> Signal:
     episodes = [episode for group in groups for episode in group.episodes]
     return Signal(
         groups=len(groups),
-        with_signal=sum(len({e.reward for e in group.episodes}) > 1 for group in groups),
+        with_signal=has_signal(groups),
         mean_reward=sum(e.reward for e in episodes) / len(episodes),
         cut=sum(not e.finished for e in episodes) / len(episodes),
+        unmatched=unmatched(groups),
     )
 
 
@@ -90,7 +101,7 @@ def look(session: Session, learner: Learner, index: int, rounds: int) -> Signal:
         groups += rollout(
             learner.policy, chosen, config.num_generations, sampling, session.rewards, on_done
         )
-        if signal_of(groups).with_signal or time.monotonic() - begun > SECONDS:
+        if has_signal(groups) or time.monotonic() - begun > SECONDS:
             break
     return signal_of(groups)
 
@@ -106,11 +117,12 @@ def without_signal(session: Session, found: Signal) -> str:
             "a warm start (cpugrpo warmstart)"
         )
     longer = " longer completions (--max-completion)," if found.cut > 0.5 else ""
+    example = f" ({found.unmatched})" if found.unmatched else ""
     return (
         f"the run stops before its first step: in none of {found.groups} groups of "
         f"{session.config.num_generations} completions do the rewards differ (their mean is "
-        f"{found.mean_reward:.2f}), so there is nothing to learn from; what helps:{longer} {data}, "
-        "more completions of each prompt (--num-generations) or a higher --temperature; "
+        f"{found.mean_reward:.2f}), so there is nothing to learn from{example}; what helps:"
+        f"{longer} {data}, more completions of each prompt (--num-generations) or a higher --temperature; "
         "--patience 0 trains all the same"
     )
 

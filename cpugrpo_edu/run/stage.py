@@ -12,7 +12,7 @@ from typing import Any
 
 from cpugrpo_edu.curriculum import Stage
 from cpugrpo_edu.engine import int8_base, ranks
-from cpugrpo_edu.engine.guard import RolloutTally
+from cpugrpo_edu.engine.guard import Guard, RolloutTally
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.trl_data import message_text, to_dataset, trl_rewards
 from cpugrpo_edu.engine.trl_trainer import CPUGRPOTrainer, cpu_config
@@ -87,6 +87,7 @@ def end_stage(session: Session, learner: Learner, training: StageTraining) -> di
             f"({stage.learning_rate}) is above 0 and that rewards differ within groups"
         )
     session.state.fingerprint = weights
+    session.state.guard = training.trainer.guard.counts()
     if ranks.size() > 1:
         row["gradient_bytes_per_step"] = training.saver.traffic.bytes_per_step
         row["same_weights"] = len(set(ranks.gather(weights))) == 1
@@ -123,6 +124,7 @@ def make_trainer(session: Session, learner: Learner, index: int) -> CPUGRPOTrain
             session.display.part,
             session.control.should_stop,
         )
+    trainer.guard = Guard(config.patience, **session.state.guard)
     return trainer
 
 

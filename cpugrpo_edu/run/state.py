@@ -47,6 +47,8 @@ class RunState:
     """By stage, what was sampled before it, see `signal_check.Signal`."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """Fingerprints of the data, the verifier and the prompt, see `run.inputs`."""
+    guard: dict[str, int] = field(default_factory=dict)
+    """Steps in a row that `engine.guard.Guard` had counted when the last stage ended."""
     rejudged: list[str] = field(default_factory=list)
     """When the verifier was replaced, and the evaluations judged again."""
 

@@ -25,6 +25,7 @@ READINGS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("entropy", "entropy, nats/token", "{:.3f}".format),
     ("clip_fraction", "clipped tokens", "{:.1%}".format),
     ("completion_length", "length, tokens", "{:.0f}".format),
+    ("clipped_ratio", "cut at the limit", "{:.0%}".format),
     ("frac_zero_std", "zero-variance groups", "{:.0%}".format),
     ("tokens_per_second", "rollout tokens/s", "{:.0f}".format),
     ("rss_bytes", "memory", gib),
@@ -35,6 +36,7 @@ READINGS: list[tuple[str, str, Callable[[Any], str]]] = [
 LOGGED: list[tuple[str, Callable[[Any], str]]] = [
     ("reward", "reward {:.2f}".format),
     ("accuracy", "accuracy {:.0%}".format),
+    ("clipped_ratio", "cut {:.0%}".format),
     ("tokens_per_second", "{:.0f} tokens/s".format),
     ("rss_bytes", lambda n: f"memory {gib(n)}"),
 ]
