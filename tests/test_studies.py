@@ -17,7 +17,14 @@ from lab_fixtures import ARGUMENTS, CHROMIUM, needs_browser
 from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.pieces import Pieces, read_packed
-from cpugrpo_edu.lab.studies import ablations, common, cpu_or_gpu, generalisation, quantization
+from cpugrpo_edu.lab.studies import (
+    ablations,
+    common,
+    cpu_or_gpu,
+    generalisation,
+    quantization,
+    real_model,
+)
 from cpugrpo_edu.lab.studies.registry import STUDIES
 from cpugrpo_edu.lab.studies.setting import Setting
 from cpugrpo_edu.lab.worker import silent
@@ -411,6 +418,49 @@ def test_reduced_generalisation(tmp_path):
         level = record.results["before"][row["kind"]][row["tested"]]
         assert row["difference"] == pytest.approx(row["accuracy"] - level)
     assert not list((tmp_path / "work").glob("**/model.safetensors"))
+
+
+def taken(right, stories, nats, people=()):
+    difficulties = ["basic", "intermediate", "advanced"]
+    exam = {"correct": stories, "difficulties": difficulties}
+    row = {"stories": exam, "people": [], "right": right, "vote": [r > 1 for r in right]}
+    if people:
+        row["people"] = {"correct": list(people), "difficulties": ["basic"] * len(people)}
+    return row | {"difficulties": difficulties, "plain_nats": nats}
+
+
+def test_arms_of_the_real_model_are_compared_with_the_base_by_seed():
+    measured = {
+        "base": [taken([0, 1, 4], [False, False, True], 3.0, (True, False))],
+        "grpo": [
+            taken([0, 4, 4], [False, True, True], 3.1, (True, True)),
+            taken([0, 3, 4], [True, True, True], 3.3, (True, False)),
+        ],
+    }
+    arms = real_model.summary(measured, 4)["arms"]
+    assert arms["base"]["stories"]["all"]["mean"] == pytest.approx(1 / 3)
+    grpo = arms["grpo"]
+    assert grpo["stories"]["all"]["difference"] == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert grpo["stories"]["basic"]["mean"] == 0.5 and grpo["people"]["difference"] == 0.25
+    assert grpo["pass"]["1"]["difference"] == pytest.approx((3 / 4 + 2 / 4) / 2 / 3)
+    assert grpo["pass"]["4"]["difference"] == 0  # nothing that four base answers do not solve
+    assert grpo["vote"]["mean"] == pytest.approx(2 / 3)
+    assert grpo["plain_nats"]["difference"] == pytest.approx(0.2)
+    results = {"arms": arms, "samples": 4}
+    record = new_record("study-real-model", {"seeds": 2}, results)
+    said = real_model.findings(record)
+    assert any("pass@4 is not shown to change" in line for line in said) and len(said) == 4
+    assert "+0.200" in str(real_model.tables(record)[2])
+
+
+@pytest.mark.slow
+def test_reduced_real_model(tmp_path):
+    record, path = run_reduced("real-model", tmp_path)
+    items = read_packed(path.with_name("study-real-model.items.json.gz"))
+    assert set(items) == {"base", "grpo", "sft", "rft"} == set(record.results["arms"])
+    assert all(len(rows) == 1 and len(rows[0]["right"]) == 6 for rows in items.values())
+    nats = {arm: part["plain_nats"]["mean"] for arm, part in record.results["arms"].items()}
+    assert len(set(nats.values())) == 4  # four different models
 
 
 @pytest.mark.slow

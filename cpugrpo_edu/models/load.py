@@ -341,7 +341,11 @@ def add_lora(model: Any, rank: int, seed: int = 0) -> Any:
         # PEFT uses a name that transformers 6 will drop: nothing that a user can act on.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # it corrects that
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    # Saving looks for the base model's config on the hub, to see whether embeddings were resized.
+    for sought in ("Could not find a config file", "Unable to fetch remote file"):
+        warnings.filterwarnings("ignore", sought, UserWarning)
+    return adapted
 
 
 SNAPSHOT_NUMBERS = 65_536

@@ -225,8 +225,14 @@ def config_for(model: str = "bundled", **given: Any) -> RunConfig:
     """The settings of a run of this model: what is ``given``, and defaults that suit the model.
 
     Our own models take those of ``RunConfig``, all others those of ``CHAT_MODEL`` before them, and
-    a scenario has its own. Raises TypeError for a setting that does not exist.
+    a scenario has its own. Raises TypeError for a setting that does not exist, and UserError for
+    domains beside other data.
     """
+    if "domains" in given and given.get("data", "generated") != "generated":
+        raise UserError(
+            f"--domains is for generated problems, but --data is {given['data']}; leave one of "
+            "them out"
+        )
     defaults: dict[str, Any] = {}
     if not is_ours(model):
         defaults |= CHAT_MODEL

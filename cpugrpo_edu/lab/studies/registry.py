@@ -76,6 +76,11 @@ STUDIES = {
             "Does EWC keep what training on something else would erase?",
             ("seeds",),
         ),
+        Study(
+            "real-model",
+            "Does GRPO teach a real chat model, or sharpen it?",
+            ("models", "seeds"),
+        ),
     )
 }
 

@@ -1,0 +1,313 @@
+"""Study: does GRPO teach a real chat model, or sharpen what it can do already?
+
+The chat model is trained with the defaults of `cpugrpo run`. Supervised fine-tuning on worked
+solutions and on the model's own right answers get as many seconds. All of them answer the same
+held-out stories, greedily and 64 times; and problems written by people, if their file is there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from cpugrpo_edu.data import DIFFICULTIES, Problem
+from cpugrpo_edu.evaluate import evaluate
+from cpugrpo_edu.lab.pieces import Pieces
+from cpugrpo_edu.lab.studies.common import (
+    decided_by,
+    packed_evaluation,
+    paired_over_seeds,
+    run_or_resume,
+    signed,
+)
+from cpugrpo_edu.lab.studies.setting import Setting, StudyResult, Table
+from cpugrpo_edu.models.load import load_policy
+from cpugrpo_edu.policy import Policy, token_log_probs
+from cpugrpo_edu.record.pass_at_k import ks, pass_at_k
+from cpugrpo_edu.record.run_record import RunRecord, new_record
+from cpugrpo_edu.run.config import RunConfig, config_for
+from cpugrpo_edu.run.vote import evaluate_samples
+from cpugrpo_edu.run.warmstart import warmstart
+from cpugrpo_edu.run.warmstart_config import WarmstartConfig
+from cpugrpo_edu.sample import Sampling
+from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, VERMILLION, Plot, new_figure, tidy
+from cpugrpo_edu.show.text import percent, verdict
+from cpugrpo_edu.tasks import held_out_problems
+from cpugrpo_edu.tasks.answers import with_answer_format
+from cpugrpo_edu.tasks.custom import load_custom
+
+SEEDS = 3
+BASE, GRPO = "base", "grpo"
+ARMS = {GRPO: "GRPO", "sft": "SFT on worked solutions", "rft": "SFT on own right answers"}
+SAMPLES, SAMPLED_PER_CELL = 64, 67
+PEOPLE = "svamp.jsonl"
+"""Problems written by people, in the work folder: a prompt and an answer a line."""
+PLAIN = Path(__file__).with_name("plain_english.txt")
+TRIAL_STEPS = 8
+
+
+def config_of(model: str, seed: int, reduced: bool) -> RunConfig:
+    if not reduced:
+        return config_for(model, seed=seed)
+    least: dict[str, Any] = {"steps": (1, 0, 0), "prompts_per_step": 4, "max_completion": 64}
+    least |= {"per_cell": 2, "domains": ("arithmetic",), "int8_evaluation": False}
+    return config_for(model, seed=seed, **least)
+
+
+def run(setting: Setting) -> StudyResult:
+    """Train every arm with every seed and measure all of them, each piece once."""
+    model = setting.models[0] if setting.models else ("smollm2", "bundled")[setting.reduced]
+    seeds = setting.seeds or (1 if setting.reduced else SEEDS)
+    pieces = Pieces(setting.work, "real-model", decided_by(setting, model=model))
+    exam = Exam.of(config_of(model, 0, setting.reduced), setting)
+    measured = {BASE: [pieces.once(BASE, partial(exam.take, model))]}
+    seconds = []
+    for seed in range(seeds):
+        config = config_of(model, seed, setting.reduced)
+        place = pieces.folder / f"seed{seed}"
+        setting.say(f"seed {seed}: {ARMS[GRPO]}")
+        record = run_or_resume(config, place / GRPO, setting.say, keep=("model",))
+        seconds.append(record.results["seconds"]["train"])
+        for arm in ARMS:
+            if arm != GRPO:
+                setting.say(f"seed {seed}: {ARMS[arm]}")
+                trained_for(seconds[-1], arm, config, place, setting)
+            folder = place / arm / "model" if arm == GRPO else place / arm
+            row = pieces.once(f"{arm}-{seed}", partial(exam.take, str(folder)))
+            measured.setdefault(arm, []).append(row)
+    results = summary(measured, exam.samples) | {"train_seconds": seconds}
+    about = {"model": model, "seeds": seeds, "reduced": setting.reduced, "samples": exam.samples}
+    about |= {"run": asdict(config_of(model, 0, setting.reduced)), "people": len(exam.people)}
+    return StudyResult(new_record("study-real-model", about, results), measured)
+
+
+# Training
+
+
+def trained_for(seconds: float, arm: str, run: RunConfig, place: Path, setting: Setting) -> None:
+    """Fine-tune in ``place/arm`` for about ``seconds``, sampling included; done before: nothing.
+
+    A short trial says how many steps that is, so that the learning rate falls to 0 in time.
+    """
+    if (place / arm / "record.json").exists():
+        return
+    problems = 8 if setting.reduced else {"sft": 4096, "rft": 512}[arm]
+    config = WarmstartConfig(
+        run.model,
+        arm,
+        run.seed,
+        domains=run.domains,
+        answer_format=run.answer_format,
+        problems=problems,
+        max_completion=run.max_completion,
+        temperature=run.temperature,
+        lora_rank=run.lora_rank or 16,
+    )
+    share = 1 if setting.reduced else 8
+    trial = replace(config, steps=TRIAL_STEPS, problems=problems // share)
+    took = warmstarted(trial, place / f"{arm}-trial")
+    steps = (seconds - share * took["prepare"]) / (took["train"] / TRIAL_STEPS)
+    warmstarted(replace(config, steps=max(1, round(steps))), place / arm)
+
+
+def warmstarted(config: WarmstartConfig, folder: Path) -> dict[str, float]:
+    shutil.rmtree(folder, ignore_errors=True)  # interrupted halfway
+    found: dict[str, float] = warmstart(config, folder).results["seconds"]
+    return found
+
+
+# Measuring
+
+
+class Exam:
+    """What every model is asked, and how."""
+
+    def __init__(
+        self, stories: list[Problem], few: list[Problem], people: list[Problem], run: RunConfig
+    ):
+        self.stories, self.few, self.people, self.run = stories, few, people, run
+        self.samples = SAMPLES if run.per_cell >= SAMPLED_PER_CELL else 4
+
+    @classmethod
+    def of(cls, run: RunConfig, setting: Setting) -> Exam:
+        form = run.answer_format or "last-number"
+
+        def ask(per_cell: int) -> list[Problem]:
+            return with_answer_format(held_out_problems(per_cell, run.domains), form)
+
+        path = setting.work / PEOPLE
+        people = with_answer_format(load_custom(path), form) if path.exists() else []
+        if not people:
+            setting.say(f"no {path}: problems written by people are left out")
+        return cls(ask(run.per_cell), ask(min(SAMPLED_PER_CELL, run.per_cell)), people, run)
+
+    def take(self, model: str) -> dict[str, Any]:
+        """Everything measured of a model, without its texts."""
+        policy = load_policy(model, dtype=self.run.weights)
+        limit = self.run.max_completion
+        greedy = Sampling(limit, temperature=0.0)
+        several = Sampling(limit, self.run.temperature, seed=1)
+        sampled = evaluate_samples(policy, self.few, model, self.samples, several)
+        return {
+            "stories": packed_evaluation(evaluate(policy, self.stories, model, greedy)),
+            "people": self.people
+            and packed_evaluation(evaluate(policy, self.people, model, greedy)),
+            "right": [sum(row) for row in sampled.correct],
+            "vote": sampled.majority_correct,
+            "difficulties": sampled.difficulties,
+            "plain_nats": plain_nats(policy),
+        }
+
+
+@torch.no_grad()
+def plain_nats(policy: Policy) -> float:
+    """Mean negative log-likelihood of plain English sentences, in nats a token."""
+    total, count = 0.0, 0
+    for line in PLAIN.read_text(encoding="utf-8").splitlines():
+        ids = policy.tokenizer.encode(line, add_special_tokens=False)
+        row = torch.tensor([ids])
+        logps = token_log_probs(policy.model, row[:, :1], row[:, 1:], torch.ones_like(row))
+        total, count = total - float(logps.sum()), count + len(ids) - 1
+    return total / count
+
+
+# Results
+
+
+def accuracy(row: Mapping[str, Any], exam: str, level: str = "all") -> float:
+    """Share right in the greedy exam "stories" or "people", of one difficulty or all."""
+    found = row[exam]
+    pairs = zip(found["correct"], found["difficulties"], strict=True)
+    return fmean(right for right, each in pairs if level in ("all", each))
+
+
+def pass_rate(row: Mapping[str, Any], k: int, n: int) -> float:
+    return fmean(pass_at_k(n, right, k) for right in row["right"])
+
+
+def summary(measured: Mapping[str, Sequence[Mapping[str, Any]]], n: int) -> dict[str, Any]:
+    """Each arm's difference from the base model, paired by seed; one base for all seeds.
+
+    ``n`` completions of each problem were sampled.
+    """
+    [base] = measured[BASE]
+    found: dict[str, Any] = {"samples": n, "arms": {}}
+    for arm, rows in measured.items():
+        part: dict[str, Any] = {"stories": {}, "pass": {}}
+        for level in (*DIFFICULTIES, "all"):
+            part["stories"][level] = against(
+                base, rows, partial(accuracy, exam="stories", level=level)
+            )
+        if base["people"]:
+            part["people"] = against(base, rows, partial(accuracy, exam="people"))
+        for k in ks(n):
+            part["pass"][str(k)] = against(base, rows, partial(pass_rate, k=k, n=n))
+        part["vote"] = against(base, rows, lambda row: fmean(row["vote"]))
+        part["plain_nats"] = against(base, rows, lambda row: row["plain_nats"])
+        found["arms"][arm] = part
+    return found
+
+
+def against(base: Any, rows: Sequence[Any], measure: Any) -> dict[str, Any]:
+    values = [measure(row) for row in rows]
+    return {"mean": fmean(values), **paired_over_seeds([measure(base)] * len(values), values)}
+
+
+# Tables, findings and plot
+
+
+def tables(record: RunRecord) -> list[Table]:
+    arms = record.results["arms"]
+    names = {BASE: "before training", **ARMS}
+
+    def line(arm: str, row: Mapping[str, Any]) -> str:
+        return percent(row["mean"]) + ("" if arm == BASE else f", {signed(row)}")
+
+    levels = (*DIFFICULTIES, "all")
+    greedy = [
+        [names[a], *(line(a, p["stories"][x]) for x in levels)]
+        + ([line(a, p["people"])] if "people" in p else [])
+        for a, p in arms.items()
+    ]
+    people = ["written by people"] if "people" in arms[BASE] else []
+    ladder = list(arms[BASE]["pass"])
+    passes = [
+        [names[a], *(line(a, p["pass"][k]) for k in ladder), line(a, p["vote"])]
+        for a, p in arms.items()
+    ]
+    plain = [
+        [
+            names[a],
+            f"{p['plain_nats']['mean']:.3f}",
+            "" if a == BASE else nats_text(p["plain_nats"]),
+        ]
+        for a, p in arms.items()
+    ]
+    seeds = record.config["seeds"]
+    over = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    return [
+        (
+            f"Greedy answers: share right, and points more than before (95 % t interval, {over})",
+            ["Model", *levels, *people],
+            greedy,
+        ),
+        (
+            f"Sampled answers: pass@k and the majority vote of {record.results['samples']}",
+            ["Model", *(f"pass@{k}" for k in ladder), "majority"],
+            passes,
+        ),
+        ("Plain English: nats a token, and the change", ["Model", "nats", "change"], plain),
+    ]
+
+
+def nats_text(row: Mapping[str, Any]) -> str:
+    if row["low"] is None:
+        return f"{row['difference']:+.3f} (no interval)"
+    return f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+
+
+def findings(record: RunRecord) -> list[str]:
+    """What the record says, in sentences."""
+    if record.config["seeds"] < 2:
+        return ["One seed: no interval, so nothing can be distinguished from chance."]
+    said = []
+    for arm, part in record.results["arms"].items():
+        if arm == BASE:
+            continue
+        first, *_, last = part["pass"].items()
+        for what, row in (
+            ("greedy accuracy on held-out stories", part["stories"]["all"]),
+            *([("accuracy on problems by people", part["people"])] if "people" in part else []),
+            *((f"pass@{k}", row) for k, row in (first, last)),
+        ):
+            word = verdict(row["low"], row["high"], "rises", "falls")
+            said.append(f"{ARMS[arm]}: {what} {word} ({signed(row)} points).")
+    return said
+
+
+def plot(record: RunRecord) -> Plot:
+    """pass@k of every arm, mean over seeds."""
+    figure = new_figure(6.5, 3.2)
+    axes = figure.add_subplot()
+    words = []
+    looks = ((GREY, "-", "o"), (BLUE, "-", "s"), (VERMILLION, "--", "^"), (GREEN, ":", "D"))
+    for (arm, part), (colour, dashes, marker) in zip(
+        record.results["arms"].items(), looks, strict=True
+    ):
+        name = ARMS.get(arm, "before training")
+        k = [int(each) for each in part["pass"]]
+        share = [row["mean"] for row in part["pass"].values()]
+        axes.plot(k, share, dashes, marker=marker, ms=4, color=colour, label=name)
+        words.append(f"{name} from {share[0]:.0%} at k = 1 to {share[-1]:.0%} at k = {k[-1]}")
+    axes.set_xscale("log", base=2)
+    axes.set(xticks=k, xticklabels=[str(each) for each in k], ylim=(0, 1))
+    axes.legend(frameon=False, fontsize=8)
+    tidy(axes, "At least one of k answers right", "k", "share of the problems")
+    return Plot(figure, f"pass@k: {'; '.join(words)}.")
