@@ -560,3 +560,15 @@ def test_ablations_say_what_confounds_them_and_how_wide_their_nulls_are():
     free = copy.deepcopy(record)
     free.config["default"]["ewc_strength"] = 0.0
     assert "EWC on" not in "\n".join(ablations.findings(free))
+
+
+def test_the_pages_that_compare_runs_with_and_without_ewc_say_what_the_records_say():
+    """claims.md and seed_map.md: in the default stages EWC cost accuracy."""
+    gains = {
+        arm: [
+            RunRecord.load(path).results["comparisons"]["after vs before"]["overall"]["difference"]
+            for path in sorted((ROOT / "records").glob(f"run-seed?-{arm}.json"))
+        ]
+        for arm in ("ewc", "no-ewc")
+    }
+    assert common.paired_over_seeds(gains["no-ewc"], gains["ewc"])["high"] < 0

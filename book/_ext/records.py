@@ -388,7 +388,7 @@ PLOTS: dict[str, Callable[[], Plot | None]] = {
     "differences": plot_differences,
     "stages": plot_stages,
     "reward": plot_reward,
-    "accuracy": lambda: plot_accuracy(runs(True)[0]),
+    "accuracy": lambda: plot_accuracy(runs(False)[0]),
     "bench-b1": lambda: plot_benchmark("bench-b1"),
     "bench-rollout": lambda: plot_benchmark("bench-rollout"),
     "bench-sweep": lambda: plot_benchmark("bench-sweep"),
