@@ -123,12 +123,10 @@ def test_strong_springs_freeze_and_none_are_the_first_stage():
 
 def test_measures_by_hand():
     """One problem a task: learned, then kept or lost."""
-    stages = ["00000", "10000", "01000", "11100", "10010", "01011"]
-    found = forgetting.measures(stages)
-    assert found["end"] == pytest.approx(3 / 5) and found["learned"] == 1.0
-    # peaks before the end 1, 1, 1, 1; at the end 0, 1, 0, 1
-    assert found["forgotten"] == pytest.approx(0.5)
-    assert found["tasks"] == [0, 1, 0, 1, 1]
+    found = forgetting.measures(["00000", "10000", "00000", "11100", "10010", "01011"])
+    # just learned 1, 0, 1, 1, 1; at the end 0, 1, 0, 1, 1
+    assert found["learned"] == pytest.approx(4 / 5) and found["end"] == pytest.approx(3 / 5)
+    assert found["lost"] == pytest.approx(1 / 5) and found["tasks"] == [0, 1, 0, 1, 1]
     assert forgetting.choose({"exact": {0.1: 0.4, 1.0: 0.6, 3.0: 0.5}}) == {"exact": 1.0}
 
 
@@ -146,6 +144,9 @@ def test_differences_are_paired_by_seed():
     assert arms["exact"]["minus_none"]["low"] == pytest.approx(0.4)  # the same in both seeds
     assert arms["uniform"]["exact_minus_it"]["difference"] == pytest.approx(0.2)
     assert arms["none"]["end"]["mean"] == pytest.approx(0.3)
+    # Nothing was right before the last stage, whose own task is never learned.
+    assert arms["exact"]["learned_minus_none"]["difference"] == 0
+    assert arms["exact"]["lost_minus_none"]["difference"] == pytest.approx(-0.4)
 
 
 def test_the_reduced_study_leaves_the_seeds_of_the_full_one_alone():
@@ -154,3 +155,17 @@ def test_the_reduced_study_leaves_the_seeds_of_the_full_one_alone():
     spared = [*forgetting.seeds_of(reduced), *forgetting.grid_of(True)[2]]
     assert len(used) == len(set(used)) and not set(used) & set(spared)
     assert len(forgetting.seeds_of(full)) >= 8
+
+
+@pytest.mark.slow
+def test_reduced_study_agrees_with_its_items_and_resumes(tmp_path, monkeypatch):
+    setting = forgetting.Setting(reduced=True, work=tmp_path)
+    result = forgetting.run(setting)
+    for name, arm in result.record.results["arms"].items():
+        last = [stages[-1] for stages in result.items["correct"][name]]
+        right = [text.count("1") / len(result.items["answers"]) for text in last]
+        assert arm["end"]["values"] == pytest.approx(right)
+    assert all(rows for _, _, rows in forgetting.tables(result.record))
+    assert forgetting.findings(result.record) and len(forgetting.plot(result.record).alt) > 60
+    monkeypatch.setattr(forgetting, "learn_in_a_row", lambda *_: pytest.fail("it ran again"))
+    assert forgetting.run(setting).record.results == result.record.results

@@ -31,7 +31,7 @@ from cpugrpo_edu.lab.studies.common import decided_by, paired_over_seeds, signed
 from cpugrpo_edu.lab.studies.setting import Setting, StudyResult, Table
 from cpugrpo_edu.record.run_record import RunRecord, new_record
 from cpugrpo_edu.record.stats import over_seeds
-from cpugrpo_edu.show.palette import BLUE, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
+from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
 from cpugrpo_edu.show.text import verdict
 
 SEEDS = 12
@@ -80,15 +80,13 @@ def accuracies(stages: Sequence[str]) -> Tensor:
 
 
 def measures(stages: Sequence[str]) -> dict[str, Any]:
-    """What became of one policy; ``forgotten`` is best since taught minus end (Chaudhry 2018)."""
+    """What became of one policy: means over the tasks, with ``end = learned - lost``.
+
+    ``learned`` is a task's accuracy right after its stage, ``lost`` what is gone of it at the end.
+    """
     table = accuracies(stages)
-    taught = range(len(TASKS) - 1)
-    return {
-        "end": float(table[-1].mean()),
-        "learned": float(table[1:].diagonal().mean()),
-        "forgotten": fmean(float(table[t + 1 : -1, t].max() - table[-1, t]) for t in taught),
-        "tasks": table[-1].tolist(),
-    }
+    end, learned = float(table[-1].mean()), float(table[1:].diagonal().mean())
+    return {"end": end, "learned": learned, "lost": learned - end, "tasks": table[-1].tolist()}
 
 
 def train(arms: Sequence[Arm], seeds: Sequence[int], setting: Setting) -> list[list[list[str]]]:
@@ -159,23 +157,29 @@ def summarize(
 ) -> dict[str, Any]:
     """Measures by arm with t intervals over seeds, and differences paired by seed.
 
-    ``{"arms": {name: {"end", "learned", "forgotten": {"mean", "low", "high", "values"},
-    "tasks", "minus_none", "minus_uniform"}}, "choice": {variant: [[lambda, accuracy], ...]}}``.
+    ``{"arms": {name: {"end", "learned", "lost": {"mean", "low", "high", "values"}, "tasks",
+    "minus_none", "minus_uniform", "exact_minus_it", "learned_minus_none", "lost_minus_none"}},
+    "choice": {variant: [[lambda, accuracy], ...]}}``; without a name all are about the end.
     """
     found = {name: [measures(stages) for stages in runs] for name, runs in strings.items()}
-    ends = {name: [row["end"] for row in rows] for name, rows in found.items()}
+
+    def gap(base: str, arm: str, key: str = "end") -> dict[str, Any]:
+        return paired_over_seeds(*([row[key] for row in found[name]] for name in (base, arm)))
+
     arms: dict[str, Any] = {}
     for name, rows in found.items():
         arm: dict[str, Any] = {
-            key: with_interval([row[key] for row in rows])
-            for key in ("end", "learned", "forgotten")
+            key: with_interval([row[key] for row in rows]) for key in ("end", "learned", "lost")
         }
         arm["tasks"] = [fmean(each) for each in zip(*(row["tasks"] for row in rows), strict=True)]
-        for base in (NONE, UNIFORM):
-            if name != base:
-                arm[f"minus_{base}"] = paired_over_seeds(ends[base], ends[name])
+        if name != NONE:
+            arm["minus_none"] = gap(NONE, name)
+            for key in ("learned", "lost"):
+                arm[f"{key}_minus_none"] = gap(NONE, name, key)
+        if name != UNIFORM:
+            arm["minus_uniform"] = gap(UNIFORM, name)
         if name != EXACT:
-            arm["exact_minus_it"] = paired_over_seeds(ends[name], ends[EXACT])
+            arm["exact_minus_it"] = gap(name, EXACT)
         arms[name] = arm
     choice = {name: [[x, y] for x, y in curve.items()] for name, curve in curves.items()}
     return {"arms": arms, "choice": choice}
@@ -191,6 +195,12 @@ def with_interval(values: Sequence[float]) -> dict[str, Any]:
 # Tables, findings and plot
 
 
+def arms_in_order(record: RunRecord) -> dict[str, Any]:
+    """Without Fisher first; JSON sorts them by name."""
+    arms = record.results["arms"]
+    return {name: arms[name] for name in (NONE, REPLAY, JOINT, *VARIANTS) if name in arms}
+
+
 def percent_of(row: Mapping[str, Any]) -> str:
     text = f"{100 * row['mean']:.1f}"
     return (
@@ -201,23 +211,25 @@ def percent_of(row: Mapping[str, Any]) -> str:
 
 
 def tables(record: RunRecord) -> list[Table]:
-    arms, chosen = record.results["arms"], record.config["chosen"]
+    arms, chosen = arms_in_order(record), record.config["chosen"]
     rows = [
         [
             name,
             f"{chosen[name]:g}" if name in chosen else "–",
-            *(percent_of(arm[key]) for key in ("end", "learned", "forgotten")),
+            percent_of(arm["end"]),
+            # Joint training practises a task in other stages too: none is learned in its own.
+            *("–" if name == JOINT else percent_of(arm[key]) for key in ("learned", "lost")),
             *(signed(arm[key]) if key in arm else "" for key in ("minus_none", "minus_uniform")),
         ]
         for name, arm in arms.items()
     ]
-    header = ["Arm", "Lambda", "End, %", "Just learned, %", "Forgotten, points"]
+    header = ["Arm", "Lambda", "End, %", "Just learned, %", "Lost since, points"]
     header += ["End minus none", "End minus uniform"]
     tasks = [[n, *(f"{100 * x:.0f}" for x in arm["tasks"])] for n, arm in arms.items()]
     strengths = [x for x, _ in record.results["choice"][EXACT]]
+    curves = record.results["choice"]
     choice = [
-        [name, *(f"{100 * y:.0f}" for _, y in curve)]
-        for name, curve in record.results["choice"].items()
+        [name, *(f"{100 * y:.0f}" for _, y in curves[name])] for name in VARIANTS if name in curves
     ]
     return [
         ("Mean over the five tasks, with 95 % t intervals over seeds", header, rows),
@@ -252,6 +264,9 @@ def findings(record: RunRecord) -> list[str]:
     return [
         f"Springs with the exact Fisher {helps}: {signed(primary)} points at the end against "
         "no protection (primary).",
+        "Its two parts (not registered): right after each task's own stage "
+        f"{signed(arms[EXACT]['learned_minus_none'])}, in what is lost since "
+        f"{signed(arms[EXACT]['lost_minus_none'])}.",
         f"The Fisher's shape {beats}: {signed(shape)} points (secondary).",
         f"Of what all tasks trained together reach ({percent_of(arms[JOINT]['end'])} %), no "
         f"protection reaches {percent_of(arms[NONE]['end'])} %, replay "
@@ -259,15 +274,22 @@ def findings(record: RunRecord) -> list[str]:
     ]
 
 
+LOOKS = {
+    EXACT: (BLUE, "o-"),
+    UNIFORM: (ORANGE, "s--"),
+    "uniform, attention tenfold": (VERMILLION, "^:"),
+    "uniform, MLP tenfold": (GREEN, "D-."),
+}
+
+
 def plot(record: RunRecord) -> Plot:
     """Accuracy at the end of every arm, a dot a seed; and by lambda on the choice seeds."""
-    arms = record.results["arms"]
-    figure = new_figure(7.4, 3.6)
+    figure = new_figure(7.4, 3.8)
     left, right = figure.subplots(1, 2)
+    arms = arms_in_order(record)
     facts = []
     for y, (name, arm) in enumerate(arms.items()):
-        end = arm["end"]
-        colour = {EXACT: BLUE, UNIFORM: ORANGE, NONE: VERMILLION}.get(name, GREY)
+        end, (colour, _) = arm["end"], LOOKS.get(name, (GREY, ""))
         left.plot(end["values"], [y] * len(end["values"]), "o", ms=3, color=colour, alpha=0.5)
         if end["low"] is not None:
             left.plot([end["low"], end["high"]], [y + 0.25] * 2, color=colour)
@@ -277,12 +299,14 @@ def plot(record: RunRecord) -> Plot:
     left.invert_yaxis()
     left.set_xlim(0, 1)
     tidy(left, "At the end", "mean accuracy over five tasks", grid="x")
-    for name, curve in record.results["choice"].items():
-        colour = {EXACT: BLUE, UNIFORM: ORANGE}.get(name, GREY)
-        right.semilogx(*zip(*curve, strict=True), "o-", ms=3, color=colour)
-        best = max(curve, key=lambda point: point[1])
-        right.annotate(name.replace("_", " "), best, (2, 3), textcoords="offset points", size=7)
+    others = "other Fishers, and Lightning"
+    for name, curve in sorted(record.results["choice"].items(), key=lambda x: x[0] in LOOKS):
+        colour, look = LOOKS.get(name, (GREY, "-"))
+        label = name if name in LOOKS else others
+        right.semilogx(*zip(*curve, strict=True), look, ms=4, color=colour, label=label)
+        others = ""
     right.set_ylim(0, 1)
+    right.legend(frameon=False, fontsize=7, loc="lower left")
     tidy(right, "By lambda, on other seeds", "lambda", "")
     return Plot(
         figure,
