@@ -1,7 +1,6 @@
 """Evaluate a policy on held-out problems: exact match and step scores for every item.
 
-Every model gets the same problems in the same order, so two evaluations are paired. Confidence
-intervals and tests are in ``record.stats``.
+All models get the same problems in the same order: evaluations are paired, see `record.stats`.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def evaluate(
     groups = rollout(policy, problems, 1, sampling, on_done=on_done)
     episodes = [group.episodes[0] for group in groups]
     texts = [episode.text for episode in episodes]
-    judged = list(zip(problems, texts, strict=True))
+    grades = [problem.grade(text) for problem, text in zip(problems, texts, strict=True)]
     return Evaluation(
         label=label,
         seed=sampling.seed,
@@ -44,8 +43,9 @@ def evaluate(
         item_ids=[problem.id for problem in problems],
         domains=[problem.domain for problem in problems],
         difficulties=[problem.difficulty for problem in problems],
-        correct=[problem.verify(text) for problem, text in judged],
-        step_score=[problem.check_steps(text).score for problem, text in judged],
+        correct=[grade == 1 for grade in grades],
+        grade=grades,
+        step_score=[p.check_steps(text).score for p, text in zip(problems, texts, strict=True)],
         tokens=[len(episode.completion_ids) for episode in episodes],
         finished=[episode.finished for episode in episodes],
         completions=texts,

@@ -23,7 +23,7 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab import estimate
 from cpugrpo_edu.models.load import SYSTEM_PROMPT
 from cpugrpo_edu.rewards import REWARDS
-from cpugrpo_edu.run.config import flag_of
+from cpugrpo_edu.run.config import RunConfig, config_for, flag_of
 from cpugrpo_edu.run.pause import Interrupted
 from cpugrpo_edu.tasks import split_of
 
@@ -203,6 +203,63 @@ def test_evaluate_reads_answers_as_the_model_writes_them(
     code, out, _ = invoke("evaluate", "--model", folder, *data, *flags)
     assert code == 0 and round(3 * json.loads(out)["overall"]["accuracy"]) == right
     assert asked == [SYSTEM_PROMPT if form == "hash" else None]
+
+
+def own_sums(folder, count=60):
+    rows = [{"prompt": f"What is {i} + 1?", "answer": f"{i + 1}"} for i in range(count)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "sums.jsonl"
+
+
+def test_evaluate_says_how_many_of_your_problems_it_evaluates(tiny_folder, tmp_path):
+    data = own_sums(tmp_path)
+    held_out = sum(split_of(f"What is {i} + 1?") == "eval" for i in range(60))
+    common = ("evaluate", "--model", tiny_folder, "--data", data, "--max-completion", 2, "--json")
+    code, out, err = invoke(*common)
+    assert code == 0 and json.loads(out)["overall"]["n"] == held_out < 60
+    assert f"evaluating {held_out} of 60 problems of {data}" in err and "--all" in err
+    code, out, err = invoke(*common, "--all")
+    assert code == 0 and json.loads(out)["overall"]["n"] == 60 and "evaluating" not in err
+    assert "--all is for your own data" in refused("evaluate", "--model", tiny_folder, "--all")
+    for command in (("evaluate",), ("run",), ("warmstart",)):
+        words = refused(*command, "--model", tiny_folder, "--data", data, "--domains", "lists")
+        assert "--domains is for generated problems" in words
+
+
+def test_grades_and_full_marks_are_two_numbers(tiny_folder, tmp_path):
+    (tmp_path / "judge.py").write_text(
+        "def judge(problem, completion):\n    return [0, 0.25, 1][int(problem.answer) % 3]\n"
+    )
+    common = ("evaluate", "--model", tiny_folder, "--data", own_sums(tmp_path), "--all", "--quiet")
+    common += ("--verifier", f"{tmp_path / 'judge.py'}:judge", "--max-completion", 2)
+    code, out, _ = invoke(*common, "--json")
+    found = json.loads(out)["overall"]
+    assert code == 0 and (found["accuracy"], found["grade"]) == (1 / 3, pytest.approx(1.25 / 3))
+    code, out, _ = invoke(*common)
+    assert "full marks in %" in out and "with full marks; mean grade 0.417" in out
+
+
+def test_evaluate_has_the_defaults_of_run(tiny_folder, tmp_path, monkeypatch):
+    """For a model that is not ours, and for one that learned to state its answers in a way."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "chat")
+    settings = json.loads((folder / "config.json").read_text()) | {"cpugrpo_format": False}
+    seen = []
+
+    def answer(policy, problems, n, sampling, on_done):
+        seen.append((problems[0].domain, problems[0].answer_format, sampling.max_new_tokens))
+        return [Group([1], [Episode(text="5")], problem) for problem in problems]
+
+    monkeypatch.setattr("cpugrpo_edu.evaluate.rollout", answer)
+    for more in ({}, {"cpugrpo_answer_format": "boxed"}):
+        (folder / "config.json").write_text(json.dumps({**settings, **more}))
+        assert invoke("evaluate", "--model", folder, "--per-cell", 1, "--quiet")[0] == 0
+    wanted = config_for("someone/model")
+    assert seen == [
+        (wanted.domains[0], wanted.answer_format, wanted.max_completion),
+        (wanted.domains[0], "boxed", wanted.max_completion),
+    ]
+    assert invoke("evaluate", "--model", tiny_folder, "--per-cell", 1, "--quiet")[0] == 0
+    assert seen[2] == ("arithmetic", "hash", RunConfig().max_completion)
 
 
 # Runs
@@ -387,8 +444,9 @@ def test_every_setting_has_a_flag_that_reaches_the_run(monkeypatch, tmp_path):
 
     monkeypatch.setattr("cpugrpo_edu.run.pipeline.run", stop)
     given = {
-        "model": "a/b", "seed": 1, "data": "c", "verifier": "d", "domains": ("lists", "parity"),
-        "system": "e", "answer_format": "boxed", "order": "mixed", "steps": (1, 2, 3),
+        "model": "a/b", "seed": 1, "data": "c", "verifier": "d", "prompt_column": "f",
+        "answer_column": "g", "domains": ("lists", "parity"), "system": "e",
+        "answer_format": "boxed", "order": "mixed", "steps": (1, 2, 3),
         "learning_rates": (0.1, 0.1, 0.1),
         "replay": 0.5, "prompts_per_step": 2, "num_generations": 3, "max_completion": 4,
         "temperature": 0.5, "beta": 0.25, "loss_type": "grpo", "importance_level": "sequence",
@@ -409,8 +467,14 @@ def test_every_setting_has_a_flag_that_reaches_the_run(monkeypatch, tmp_path):
         else:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             arguments += [flag, written.get(name, text)]
-    assert invoke("run", "--quiet", "--output", tmp_path, *arguments)[0] == 130
-    assert dataclasses.asdict(asked[0]) == given
+    for without in ("domains", "data"):  # one has no use for the other
+        at = arguments.index(flag_of(without))
+        some = arguments[:at] + arguments[at + 2 :]
+        assert invoke("run", "--quiet", "--output", tmp_path, *some)[0] == 130
+        found = dataclasses.asdict(asked.pop())
+        default = found.pop(without)
+        assert default != given[without]
+        assert found == {name: value for name, value in given.items() if name != without}
 
 
 def test_every_command_knows_json_and_quiet():

@@ -505,6 +505,15 @@ def test_auto_trains_in_float32(config, tmp_path, no_report, monkeypatch, lora_r
     assert (trained, held) == ({torch.float32}, wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("native", [True, False])
+def test_the_record_says_which_type_auto_chose(config, tmp_path, no_report, monkeypatch, native):
+    monkeypatch.setattr("cpugrpo_edu.models.load.native_bfloat16", lambda: native)
+    record = run(small(config, dtype="auto", lora_rank=2), tmp_path / "out")
+    detail = record.results["components"]["memory_efficient_loading"]["detail"]
+    assert detail["dtype"] == ("bfloat16" if native else "float32")
+
+
 def test_too_few_problems_show_before_anything_is_trained(config, tmp_path):
     config = small(config, domains=("algebra",), steps=(1, 0, 5000))
     with pytest.raises(UserError, match="distinct basic algebra problems"):
@@ -623,6 +632,15 @@ def test_prompts_and_verifier_of_ones_own(config, tmp_path, no_report):
     record = run(config, tmp_path / "out")
     domains = {s["domain"] for s in record.results["samples"]}
     assert domains == {"custom"} and record.results["weights_changed"]["changed"]
+    # The mean grade and the share of full marks are two numbers.
+    [row] = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert row["grade"] == pytest.approx(row["reward"]) and 0 <= row["accuracy"] < row["grade"]
+    assert (8 * row["accuracy"]).is_integer()
+    overall = record.results["evaluations"][0]["table"]["overall"]
+    before = load_evaluation(tmp_path / "out" / "evaluations" / "before.json.gz")
+    assert before.grade == [len(text) % 5 / 4 for text in before.completions]
+    assert overall["grade"] == pytest.approx(sum(before.grade) / len(before.grade))
+    assert overall["accuracy"] == sum(grade == 1 for grade in before.grade) / len(before.grade)
 
     judge.write_text("def judge(problem, completion):\n    return problem.nonsense\n")
     with pytest.raises(UserError, match="judge failed on problem .*AttributeError"):

@@ -326,6 +326,28 @@ def test_limits_follow_the_run(tmp_path, undrawn):
     assert "not the same as no difference" in text and "temperature 0.7" in text
 
 
+def test_own_data_are_not_called_generated(tmp_path, undrawn):
+    record = full_record()
+    assert "generated problems" in write_report(record, tmp_path)[0].read_text()
+    record.config["data"] = "mine.jsonl"
+    text = write_report(record, tmp_path)[0].read_text()
+    assert "generated problems" not in text and "180 held-out problems of mine.jsonl" in text
+
+
+def test_grades_of_a_verifier_are_named_beside_the_full_marks(tmp_path, undrawn):
+    record = full_record()
+    text = write_report(record, tmp_path)[0].read_text()
+    assert "Mean grade" not in text and "mean grade" not in text and "Exact-match" in text
+    for entry, grade in zip(record.results["evaluations"], (0.5, 0.9, 0.8, 0.7, 0.7), strict=True):
+        entry["table"]["overall"]["grade"] = grade
+    text = write_report(record, tmp_path)[0].read_text()
+    assert "Share of full marks with" in text and "Mean grade" in text
+    table = text[text.index("| Mean grade |") :]
+    grades = [row.split("|")[-2].strip() for row in table.splitlines()[2:7]]
+    assert grades == ["0.500", "0.900", "0.800", "0.700", "0.700"]
+    assert "The mean grade is 0.500 before and 0.700 after, and accuracy the share of" in text
+
+
 # Plots
 
 

@@ -16,10 +16,13 @@ from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.evaluations import Evaluation, SampledEvaluation
 from cpugrpo_edu.record.files import check_output_folder
-from cpugrpo_edu.run.config import RunConfig, help_of
+from cpugrpo_edu.run.config import RunConfig, config_for, help_of
 
 if TYPE_CHECKING:
     from cpugrpo_edu.policy import Policy
+
+MOST = 10_000
+"""Problems of each difficulty that `RunConfig` can hold out."""
 
 Temperature = Annotated[float, Option(help="0 is greedy.", callback=within(0))]
 Longest = Annotated[int, Option(help="Longest completion, in tokens.", callback=within(1))]
@@ -42,11 +45,21 @@ def evaluate(
     ] = 1,
     seed: Seed = 0,
     data: Annotated[str, Option(help="generated, or data as for run.")] = "generated",
-    domains: Annotated[str | None, Option(help=help_of("domains"))] = None,
+    whole: Annotated[
+        bool, Option("--all", help="All problems of your data, also those to train on.")
+    ] = False,
+    prompt_column: Annotated[str | None, Option(help=help_of("prompt_column"))] = None,
+    answer_column: Annotated[str | None, Option(help=help_of("answer_column"))] = None,
+    domains: Annotated[
+        str | None, Option(help="Generated domains, separated by commas; default: those of run.")
+    ] = None,
     verifier: Annotated[str | None, Option(help="path/to/file.py:function.")] = None,
     answer_format: AnswerFormat = None,
     int8: Annotated[bool, Option(help="Evaluate an INT8 copy.")] = False,
-    max_completion: Longest = 128,
+    max_completion: Annotated[
+        int | None,
+        Option(help="Longest completion, in tokens; default: that of run.", callback=within(1)),
+    ] = None,
     output: Annotated[Path | None, Option(help="Save every item (.json.gz).")] = None,
 ) -> None:
     """Measure a model on held-out problems, with 95 % Wilson intervals.
@@ -55,9 +68,11 @@ def evaluate(
 
     `cpugrpo evaluate --model runs/first/model --per-cell 300`
 
-    `cpugrpo evaluate --model smollm2 --domains small_stories --per-cell 20`
+    `cpugrpo evaluate --model smollm2 --per-cell 20`
 
-    `cpugrpo evaluate --model smollm2 --domains small_stories --samples 8 --temperature 0.8`
+    `cpugrpo evaluate --model smollm2 --samples 8 --temperature 0.8`
+
+    `cpugrpo evaluate --model smollm2 --data my-test.jsonl --all`
     """
     hardware.configure_threads()
     from cpugrpo_edu.evaluate import evaluate as measure
@@ -65,19 +80,36 @@ def evaluate(
     from cpugrpo_edu.run.vote import check_samples, evaluate_samples
     from cpugrpo_edu.sample import Sampling
     from cpugrpo_edu.show.progress import ProgressDisplay
+    from cpugrpo_edu.tasks.reasoning_gym import PREFIX
 
-    sampling = Sampling(max_completion, temperature, seed=seed)
+    if whole and (data == "generated" or data.startswith(PREFIX)):
+        raise UserError("--all is for your own data; name them with --data")
+    given: dict[str, Any] = {
+        "max_completion": max_completion,
+        "domains": None if domains is None else comma_names(domains),
+        "answer_format": answer_format,
+    }
+    config = config_for(
+        model,
+        data=data,
+        verifier=verifier,
+        prompt_column=prompt_column,
+        answer_column=answer_column,
+        per_cell=MOST if whole else per_cell,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    sampling = Sampling(config.max_completion, temperature, seed=seed)
     check_samples(samples, sampling)
     if output is not None:
         check_output_folder(output.parent)
         if output.exists():
             raise UserError(f"{output} already exists; give another --output")
-    config = RunConfig(
-        model, data=data, verifier=verifier, per_cell=per_cell, answer_format=answer_format
-    )
-    if domains is not None:
-        config = replace(config, domains=comma_names(domains))
-    policy, problems = load_asked(config, int8)
+    policy, problems, left = load_asked(config, int8, whole)
+    if left:
+        call.say(
+            f"evaluating {len(problems)} of {len(problems) + left} problems of {data}, those that "
+            "a run holds out by the hash of their text; --all evaluates every one"
+        )
     label = f"{model}, INT8" if int8 else model
     with ProgressDisplay(quiet=call.quiet) as display:
         bar = display.counter("evaluate", len(problems))
@@ -93,8 +125,9 @@ def evaluate(
         give_accuracy(call, one)
 
 
-def load_asked(config: RunConfig, int8: bool) -> tuple[Policy, list[Problem]]:
-    """The policy, or its INT8 copy, and the held-out problems, read in its answer format."""
+def load_asked(config: RunConfig, int8: bool, whole: bool) -> tuple[Policy, list[Problem], int]:
+    """The policy, or its INT8 copy, and the held-out problems, or all of the user's own, read in
+    its answer format; also how many of the user's problems are left out."""
     from cpugrpo_edu.engine.architectures import require
     from cpugrpo_edu.engine.int8 import quantize_for_rollout
     from cpugrpo_edu.models.load import check_policy, default_answer_format, load_policy
@@ -103,21 +136,27 @@ def load_asked(config: RunConfig, int8: bool) -> tuple[Policy, list[Problem]]:
 
     if config.answer_format is not None:
         check_answer_format(config.answer_format)
-    _, problems = load_data(config, to_train=False)
+    training, problems = load_data(config, to_train=False)
+    training = list(training or ())
+    if whole:
+        problems, training = [*training, *problems], []
     policy = load_policy(config.model, answer_format=config.answer_format)
     check_policy(policy)
     chosen = config.answer_format or default_answer_format(policy.model.config)
     if int8:
         require(policy.model.config, "INT8 copy")
         policy = replace(policy, model=quantize_for_rollout(policy.model))
-    return policy, with_answer_format(problems, chosen)
+    return policy, with_answer_format(problems, chosen), len(training)
 
 
 def give_accuracy(call: Call, result: Evaluation) -> None:
-    from cpugrpo_edu.record.stats import accuracy_table
+    from cpugrpo_edu.record.stats import accuracy_table, is_graded
 
     found = accuracy_table(result)
-    overall = f"Overall {accuracy_text(found['overall'])}; {result.seconds:.1f} s"
+    overall = f"Overall {accuracy_text(found['overall'])}"
+    if is_graded(found["overall"]):
+        overall += f" with full marks; mean grade {found['overall']['grade']:.3f}"
+    overall += f"; {result.seconds:.1f} s"
     call.give(found, accuracies(result.label, found), overall)
 
 
@@ -156,10 +195,13 @@ def accuracy_text(row: dict[str, Any] | None) -> str:
 
 
 def accuracies(label: str, found: dict[str, Any]) -> Table:
+    from cpugrpo_edu.record.stats import is_graded
+
+    what = "full marks" if is_graded(found["overall"]) else "exact match"
     names = [name for name in DIFFICULTIES if name in found["by_difficulty"]]
     cells = {**found["cells"], "all": found["by_difficulty"]}
     return table(
-        f"{label}: exact match in % (95 % Wilson interval), n per cell",
+        f"{label}: {what} in % (95 % Wilson interval), n per cell",
         ["Domain", *names],
         [[domain, *(accuracy_text(row.get(n)) for n in names)] for domain, row in cells.items()],
     )

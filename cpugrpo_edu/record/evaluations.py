@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,8 @@ class Evaluation:
     """Per-item results of one model on one fixed set of problems.
 
     All lists have one entry per problem and the same order, so that two
-    evaluations of the same set are paired. ``step_score`` lies in [0, 1].
+    evaluations of the same set are paired. ``step_score`` and ``grade`` lie in [0, 1]; ``correct``
+    is whether the grade is full. Where only that was noted, the grades are 0 and 1.
     """
 
     label: str
@@ -35,6 +36,10 @@ class Evaluation:
     finished: list[bool]
     completions: list[str]
     seconds: float
+    grade: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.grade = self.grade or [float(right) for right in self.correct]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -214,7 +214,7 @@ def _breakdown(evaluation: Evaluation, row: Callable[[Bools], dict[str, Any]]) -
 
 def _check_evaluation(evaluation: Evaluation) -> None:
     n = len(evaluation.item_ids)
-    per_item = ("domains", "difficulties", "correct", "step_score", "tokens", "finished")
+    per_item = ("domains", "difficulties", "correct", "grade", "step_score", "tokens", "finished")
     wrong = [name for name in per_item if len(getattr(evaluation, name)) != n]
     if n == 0 or wrong:
         raise UserError(
@@ -230,14 +230,16 @@ def accuracy_table(evaluation: Evaluation, confidence: float = 0.95) -> dict[str
     Returns ``{"label", "seed", "temperature", "seconds", "confidence", "overall": row,
     "by_domain": {domain: row}, "by_difficulty": {difficulty: row},
     "cells": {domain: {difficulty: row}}}`` with ``row = {"n", "correct", "accuracy",
-    "low", "high", "step_score", "tokens", "finished"}``: step_score is the mean in
+    "low", "high", "grade", "step_score", "tokens", "finished"}``: accuracy is the share
+    with full marks, grade the mean grade, the same unless a verifier gives parts; step_score is the
+    mean in
     [0, 1], tokens the mean per completion, finished the share that ended by itself.
     """
     _check_evaluation(evaluation)
     correct = np.array(evaluation.correct, dtype=bool)
     means = {
         name: np.array(getattr(evaluation, name), dtype=float)
-        for name in ("step_score", "tokens", "finished")
+        for name in ("grade", "step_score", "tokens", "finished")
     }
 
     def row(mask: Bools) -> dict[str, Any]:
@@ -260,6 +262,11 @@ def accuracy_table(evaluation: Evaluation, confidence: float = 0.95) -> dict[str
         "confidence": confidence,
         **_breakdown(evaluation, row),
     }
+
+
+def is_graded(row: dict[str, Any]) -> bool:
+    """Whether the verifier gave grades between 0 and 1: a row of `accuracy_table`."""
+    return bool(abs(row.get("grade", row["accuracy"]) - row["accuracy"]) > 1e-9)
 
 
 def _check_same_items(evaluations: Sequence[Evaluation]) -> None:

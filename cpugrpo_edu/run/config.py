@@ -239,8 +239,9 @@ def config_for(model: str = "bundled", **given: Any) -> RunConfig:
         if given.get("lora_rank") == 0:
             defaults |= ALL_WEIGHTS
         stories = set(given.get("domains") or defaults["domains"]) <= {"stories", "small_stories"}
-        if given.get("data", "generated") != "generated" or not stories:
-            del defaults["answer_format"]  # their answers need not be numbers
+        own = settings_in(model).get("cpugrpo_answer_format")
+        if given.get("data", "generated") != "generated" or not stories or own:
+            del defaults["answer_format"]  # no numbers, or it has learned another
     if (name := given.get("scenario")) in SCENARIOS:
         defaults |= SCENARIOS[name].settings
     return RunConfig(model, **{**defaults, **given})
@@ -248,13 +249,16 @@ def config_for(model: str = "bundled", **given: Any) -> RunConfig:
 
 def is_ours(model: str) -> bool:
     """Whether it is the bundled model, or a folder whose config says that it is one of its kind."""
-    if model == "bundled":
-        return True
+    return model == "bundled" or bool(settings_in(model).get("cpugrpo_format"))
+
+
+def settings_in(model: str) -> dict[str, Any]:
+    """The config of a model folder; empty where there is none that can be read."""
     try:
         settings = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a hub id, or something that loading will refuse
-        return False
-    return isinstance(settings, dict) and bool(settings.get("cpugrpo_format"))
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 FLAGS = {

@@ -101,9 +101,10 @@ def judge_again(session: Session) -> None:
     for path in sorted((session.output / "evaluations").glob("*.json.gz")):
         old = load_evaluation(path)
         judged = list(zip(session.held_out, old.completions, strict=True))
-        correct = [problem.verify(text) for problem, text in judged]
+        grades = [problem.grade(text) for problem, text in judged]
+        correct = [grade == 1 for grade in grades]
         steps = [problem.check_steps(text).score for problem, text in judged]
-        save_evaluation(replace(old, correct=correct, step_score=steps), path)
+        save_evaluation(replace(old, correct=correct, grade=grades, step_score=steps), path)
     done = [stage["name"] for stage in session.state.stages]
     session.state.signals = {n: s for n, s in session.state.signals.items() if n in done}
     session.state.rejudged.append(f"after {done[-1]}" if done else "before the first stage ended")

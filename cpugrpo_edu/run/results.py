@@ -31,7 +31,10 @@ from cpugrpo_edu.run.scenarios import SCENARIOS
 from cpugrpo_edu.run.state import Learner, Session
 from cpugrpo_edu.sample import Sampling
 
-CURVE = ("stage", "step", "reward", "reward_std", "accuracy", "completion_length", "entropy")
+CURVE = (
+    *("stage", "step", "reward", "reward_std", "accuracy", "grade"),
+    *("completion_length", "entropy"),
+)
 """What a record keeps of every step; ``metrics.jsonl`` has all of it."""
 SHOWN = 5
 """Problems whose completions the report shows."""
@@ -220,11 +223,16 @@ def components(
         "memory_cleanup": (config.cleanup, {"bytes_released": learner.released}),
         "memory_efficient_loading": (
             True,
-            {"format": "safetensors, memory-mapped", "dtype": config.dtype},
+            {"format": "safetensors, memory-mapped", "dtype": dtype_of(config, learner)},
         ),
         "threads": (True, session.threads),
     }
     return {name: {"on": on, "detail": detail} for name, (on, detail) in found.items()}
+
+
+def dtype_of(config: RunConfig, learner: Learner) -> str:
+    """The type of the weights in memory, whoever chose it."""
+    return "int8" if config.frozen else str(learner.policy.model.dtype).removeprefix("torch.")
 
 
 def processes(session: Session) -> dict[str, Any]:

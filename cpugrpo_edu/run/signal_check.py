@@ -122,8 +122,8 @@ def without_signal(session: Session, found: Signal) -> str:
         f"the run stops before its first step: in none of {found.groups} groups of "
         f"{session.config.num_generations} completions do the rewards differ (their mean is "
         f"{found.mean_reward:.2f}), so there is nothing to learn from{example}; what helps:"
-        f"{longer} {data}, more completions of each prompt (--num-generations) or a higher --temperature; "
-        "--patience 0 trains all the same"
+        f"{longer} {data}, more completions of each prompt (--num-generations) or a higher "
+        "--temperature; --patience 0 trains all the same"
     )
 
 

@@ -27,7 +27,7 @@ STEP_METRICS = {
     # our name: TRL's
     "reward": "reward",
     "reward_std": "reward_std",
-    "accuracy": "rewards/correct_answer/mean",
+    "grade": "rewards/correct_answer/mean",
     "loss": "loss",
     "entropy": "entropy",
     "kl": "kl",
@@ -109,7 +109,7 @@ def make_trainer(session: Session, learner: Learner, index: int) -> CPUGRPOTrain
     )
 
     def on_step(metrics: dict[str, Any]) -> None:
-        write_step(session, learner, index, metrics, sample_of(trainer))
+        write_step(session, learner, index, metrics, trainer)
 
     with tensorboard_in(session.output / "tensorboard" / stage.name):
         trainer = CPUGRPOTrainer(
@@ -176,13 +176,14 @@ def write_step(
     learner: Learner,
     index: int,
     metrics: dict[str, Any],
-    sample: dict[str, Any] | None,
+    trainer: CPUGRPOTrainer,
 ) -> None:
     """Log and show one optimizer step. ``metrics`` have TRL's names, and "step"."""
     row = {ours: metrics[trl] for ours, trl in STEP_METRICS.items() if trl in metrics}
+    row |= full_marks(trainer)
     row["rss_bytes"] = session.display.rss_bytes()
     row["cpu_percent"] = session.display.cpu_percent()
-    row["sample"] = sample
+    row["sample"] = sample_of(trainer)
     step = metrics["step"]
     place = {
         "stage": session.config.stages[index].name,
@@ -191,6 +192,12 @@ def write_step(
     }
     learner.metrics.write(place | row)
     session.display.update(step, **row)
+
+
+def full_marks(trainer: CPUGRPOTrainer) -> dict[str, float]:
+    """The share of the last step's completions with the grade 1, if they were graded at all."""
+    grades = list(trainer.last_completions["rewards"].get("correct_answer", []))
+    return {"accuracy": sum(grade == 1 for grade in grades) / len(grades)} if grades else {}
 
 
 def sample_of(trainer: CPUGRPOTrainer) -> dict[str, Any] | None:

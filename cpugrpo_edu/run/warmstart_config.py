@@ -30,6 +30,8 @@ class WarmstartConfig:
     seed: int = setting(0, "Seed of problems, adapters and sampling.", least=0, most=2**31 - 1)
     # Data
     data: str = setting("generated", "generated, or data as for run.")
+    prompt_column: str | None = setting(None, "Column of your data with the prompts.")
+    answer_column: str | None = setting(None, "Column of your data with the answers.")
     verifier: str | None = setting(None, "path/to/file.py:function; the file is executed.")
     domains: tuple[str, ...] = setting((), "Generated domains; by default those of run.")
     system: str | None = setting(None, "System prompt; by default the model's own.")
@@ -66,7 +68,10 @@ class WarmstartConfig:
     @property
     def run(self) -> RunConfig:
         """A run of one mixed stage of as many problems, which knows how to check and draw them."""
-        same = ("seed", "data", "verifier", "system", "answer_format", "lora_rank", "dtype")
+        same = (
+            *("seed", "data", "prompt_column", "answer_column", "verifier", "system"),
+            *("answer_format", "lora_rank", "dtype"),
+        )
         given: dict[str, Any] = {name: getattr(self, name) for name in same}
         if self.domains:
             given["domains"] = self.domains

@@ -36,6 +36,7 @@ READINGS: list[tuple[str, str, Callable[[Any], str]]] = [
 LOGGED: list[tuple[str, Callable[[Any], str]]] = [
     ("reward", "reward {:.2f}".format),
     ("accuracy", "accuracy {:.0%}".format),
+    ("grade", "mean grade {:.2f}".format),
     ("clipped_ratio", "cut {:.0%}".format),
     ("tokens_per_second", "{:.0f} tokens/s".format),
     ("rss_bytes", lambda n: f"memory {gib(n)}"),
@@ -166,6 +167,8 @@ class ProgressDisplay:
         metrics.setdefault("rss_bytes", self.rss_bytes())
         if self._panel:
             self._panel.latest = metrics
+        if abs(metrics.get("grade", 0.0) - metrics.get("accuracy", 0.0)) < 1e-6:
+            metrics.pop("grade", None)  # all grades are 0 or 1
         known = [form(metrics[key]) for key, form in LOGGED if metrics.get(key) is not None]
         self._last_line = -math.inf  # a step always gets its line
         self._show(self._stage, known)

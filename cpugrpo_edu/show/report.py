@@ -43,7 +43,7 @@ from markupsafe import Markup
 from cpugrpo_edu.record.markdown import markdown_table, markdown_text, printable
 from cpugrpo_edu.record.metrics import Metrics, read_metrics
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.record.stats import difficulty_order
+from cpugrpo_edu.record.stats import difficulty_order, is_graded
 from cpugrpo_edu.show import plots
 from cpugrpo_edu.show.palette import Plot
 from cpugrpo_edu.show.text import (
@@ -82,6 +82,12 @@ def headline(record: RunRecord) -> str:
         text = "The model was not evaluated both before and after training, so nothing is compared."
     else:
         text = "This run was not evaluated: it says nothing about accuracy."
+    if (tables := plots.before_and_after(record)) and any(is_graded(t["overall"]) for t in tables):
+        grades = [f"{t['overall']['grade']:.3f}" for t in tables]
+        text += (
+            f" The mean grade is {' before and '.join(grades)} after, and accuracy the share of "
+            "full marks."
+        )
     if results.get("weights_changed", {}).get("changed") is False:
         text = "The weights did not change: nothing was learned. " + text
     if compared and (levels := results.get("levels")):
@@ -185,7 +191,12 @@ def _accuracy(record: RunRecord) -> list[Block]:
         rows[-1] += [percent(overall["finished"])]
     names = [level_name(record, level) for level in levels]
     header = ["Evaluation", "Problems", "All", *names, "Step score", "Tokens each", "Finished"]
-    caption = f"Exact-match accuracy with {round(100 * some['confidence'])} % Wilson intervals"
+    what = "Exact-match accuracy"
+    if any(is_graded(table["overall"]) for table in tables.values()):
+        what, header = "Share of full marks", [*header, "Mean grade"]
+        for row, table in zip(rows, tables.values(), strict=True):
+            row.append(f"{table['overall'].get('grade', table['overall']['accuracy']):.3f}")
+    caption = f"{what} with {round(100 * some['confidence'])} % Wilson intervals"
     return [Picture("accuracy.png", plots.plot_accuracy(record)), Table(caption, header, rows)]
 
 
@@ -312,11 +323,14 @@ def _limits(record: RunRecord) -> list[str]:
         "about how another seed would have trained; only several seeds show that.",
     ]
     if tables := plots.before_and_after(record):
-        temperature = tables[-1]["temperature"]
+        temperature, data = tables[-1]["temperature"], record.config.get("data", "generated")
+        kind = "generated problems of the trained kinds"
+        if data != "generated":
+            kind = f"held-out problems of {data}"
         how = "greedily" if temperature == 0 else f"by sampling at temperature {temperature:g}"
         limits.append(
-            f"Accuracy on {tables[-1]['overall']['n']:,} generated problems of the trained kinds, "
-            f"answered {how}: not a measure of reasoning in general."
+            f"Accuracy on {tables[-1]['overall']['n']:,} {kind}, answered {how}: "
+            "not a measure of reasoning in general."
         )
     if changed := results.get("verifier_changed"):
         limits.append(
