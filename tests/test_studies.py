@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from cpugrpo_edu.lab.studies import (
     common,
     cpu_or_gpu,
     generalisation,
+    letters,
     quantization,
     real_model,
 )
@@ -32,6 +34,7 @@ from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.record.run_record import RunRecord, new_record
 from cpugrpo_edu.run import prepare
 from cpugrpo_edu.run.config import check_settings
+from cpugrpo_edu.run.scenarios import SCENARIOS
 from cpugrpo_edu.tasks import make_problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -572,3 +575,43 @@ def test_the_pages_that_compare_runs_with_and_without_ewc_say_what_the_records_s
         for arm in ("ewc", "no-ewc")
     }
     assert common.paired_over_seeds(gains["no-ewc"], gains["ewc"])["high"] < 0
+
+
+def test_the_scenario_has_the_strength_that_its_study_chose():
+    record = RunRecord.load(ROOT / "records" / "study-letters.json")
+    chosen, rows = record.results["chosen"], record.results["choice"]
+    assert SCENARIOS["letters"].settings["ewc_strength"] == chosen["EWC"]
+    for arm in letters.SPRINGS:
+        means = {
+            s: fmean(r["after"]["all"] for r in rows if (r["arm"], r["strength"]) == (arm, s))
+            for s in record.config["strengths"]
+        }
+        assert means[chosen[arm]] == max(means.values())
+    assert not {r["seed"] for r in rows} & {r["seed"] for r in record.results["runs"]}
+
+
+def test_letters_compare_arms_of_the_same_seed():
+    """Three arms of two seeds; the differences by hand."""
+    ends = {"none": (0.1, 0.3), "EWC": (0.5, 0.9), "uniform": (0.4, 0.4)}
+    rows = [
+        {"arm": arm, "seed": seed, "after": dict.fromkeys(("all", *letters.DIFFICULTIES), value)}
+        for arm, values in ends.items()
+        for seed, value in enumerate(values)
+    ]
+    pairs = {(p["arm"], p["base"]): p for p in letters.contrasts(rows) if p["tested"] == "all"}
+    assert pairs["EWC", "none"]["difference"] == pytest.approx(0.5)
+    assert pairs["EWC", "none"]["low"] == pytest.approx(0.5 - 12.706 * 0.1, abs=1e-3)
+    assert pairs["EWC", "uniform"]["difference"] == pytest.approx(0.3)
+    tried = [
+        {"arm": "EWC", "strength": s, "after": {"all": a}}
+        for s, a in ((1.0, 0.5), (0.1, 0.5), (3.0, 0.2))
+    ]
+    assert letters.best_strength(tried, "EWC") == 0.1  # of equal ones the weaker
+
+
+@pytest.mark.slow
+def test_reduced_letters(tmp_path):
+    record, _ = run_reduced("letters", tmp_path)
+    assert {row["arm"] for row in record.results["runs"]} == {"none", *letters.SPRINGS}
+    assert "One seed" in letters.findings(record)[0]
+    assert len(letters.tables(record)) == 4 and letters.plot(record).alt
