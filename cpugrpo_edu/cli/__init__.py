@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from typer.exceptions import TyperException
+from typer.exceptions import Abort, TyperException
 
 # Importing a module registers its commands; --help lists them in this order.
-from cpugrpo_edu.cli import doctor, run, warmstart, evaluate, results, models, bench, study, assign  # noqa: F401  # isort: skip
+from cpugrpo_edu.cli import doctor, lab, check, run, warmstart, evaluate  # noqa: F401  # isort: skip
+from cpugrpo_edu.cli import results, models, bench, study, assign  # noqa: F401  # isort: skip
 from cpugrpo_edu.cli.command import app
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.files import write_failure
@@ -59,7 +60,7 @@ def failing_clearly() -> Iterator[None]:
             f"cannot write {error.filename or 'the output'}: {reason}; free some space, make it "
             "writable, or give another --output",
         )
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, Abort) as error:  # Abort: Ctrl-C or Ctrl-D at a question
         end(error, "interrupted; what was complete is saved", 130)
     except MemoryError as error:
         end(

@@ -131,9 +131,9 @@ def value(source: RunRecord | str | Path, key: str) -> Any:
 
 
 def records_folder() -> Path:
-    """``records/`` of the working directory, of a parent of it, or of the source tree."""
-    here = Path.cwd()
-    places = [p / "records" for p in (here, *here.parents, Path(__file__).resolve().parents[2])]
+    """``records/`` of the working directory, of a parent of it, of the source tree or the wheel."""
+    here, (package, tree) = Path.cwd(), Path(__file__).resolve().parents[1:3]
+    places = [p / "records" for p in (here, *here.parents, tree, package / "_lab")]
     return next((place for place in places if place.is_dir()), places[0])
 
 
