@@ -27,7 +27,17 @@ from cpugrpo_edu.run.config import RunConfig, config_for, flag_of
 from cpugrpo_edu.run.pause import Interrupted
 from cpugrpo_edu.tasks import split_of
 
-COMMANDS = ("doctor", "check", "run", "warmstart", "evaluate", "generate", "report", "pretrain", "models")
+COMMANDS = (
+    "doctor",
+    "check",
+    "run",
+    "warmstart",
+    "evaluate",
+    "generate",
+    "report",
+    "pretrain",
+    "models",
+)
 
 
 @pytest.fixture(autouse=True)
