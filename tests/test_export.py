@@ -7,13 +7,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.load import load_policy, save_policy
-from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.record.run_record import RunRecord, new_record
 from cpugrpo_edu.run import export as module
+from cpugrpo_edu.run import gguf_file as module_of_gguf
 from cpugrpo_edu.run.export import export, load_int8
-from cpugrpo_edu.tasks import held_out_problems
+from cpugrpo_edu.tasks import DOMAINS, held_out_problems
 
 
 def make_run(folder, config, policy):
@@ -166,3 +168,62 @@ def test_bad_requests(run, tmp_path):
     with pytest.raises(UserError, match="cannot read an INT8 export"):
         load_int8(tmp_path / "empty")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def llama_run(tiny_folder, tmp_path):
+    """A run of a model of Llama's shape, with more query heads than key heads."""
+    torch.manual_seed(3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path / "llama"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return make_run(tmp_path / "run", {"model": str(folder)}, load_policy(folder))
+
+
+def test_a_llama_model_comes_back_from_gguf_with_its_rotary_pairs(llama_run, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    done = export(llama_run, "gguf", tmp_path / "out", problems=3)
+    assert done["kl"] < 1e-6
+    rows = torch.arange(16.0).reshape(8, 2).numpy()  # two heads of width 4
+    assert module_of_gguf.with_pairs_together(rows, 2)[:, 0].tolist() == [0, 4, 2, 6, 8, 12, 10, 14]
+    monkeypatch.setattr(module_of_gguf, "with_pairs_together", lambda rows, heads: rows)
+    with pytest.raises(UserError, match="another model"):
+        export(llama_run, "gguf", tmp_path / "wrong", problems=3)
+
+
+def test_an_unknown_kind_of_tokenizer_is_refused(llama_run, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(module_of_gguf, "SPLITTERS", {})
+    with pytest.raises(UserError, match="no tokenizer of this kind"):
+        export(llama_run, "gguf", tmp_path / "out", problems=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, set(DOMAINS)),
+        ({"domains": ["small_stories"]}, {"small_stories"}),
+        ({"domains": ["small_stories"], "data": "own.jsonl"}, set(DOMAINS)),
+    ],
+)
+def test_an_export_is_compared_on_problems_of_its_run(config, expected):
+    record = new_record("run", config, {})
+    for count in (3, 24):
+        chosen = module.questions(record, count)
+        assert len(chosen) == count and {p.domain for p in chosen} <= expected
+    assert {p.domain for p in chosen} == expected

@@ -36,7 +36,7 @@ TYPES: dict[Feature, set[str]] = {
     "frozen base": PLAIN,
     "INT8 copy": DENSE | EXPERTS,
     "LoRA": DENSE | {"gpt2"},
-    "GGUF": {"qwen2"},
+    "GGUF": {"qwen2", "llama"},
     "vmap": DENSE - {"bloom"},
 }
 
@@ -89,7 +89,9 @@ def peculiarities(config: Any, feature: Feature) -> Iterator[str]:
         if (getattr(config, "head_dim", None) or usual) != usual:
             yield f"its heads have a width of their own, {config.head_dim}"
         if config.rope_parameters["rope_type"] != "default" or config.hidden_act != "silu":
-            yield "its rotary positions or its activation are not Qwen2's usual ones"
+            yield "its rotary positions or its activation are not Qwen2's and Llama's usual ones"
+        if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+            yield "its layers have biases"
 
 
 def has_window(config: Any) -> bool:

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cpugrpo_edu.data import Group, Problem
+from cpugrpo_edu.data import DIFFICULTIES, Group, Problem
 from cpugrpo_edu.engine.architectures import require
 from cpugrpo_edu.engine.decode import sample
 from cpugrpo_edu.engine.int8 import (
@@ -36,7 +36,7 @@ from cpugrpo_edu.record.files import check_output_folder, replacing
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.run.gguf_file import write_gguf
 from cpugrpo_edu.sample import Sampling, rollout
-from cpugrpo_edu.tasks import held_out_problems
+from cpugrpo_edu.tasks import DOMAINS, held_out_problems
 
 SAME = 1e-6
 LARGEST_KL = {"merged": SAME, "gguf": SAME, "adapter": KL_LIMIT, "int8": KL_LIMIT}
@@ -44,8 +44,8 @@ LARGEST_KL = {"merged": SAME, "gguf": SAME, "adapter": KL_LIMIT, "int8": KL_LIMI
 rounding only; the base of an adapter may have been rounded in training; INT8 is another model,
 which may be as far off as the copy that rolls out."""
 
-COMPARED = 24
-"""Held-out problems on which an export is compared with its model."""
+COMPARED, LONGEST = 24, 48
+"""Held-out problems on which an export is compared with its model, and the tokens of an answer."""
 
 INT8_FORMAT = "int8 weights, one float32 scale a row: w = q * scale"
 
@@ -81,7 +81,7 @@ def export(
         folder.mkdir()
         write(original, run, record, folder)
         exported = read(folder, original, record)
-        found = compare(original, exported, kind, problems, on_done)
+        found = compare(original, exported, kind, questions(record, problems), on_done)
         (folder / "README.md").write_text(model_card(record, kind, found), encoding="utf-8")
         record.save(folder / "record.json")
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
@@ -92,12 +92,10 @@ def compare(
     original: Policy,
     exported: Policy,
     kind: str,
-    problems: int,
+    chosen: list[Problem],
     on_done: Callable[[int], None] = lambda more: None,
 ) -> Drift:
     """How far the exported policy is from the original; UserError if it is too far."""
-    chosen = held_out_problems(-(-problems // 12))
-    chosen = chosen[:: max(1, len(chosen) // problems)][:problems]
     groups = completions(original, chosen, on_done)
     for problem, group in zip(chosen, groups, strict=True):
         text = group.episodes[0].text
@@ -114,6 +112,15 @@ def compare(
             f"{LARGEST_KL[kind]:g} is allowed; it was not kept: export --to merged"
         )
     return found
+
+
+def questions(record: RunRecord, count: int) -> list[Problem]:
+    """Held-out problems of the run's domains, or of the bundled ones where it had other data."""
+    generated = record.config.get("data", "generated") == "generated"
+    domains = record.config.get("domains") if generated else None
+    cells = len(domains or DOMAINS) * len(DIFFICULTIES)
+    chosen = held_out_problems(-(-count // cells), domains or DOMAINS)
+    return chosen[:: max(1, len(chosen) // count)][:count]
 
 
 def trained_policy(run: Path, record: RunRecord) -> Policy:
@@ -139,7 +146,7 @@ def completions(
 ) -> list[Group]:
     """Greedy completions, by transformers' ``generate``: it is independent of our sampler."""
     policy = replace(policy, sampler=partial(sample, options=EngineOptions("generate")))
-    return rollout(policy, problems, 1, Sampling(104, temperature=0), on_done=on_done)
+    return rollout(policy, problems, 1, Sampling(LONGEST, temperature=0), on_done=on_done)
 
 
 # How each kind is written, and read back
