@@ -44,6 +44,7 @@ from cpugrpo_edu.run.saver import CheckpointSaver
 from cpugrpo_edu.run.signal_check import PROMPTS
 from cpugrpo_edu.run.state import RunState, Session, load_state
 from cpugrpo_edu.show.progress import ProgressDisplay
+from cpugrpo_edu.show.report import headline
 
 ask_after = 0  # calls of the reward until it sends Ctrl-C; 0 never does
 
@@ -214,6 +215,8 @@ def test_reports_and_models_are_there(first):
     folder, _ = first
     assert "weights" in (folder / "report.md").read_text()
     assert "<html" in (folder / "report.html").read_text()
+    card = (folder / "model" / "README.md").read_text()
+    assert headline(RunRecord.load(folder / "record.json")) in card
     final = AutoModelForCausalLM.from_pretrained(folder / "model")
     last = AutoModelForCausalLM.from_pretrained(folder / "stages" / "3-advanced")
     for one, other in zip(final.parameters(), last.parameters(), strict=True):

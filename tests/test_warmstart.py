@@ -228,6 +228,7 @@ def test_the_command(tiny_folder, tmp_path):
     assert code == 0, err
     assert found["model"] == str(tmp_path / "warm") and found["steps"] == 2
     record = RunRecord.load(found["record"])
+    assert "fine-tuned on examples" in (tmp_path / "warm" / "README.md").read_text()
     assert record.config["domains"] == ["lists"] and record.config["learning_rate"] == 0.001
     rated = ("evaluate", "--model", tmp_path / "warm", "--per-cell", 1, "--max-completion", 3)
     assert invoke(*rated, "--quiet")[0] == 0
@@ -262,5 +263,5 @@ def test_data_without_worked_solutions(tiny_folder, tmp_path):
     data = tmp_path / "sums.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match="has a worked solution that its verifier accepts; .* rft"):
-        warmstart(small(tiny_folder, data=str(data), problems=4), tmp_path / "warm")
+        warmstart(small(tiny_folder, data=str(data), domains=(), problems=4), tmp_path / "warm")
     assert not (tmp_path / "warm").exists()

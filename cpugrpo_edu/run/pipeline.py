@@ -21,11 +21,12 @@ from cpugrpo_edu.engine import ranks
 from cpugrpo_edu.engine.memory import PeakMemory, release_memory
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.load import save_policy
-from cpugrpo_edu.record.files import replacing, write_failure
+from cpugrpo_edu.record.files import replacing, write_failure, write_text
 from cpugrpo_edu.record.run_record import RunRecord, new_record
 from cpugrpo_edu.run.anchors import save_anchor
 from cpugrpo_edu.run.config import RunConfig, plain
 from cpugrpo_edu.run.consolidate import consolidate, protect_start
+from cpugrpo_edu.run.model_card import WITH_ITS_BASE, WITH_TRANSFORMERS, model_card
 from cpugrpo_edu.run.pause import Control, Interrupted, stop_on_interrupt
 from cpugrpo_edu.run.prepare import load, prepare
 from cpugrpo_edu.run.results import measure, processes, results_of
@@ -155,6 +156,9 @@ def write_record(session: Session, learner: Learner, results: dict[str, Any]) ->
     write_report(record, session.output)
     seconds["report"] = time.perf_counter() - begun
     seconds["total"] = session.seconds()
+    model = session.output / "model"
+    load_with = WITH_ITS_BASE if session.config.frozen else WITH_TRANSFORMERS
+    write_text(model / "README.md", model_card(record, load_with))
     record.save(session.output / "record.json")
     learner.metrics.close()
     shutil.rmtree(session.output / "checkpoints", ignore_errors=True)

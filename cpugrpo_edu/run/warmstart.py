@@ -26,12 +26,13 @@ from cpugrpo_edu.models.load import (
     snapshot,
 )
 from cpugrpo_edu.policy import Policy
-from cpugrpo_edu.record.files import check_output_folder, flush
+from cpugrpo_edu.record.files import check_output_folder, flush, write_text
 from cpugrpo_edu.record.metrics import MetricsLog
 from cpugrpo_edu.record.run_record import RunRecord, new_record
 from cpugrpo_edu.run.config import plain
 from cpugrpo_edu.run.data import load_data
 from cpugrpo_edu.run.lessons import find_lessons, write_lessons
+from cpugrpo_edu.run.model_card import WITH_ITS_BASE, WITH_TRANSFORMERS, model_card
 from cpugrpo_edu.run.pause import Control
 from cpugrpo_edu.run.pipeline import writing_to
 from cpugrpo_edu.run.prepare import problems_of_stage
@@ -91,6 +92,8 @@ def warmstart(
             },
         }
         record = new_record("warmstart", plain(config), results, config.seed)
+        load_with = WITH_ITS_BASE if config.run.frozen else WITH_TRANSFORMERS
+        write_text(output / "README.md", model_card(record, load_with))
         record.save(output / "record.json")
     return record
 

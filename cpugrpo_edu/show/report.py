@@ -165,7 +165,7 @@ def sections(record: RunRecord, metrics: Sequence[Metrics]) -> list[tuple[str, l
         ("Stages", _stages(record)),
         ("Forgetting", _forgetting(record)),
         ("Time and memory", _time_and_memory(record, metrics)),
-        ("What this does not show", [_limits(record)]),
+        ("What this does not show", [limits(record)]),
         ("Components", _components(record)),
         ("Machine, versions and configuration", _machine(record)),
     ]
@@ -315,7 +315,7 @@ def _samples(record: RunRecord) -> list[Block]:
     ]
 
 
-def _limits(record: RunRecord) -> list[str]:
+def limits(record: RunRecord) -> list[str]:
     """Caveats, those of this very run first."""
     results = record.results
     limits = [
@@ -340,8 +340,8 @@ def _limits(record: RunRecord) -> list[str]:
     compared = results.get("comparisons", {})
     if compared:
         limits.append(
-            "The table by domain and difficulty holds many comparisons; some intervals miss zero "
-            "by chance alone."
+            "The report's table by domain and difficulty holds many comparisons; some intervals "
+            "miss zero by chance alone."
         )
     if MAIN in compared and not compared[MAIN]["overall"]["significant"]:
         limits.append("No difference shown is not the same as no difference.")
