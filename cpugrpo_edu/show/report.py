@@ -16,7 +16,7 @@ without evaluation)::
     steps         [{"stage", "step", "reward", ...}]: the learning curve
     components    {"int8_rollouts": {"on": bool, "detail": {...}}, ...}
     seconds       {"load", "train", "evaluate", "report", "total"}
-    peak_rss_bytes, cpu_percent (100 is one busy core),
+    peak_rss_bytes, cpu_percent (100 is all cores busy),
     tokens_per_second {"rollout"}
     weights_changed  {"changed": bool, "relative_l2"}:
                   |after - before| / |before|
@@ -283,7 +283,7 @@ def _time_and_memory(record: RunRecord, metrics: Sequence[Metrics]) -> list[Bloc
     shown: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("Time, total", results.get("seconds", {}).get("total"), clock_time),
         ("Peak resident memory", results.get("peak_rss_bytes"), gib),
-        ("CPU use (100 % is one core)", results.get("cpu_percent"), "{:.0f} %".format),
+        ("CPU use (100 % is all cores)", results.get("cpu_percent"), "{:.0f} %".format),
     ]
     shown += [
         (f"Tokens per second, {key}", rate, "{:,.0f}".format)
