@@ -1,4 +1,4 @@
-"""``cpugrpo models``, ``fetch`` and ``pretrain``: which models fit here, and how to get one."""
+"""``cpugrpo models | fetch | push | pretrain``: which models fit; to get, publish or make one."""
 
 from __future__ import annotations
 
@@ -59,6 +59,26 @@ def fetch(
 
     folder = fetch_model(name, call.say)
     call.give({"model": name, "folder": str(folder)}, str(folder))
+
+
+@command(app)
+def push(
+    call: Call,
+    model: Annotated[Path, Argument(help="A saved model, such as runs/first/model.")],
+    target: Annotated[str, Argument(help="Its hub id: owner/name.")],
+    private: Annotated[bool, Option("--private", help="A new one is for you alone.")] = False,
+) -> None:
+    """Publish a saved model and its model card on the Hugging Face hub, under your account.
+
+    Log in first: `hf auth login`. Prompts and records of the run are not uploaded.
+
+    Example: `cpugrpo push runs/first/model me/first`
+    """
+    from cpugrpo_edu.models.push import push as publish
+
+    call.say(f"uploading {model} to {target}")
+    url = publish(model, target, private=private)
+    call.give({"model": str(model), "url": url}, url)
 
 
 @command(app)

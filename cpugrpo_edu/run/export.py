@@ -8,8 +8,7 @@ of the same quality write on differently.)
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from cpugrpo_edu.models.load import Policy, load_policy, read_config, resolve_so
 from cpugrpo_edu.record.files import check_output_folder, replacing
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.run.gguf_file import write_gguf
+from cpugrpo_edu.run.model_card import WITH_TRANSFORMERS, model_card
 from cpugrpo_edu.sample import Sampling, rollout
 from cpugrpo_edu.tasks import DOMAINS, held_out_problems
 
@@ -82,7 +82,7 @@ def export(
         write(original, run, record, folder)
         exported = read(folder, original, record)
         found = compare(original, exported, kind, questions(record, problems), on_done)
-        (folder / "README.md").write_text(model_card(record, kind, found), encoding="utf-8")
+        (folder / "README.md").write_text(card(record, kind, found), encoding="utf-8")
         record.save(folder / "record.json")
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     return {"folder": str(output), "bytes": size, "kl": found.kl, "agreement": found.agreement}
@@ -258,46 +258,18 @@ WAYS: dict[str, tuple[Writer, Reader]] = {
 }
 
 HOW_TO_LOAD = {
-    "merged": 'AutoModelForCausalLM.from_pretrained("this folder")',
+    "merged": WITH_TRANSFORMERS,
     "adapter": 'PeftModel.from_pretrained(base, "this folder")',
     "int8": 'cpugrpo_edu.run.export.load_int8("this folder")',
     "gguf": 'AutoModelForCausalLM.from_pretrained("this folder", gguf_file="model.gguf")',
 }
 
 
-def model_card(record: RunRecord, kind: str, found: Drift) -> str:
-    """What this model is and how it was made, from the run's record."""
-    from cpugrpo_edu.show.report import headline
-
-    config = {k: v for k, v in record.config.items() if v not in (None, "")}
-    versions: Sequence[str] = [f"{name} {version}" for name, version in record.versions.items()]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            f"base_model: {record.config.get('model', 'unknown')}",
-            "tags: [grpo]",
-            "---",
-            "",
-            f"# A model trained with GRPO ({kind})",
-            "",
-            headline(record),
-            "",
-            f"Loaded back after the export, it is {found.kl:.2g} nats a token from the trained "
-            f"model (KL divergence, on held-out problems; {LARGEST_KL[kind]:g} is allowed), with "
-            f"the same most likely token in {found.agreement:.1%} of the places.",
-            "",
-            f"Load it with `{HOW_TO_LOAD[kind]}`.",
-            "",
-            "Trained and measured on the built-in arithmetic tasks or the data named below; "
-            "nothing beyond that is known about it.",
-            "",
-            "## Settings",
-            "",
-            *(f"* {name}: `{json.dumps(value)}`" for name, value in config.items()),
-            "",
-            f"Run of {record.created}, code {record.commit[:12]}, with {', '.join(versions)}. "
-            "The whole record is in `record.json`.",
-            "",
-        ]
+def card(record: RunRecord, kind: str, found: Drift) -> str:
+    """The model card, which says how close the export is to the trained model."""
+    note = (
+        f"Loaded back after the export, it is {found.kl:.2g} nats a token from the trained "
+        f"model (KL divergence, on held-out problems; {LARGEST_KL[kind]:g} is allowed), with "
+        f"the same most likely token in {found.agreement:.1%} of the places."
     )
+    return model_card(record, HOW_TO_LOAD[kind], kind, note)
