@@ -262,6 +262,13 @@ def test_readme_and_guide_have_the_same_python():
     assert lines in python_blocks("book/how_to_run.md")
 
 
+def test_the_guide_explains_every_extra_that_users_choose():
+    guide = (ROOT / "book" / "how_to_run.md").read_text()
+    table = guide.split("| Extra |")[1].split("\n\n")[0]
+    explained = set(re.findall(r"^\| `([a-z-]+)` \|", table, re.M))
+    assert explained == PROJECT["optional-dependencies"].keys() - {"book", "dev"}
+
+
 def test_code_on_the_pages_fits_their_width():
     """About 80 characters; a longer line is cut off."""
     long = []
