@@ -195,7 +195,7 @@ def test_a_run_on_an_architecture_outside_the_table(tiny_folder, tmp_path, monke
     monkeypatch.setitem(REWARDS, "odd", lambda problem, episode: sum(episode.completion_ids) % 2.0)
     config = RunConfig(
         str(folder), steps=(1, 0, 0), prompts_per_step=4, num_generations=4, max_completion=8,
-        per_cell=1, fisher_examples=2, rewards="odd=1", threads=1,
+        per_cell=1, fisher_examples=2, ewc_strength=0.1, rewards="odd=1", threads=1,
     )  # fmt: skip
     results = run(config, tmp_path / "out").results
     assert results["stages"][0]["rollouts_from"] == "policy"

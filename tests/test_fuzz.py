@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cpugrpo_edu.cli.settings import three_numbers
 from cpugrpo_edu.curriculum import make_stages
-from cpugrpo_edu.data import Episode, Problem
+from cpugrpo_edu.data import DIFFICULTIES, Episode, Problem
 from cpugrpo_edu.engine.memory import parse_bytes
 from cpugrpo_edu.engine.trl_data import trl_rewards
 from cpugrpo_edu.errors import UserError
@@ -149,13 +149,12 @@ def test_run_settings_of_any_value(data):
             values = st.floats()
         elif isinstance(default, str):
             values = st.text(max_size=12)
+        elif item.type == "tuple[str, ...]":
+            word = st.sampled_from((*DOMAINS, *DIFFICULTIES)) | st.text(max_size=5)
+            values = st.lists(word, max_size=3).map(tuple)
         elif isinstance(default, tuple):
             pick = NUMBER if isinstance(default[0], float) else st.integers(-9, 10**7)
-            values = (
-                st.tuples(pick, pick, pick)
-                if not isinstance(default[0], str)
-                else st.lists(st.sampled_from(DOMAINS) | st.text(max_size=5), max_size=3).map(tuple)
-            )
+            values = st.tuples(pick, pick, pick)
         else:
             values = st.none()
         changed[item.name] = data.draw(values, label=item.name)
