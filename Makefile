@@ -15,7 +15,7 @@ TESTS := $(PYTEST) -n $(WORKERS) --ignore tests/lint
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check venv lint format types unit coverage notebooks mutations psets book \
-	book-check book-pdf binder serve records results lock audit torture clean
+	book-check book-pdf binder wheel serve records results lock audit torture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -80,6 +80,9 @@ book-pdf: book ## print the book into _build/cpugrpo_edu.pdf (needs Chromium)
 
 binder: venv ## build the pip part of environment.yml from scratch, as Binder would (needs the network)
 	$(BIN)/python tools/binder.py
+
+wheel: venv ## build the wheel and try it in fresh environments of Python 3.11, 3.12 and 3.13
+	$(BIN)/python tools/try_wheel.py $(ARGS)
 
 serve: book ## show the book at http://127.0.0.1:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000

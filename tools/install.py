@@ -1,9 +1,10 @@
 """Create a virtual environment and install the project into it, with the CPU build of torch.
 
-    python tools/install.py [--venv .venv]
+    python tools/install.py [--venv .venv] [--wheel dist/NAME.whl]
 
 Needs only the standard library, on Linux, macOS and Windows. Returns at once when nothing has
-changed since the last time.
+changed since the last time. With --wheel it installs this wheel as learners do: from what the
+wheel itself declares, with the extra notebooks, at the locked versions.
 
 Why not plain `pip install torch`: on Linux the usual index serves a build that brings several
 gigabytes of CUDA libraries. We ask pip what it *would* install; if that includes CUDA, we take
@@ -27,6 +28,7 @@ LOCK = ROOT / "requirements.lock"
 EXTRAS = "notebooks,book,grading,dev"
 # PyTorch's documented channel for CPU builds; set TORCH_INDEX to use another one, e.g. a mirror.
 TORCH_INDEX = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
+NO_CPU_TORCH = "Cannot get the CPU build of"
 CUDA = re.compile(r"^(nvidia|cuda|triton)", re.IGNORECASE)
 
 
@@ -89,7 +91,7 @@ def install_torch(python: Path, torch: str) -> None:
         pip(python, "install", "-qq", "--no-deps", "--index-url", TORCH_INDEX, torch)
     except SystemExit:
         sys.exit(
-            f"Cannot get the CPU build of {torch} from {TORCH_INDEX}; check the network, or set "
+            f"{NO_CPU_TORCH} {torch} from {TORCH_INDEX}; check the network, or set "
             "TORCH_INDEX to a mirror or a local folder's index and try again."
         )
 
@@ -106,16 +108,30 @@ def check_cpu_build(python: Path) -> None:
         )
 
 
+def install_project(python: Path) -> None:
+    print("Installing the other packages of requirements.lock", flush=True)
+    pip(python, "install", "-qq", "--no-deps", "-r", str(LOCK))
+    project = f"{ROOT}[{EXTRAS}]"
+    pip(python, "install", "-qq", "--no-deps", "--no-build-isolation", "--editable", project)
+
+
+def install_wheel(python: Path, wheel: Path) -> None:
+    print(f"Installing {wheel.name} and what it needs", flush=True)
+    pip(python, "install", "-qq", "--constraint", str(LOCK), f"{wheel}[notebooks]")
+
+
 def main() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036  people run this with whatever they have
         have = sys.version.split()[0]
         sys.exit(f"Python {have} is too old; use 3.11 or newer: make run PYTHON=python3.11")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder to install into")
-    folder = parser.parse_args().venv.resolve()
+    parser.add_argument("--wheel", type=Path, help="install this wheel, not the checkout")
+    given = parser.parse_args()
+    folder = given.venv.resolve()
 
     stamp = folder / "installed.txt"
-    if stamp.exists() and stamp.read_text() == fingerprint():
+    if given.wheel is None and stamp.exists() and stamp.read_text() == fingerprint():
         return
     stamp.unlink(missing_ok=True)
 
@@ -124,13 +140,14 @@ def main() -> None:
     # 23.3: the first pip whose --dry-run reads metadata without downloading whole wheels
     pip(python, "install", "-qq", "pip>=23.3")
     install_torch(python, pinned_torch())
-    print("Installing the other packages of requirements.lock", flush=True)
-    pip(python, "install", "-qq", "--no-deps", "-r", str(LOCK))
-    project = f"{ROOT}[{EXTRAS}]"
-    pip(python, "install", "-qq", "--no-deps", "--no-build-isolation", "--editable", project)
+    if given.wheel is None:
+        install_project(python)
+    else:
+        install_wheel(python, given.wheel.resolve())
     pip(python, "check")
     check_cpu_build(python)
-    stamp.write_text(fingerprint())
+    if given.wheel is None:
+        stamp.write_text(fingerprint())
 
 
 if __name__ == "__main__":
