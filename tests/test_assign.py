@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import csv
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import grading_fixtures as small
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell
 from typer.testing import CliRunner
 
 pytest.importorskip("nbgrader", reason="grading needs the extra cpugrpo-edu[grading]")
 
 from cpugrpo_edu.cli import assign
-from cpugrpo_edu.course import autograde, downloads, execute, student_seeds
+from cpugrpo_edu.course import autograde, checks, downloads, guard, student_seeds
 from cpugrpo_edu.course import course as grading
 from cpugrpo_edu.course.course import Course
 from cpugrpo_edu.errors import UserError
@@ -112,7 +118,8 @@ def test_collect_from_a_folder_and_a_zip(released, tmp_path):
     root = shutil.copytree(before, tmp_path / "course")
     small.write_submissions(tmp_path / "moodle", notebook, {"Carol Jones_77_assignsubmission": {}})
     assert invoke("collect", "small", "--from", tmp_path / "moodle", "--course", root) == {
-        "submissions": ["carol"]
+        "submissions": ["carol"],
+        "held_back": [],
     }
     packed = tmp_path / "canvas.zip"
     with zipfile.ZipFile(packed, "w") as archive:
@@ -120,7 +127,7 @@ def test_collect_from_a_folder_and_a_zip(released, tmp_path):
         archive.writestr("bob_LATE_small.ipynb", nbformat.writes(notebook))
         archive.writestr("../../outside_small.ipynb", nbformat.writes(notebook))
     found = invoke("collect", "small", "--from", packed, "--course", root)
-    assert found == {"submissions": ["alice", "bob", "carol", "outside"]}
+    assert found == {"submissions": ["alice", "bob", "carol", "outside"], "held_back": []}
     assert not list(tmp_path.parent.glob("outside*")), "a zip wrote outside its folder"
     assert (root / "submitted/alice/small/timestamp.txt").read_text().endswith("UTC\n")
 
@@ -144,7 +151,7 @@ def test_collect_folders_that_students_zipped(released, tmp_path):
         archive.writestr("Carol Jones_77_assignsubmission_file/small.zip", inner)
         archive.writestr("jones/angstromalice_901_55_small.zip", packed_notebook(text))
     collect = ("collect", "small", "--from", packed, "--course", root)
-    assert invoke(*collect) == {"submissions": ["alice", "carol"]}
+    assert invoke(*collect) == {"submissions": ["alice", "carol"], "held_back": []}
     carol = root / "submitted/carol/small"
     assert sorted(path.name for path in carol.iterdir()) == [
         "claim.md",
@@ -164,23 +171,59 @@ def test_collect_takes_no_links_and_no_other_names(released, tmp_path, monkeypat
     folder.mkdir()
     (folder / "timestamp.txt").write_text("2027-03-04 05:06:08.000000 UTC\n")
     (folder / "small.ipynb").symlink_to(root / "source/small/small.ipynb")
+    honest = inbound / "bob+small+2027-03-04 05:06:09.000000 UTC+random"
+    shutil.copytree(folder, honest, symlinks=True)
+    (honest / "small.ipynb").unlink()
+    nbformat.write(notebook, honest / "small.ipynb")
     collect = ("collect", "small", "--course", root)
-    assert "holds a link" in refused(*collect)
+    found = invoke(*collect)
+    assert found["submissions"] == ["bob"], "one student's link must not stop the others"
+    assert len(found["held_back"]) == 1 and "holds a link" in found["held_back"][0]
     (folder / "small.ipynb").unlink()
     nbformat.write(notebook, folder / "small.ipynb")
     with monkeypatch.context() as other:
         other.setattr(grading.os, "getuid", lambda: -1)  # a hub with users of their own
-        assert "another student's name" in refused(*collect)
-    assert invoke(*collect) == {"submissions": ["alice"]}
+        assert "another student's name" in invoke(*collect)["held_back"][0]
+    assert invoke(*collect) == {"submissions": ["alice", "bob"], "held_back": []}
 
 
 def test_collect_loses_nobody(released, tmp_path):
     before, notebook = released
     root = shutil.copytree(before, tmp_path / "course")
-    small.write_submissions(tmp_path / "in", notebook, {"alice_1/x": {}, "alice_1/y": {}})
-    assert "would be small of alice" in refused(
-        "collect", "small", "--from", tmp_path / "in", "--course", root
-    )
+    given = {"alice_1/x": {}, "alice_1/y": {"mean": "pass"}, "carol_2": {}}
+    small.write_submissions(tmp_path / "in", notebook, given)
+    collect = ("collect", "small", "--from", tmp_path / "in", "--course", root)
+    found = invoke(*collect)
+    assert found["submissions"] == ["carol"]
+    assert "would both be of alice" in found["held_back"][0]
+    shutil.rmtree(tmp_path / "in/carol_2")
+    assert "would both be of alice" in refused(*collect)
+
+
+def test_collect_takes_notebooks_of_other_names(released, tmp_path):
+    before, notebook = released
+    root = shutil.copytree(before, tmp_path / "course")
+    text = nbformat.writes(notebook)
+    for name in ("alice/small (1).ipynb", "bob/homework.ipynb", "jonescarol_903_4_small-2.ipynb",
+                 "mystery.ipynb", "small.ipynb"):  # fmt: skip
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    collect = ("collect", "small", "--from", tmp_path / "in", "--course", root)
+    found = invoke(*collect)
+    assert found["submissions"] == ["alice", "bob", "carol"]
+    assert [each.split(":")[0] for each in found["held_back"]] == ["mystery.ipynb", "small.ipynb"]
+
+    def names():
+        return sorted(str(p.relative_to(root)) for p in root.glob("submitted/*/small/*.ipynb"))
+
+    assert names() == [
+        "submitted/alice/small/small (1).ipynb",
+        "submitted/bob/small/homework.ipynb",
+        "submitted/carol/small/small.ipynb",
+    ]
+    (tmp_path / "in/alice/small (1).ipynb").rename(tmp_path / "in/alice/small.ipynb")
+    invoke(*collect)  # a later download replaces the earlier one, whatever its name was
+    assert names()[0] == "submitted/alice/small/small.ipynb" and len(names()) == 3
 
 
 @pytest.mark.parametrize(
@@ -229,6 +272,39 @@ def test_autograde_goes_on_where_it_was(graded, monkeypatch, tmp_path):
     done.clear()
     autograde.autograde(course, "small", force=True)
     assert sorted(done) == ["alice", "bob", "carol"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_night_goes_on(graded, tmp_path, ending):
+    """Stopped in the middle of a submission; all get their points, and none is graded twice."""
+    root = shutil.copytree(graded[0], tmp_path / "course")
+    shutil.rmtree(root / "outcomes/small"), shutil.rmtree(root / "autograded")
+    for student in ("bob", "carol"):  # long enough to be stopped in the middle
+        path = root / "submitted" / student / "small/small.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells.insert(0, new_code_cell("import time\ntime.sleep(2)"))
+        nbformat.write(notebook, path)
+    start = [sys.executable, "-m", "cpugrpo_edu.cli", "assign", "autograde", "small", "--quiet"]
+    job = subprocess.Popen(start, cwd=root, start_new_session=True, stderr=subprocess.DEVNULL)
+    done = root / "outcomes/small/alice.json"
+    try:
+        for _ in range(1200):
+            if done.exists() or job.poll() is not None:
+                break
+            time.sleep(0.05)
+        time.sleep(1)  # in bob's kernel
+    finally:
+        # Ctrl-C reaches the grading process as well; a kill only the command
+        os.killpg(job.pid, ending) if ending == signal.SIGINT else job.kill()
+        assert job.wait(60) != 0
+    assert sorted(path.name for path in done.parent.glob("*.json")) == ["alice.json"]
+    again = invoke("autograde", "small", "--course", root, "--quiet")
+    assert [each["student"] for each in again] == ["bob", "carol"]
+    for each in again:
+        assert (each["score"], each["status"]) == (graded[1][each["student"]]["score"], "ok")
+    assert invoke("status", "--course", root)[0]["graded"] == 3
+    assert invoke("autograde", "small", "--course", root, "--quiet") == []
 
 
 @pytest.mark.slow
@@ -384,22 +460,36 @@ def test_students_keys_differ_and_stay():
 
 
 @pytest.mark.parametrize(
-    ("source", "value"),
+    ("source", "result"),
     [
-        ("assert True", ""),
+        ("assert True", "None"),
         ("1.5", "1.5"),
         ("x = 2\nx / 4", "0.5"),
         ("import numpy\nnumpy.float64(0.5)", "0.5"),
-        ("True", ""),
-        ("assert False", None),
-        ("raise SystemExit", None),
+        ("True", "None"),
+        ("assert sum([1, 2]) == 3 and math.sqrt(4) == 2", "None"),
+        ("sum = 5\nassert sum == 5", "None"),
+        ("assert taken == 7, list", "None"),
+        ("assert False, 'no'", "AssertionError: no, line 1"),
+        ("x = 1\nraise SystemExit", "SystemExit: , line 2"),
+        ("missing", "NameError: name 'missing' is not defined, line 1"),
+        ("double", "2.0"),
     ],
 )
-def test_only_a_passed_test_reaches_its_proof(source, value):
-    with contextlib.suppress(SystemExit, AssertionError):
-        try:
-            exec(execute.with_proof(source, "word"), {})
-        except RuntimeError as proof:
-            assert str(proof) == f"word:{value}"
-            return
-    assert value is None
+def test_only_a_test_that_reaches_its_end_passes(source, result, monkeypatch):
+    """In a namespace where the student took names of builtins and imports for variables."""
+    names = {"sum": 6, "list": [1], "float": 1.0, "math": 0, "taken": 7, "double": 2}
+    shell = SimpleNamespace(user_ns=dict(names))
+    monkeypatch.setattr(guard, "get_ipython", lambda: shell)
+    guard.give_names(["import math"])
+    own = checks.BUILTINS | {"math"}
+    happened = guard.run_test(
+        checks.compiled(ast.parse("def helper(): pass"), own, "<helpers>"),
+        checks.compiled_test(source, own),
+    )
+    if happened["passed"]:
+        assert str(happened["value"]) == result
+    else:
+        assert f"{happened['name']}: {happened['text']}, line {happened['line']}" == result
+    kept = {name: shell.user_ns[name] for name in names if name != "sum" or "sum =" not in source}
+    assert kept == {name: names[name] for name in kept}, "a test must leave them as they are"

@@ -290,7 +290,7 @@ def table(outcomes, level, left_out):
         f"{'submission':12}{'points':>8}  status, reasons",
     ]
     for each in outcomes:
-        why = "; ".join([*each.flags, *each.review])
+        why = "; ".join([*each.flags, *each.review, *each.notes])
         lines.append(
             f"{each.student:12}{each.score:>6g}/{FULL:g}  {each.status}  {why:.90}".rstrip()
         )
@@ -315,7 +315,7 @@ def seen(batch, name):
     return SimpleNamespace(
         status=outcome.status,
         score=outcome.score,
-        why="; ".join([*outcome.flags, *outcome.review]),
+        why="; ".join([*outcome.flags, *outcome.review, *outcome.notes]),
         points=small.scores_of(batch.course, "small", name),
         text=path.read_text() if path.exists() else "",
     )
@@ -355,14 +355,16 @@ def test_nothing_outside_changed(batch):
         ("frames", "_getframe"),
         ("large", "bytes; allowed are"),
         ("not-json", "is no valid notebook"),
-        ("no-cells", "is no valid notebook"),
+        ("no-cells", "is no notebook"),
     ],
 )
 def test_no_points_for(batch, name, why):
     found = seen(batch, name)
     assert found.points["test-mean"] == 0, found
     assert re.search(why, found.why), found
-    if why:
+    if name in ("cuts", "retypes"):  # as happens by accident: mended, said, and no reason to accuse
+        assert found.status == "ok"
+    elif why:
         assert found.status in ("flagged", "failed")
 
 

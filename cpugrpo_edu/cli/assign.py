@@ -88,8 +88,9 @@ def collect(
 
     Example: `cpugrpo assign collect ps1 --from submissions.zip`
     """
-    found = opened(course).collect(assignment, downloaded)
-    call.give({"submissions": found}, f"{len(found)} submissions")
+    found, held = opened(course).collect(assignment, downloaded)
+    lines = [f"{len(found)} submissions", *(f"held back: {each}" for each in held)]
+    call.give({"submissions": found, "held_back": held}, *lines)
 
 
 @command(app)
@@ -119,8 +120,7 @@ def autograde(
 
         def done(outcome: Outcome, total: int) -> None:
             progress.update(task, total=total, advance=1)
-            if outcome.status != "ok":
-                why = "; ".join([*outcome.flags, *outcome.review])
+            if why := "; ".join([*outcome.flags, *outcome.review, *outcome.notes]):
                 progress.console.print(f"{outcome.student}: {outcome.status}: {why}", markup=False)
 
         outcomes = grader.autograde(
@@ -141,7 +141,7 @@ def feedback(
     course: Folder = Path("."),
     release: Annotated[bool, typer.Option("--release", help="Into the exchange as well.")] = False,
 ) -> None:
-    """Write a page for each student, without hidden tests and mark schemes.
+    """Write a page for each student, without hidden tests and mark schemes, also for failed work.
 
     Example: `cpugrpo assign feedback ps1`
     """
@@ -199,8 +199,9 @@ def export(
 
     Example: `cpugrpo assign export grades.csv --for moodle`
     """
-    rows = opened(course).export(platform, to, assignment)
-    call.give({"file": str(to), "rows": rows}, f"{to}: {rows} students")
+    rows, waiting = opened(course).export(platform, to, assignment)
+    lines = [f"{to}: {rows} students", *(f"not graded: {each}" for each in waiting)]
+    call.give({"file": str(to), "rows": rows, "not_graded": waiting}, *lines)
 
 
 @command(app)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,24 +21,22 @@ from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
-from nbgrader.api import Gradebook
 from nbgrader.converters import Autograde
 from nbgrader.converters.base import BaseConverter, NbGraderException
-from nbgrader.nbgraderformat import MetadataValidator
-from nbgrader.preprocessors import Execute, NbGraderPreprocessor, OverwriteCells
+from nbgrader.preprocessors import Execute, NbGraderPreprocessor
 
 from cpugrpo_edu.course import execute, sandbox
+from cpugrpo_edu.course.checks import names_of
 from cpugrpo_edu.course.course import Course
+from cpugrpo_edu.course.feedback import squeeze
 from cpugrpo_edu.course.outcome import Outcome
+from cpugrpo_edu.course.repair import Unreadable, find_notebooks, place_cells, read_notebook
 from cpugrpo_edu.course.sandbox import Sandbox
 from cpugrpo_edu.course.student_seeds import student_key
 from cpugrpo_edu.errors import UserError
 
 USERS = range(60001, 60501)
 """User ids that submissions run as where each has a user of its own."""
-
-LARGEST = 20_000_000
-"""Bytes of the largest notebook that is graded."""
 
 
 def autograde(
@@ -51,8 +50,8 @@ def autograde(
 ) -> list[Outcome]:
     """Grade what is new or changed, ``jobs`` submissions at a time; returns the outcomes.
 
-    A submission that breaks is recorded as failed and the others go on. ``on_done`` gets each
-    outcome and the number of submissions to grade.
+    A submission that cannot be graded is recorded as failed, without points, and the others go
+    on. ``on_done`` gets each outcome and the number of submissions to grade.
     """
     course.check_released(assignment)
     if jobs < 1:
@@ -107,27 +106,34 @@ def grade(
 ) -> Outcome:
     """Grade one submission and store its outcome. Only one thread at a time is in nbgrader."""
     outcome = Outcome(student, level=box.level, digest=course.digest(assignment, student))
-    with lock:
-        problem = unreadable(course.submitted(assignment, student))
-        if not problem:
-            try:
-                grader = ContainedAutograde(
-                    coursedir=course.one_student(assignment, student), config=course.config
-                )
-                grader.log.setLevel(logging.CRITICAL)
-                grader.force, grader.key, grader.sandbox = True, key, box
-                grader.outcome, grader.lock = outcome, lock
-                grader.start()
-            except NbGraderException as error:
-                problem = f"nbgrader could not grade it: {str(error).splitlines()[0]}"
-            except Exception as error:  # whatever it is, the batch goes on
-                problem = f"{type(error).__name__}: {error}"[:200]
+    with lock, tempfile.TemporaryDirectory(prefix="cg-") as mended:
+        problem, undecided = "", list[tuple[str, str]]()
+        try:
+            exercise = mend(course, assignment, student, Path(mended), outcome.notes)
+            coursedir = course.one_student(assignment, student)
+            coursedir.submitted_directory = mended
+            grader = ContainedAutograde(coursedir=coursedir, config=course.config)
+            grader.log.setLevel(logging.CRITICAL)
+            grader.force, grader.key, grader.sandbox = True, key, box
+            grader.outcome, grader.lock, grader.exercise = outcome, lock, exercise
+            grader.undecided = undecided
+            grader.start()
+        except Unreadable as error:
+            problem = str(error)
+        except NbGraderException as error:
+            problem = f"nbgrader could not grade it: {str(error).splitlines()[0]}"
+        except Exception as error:  # whatever it is, the batch goes on
+            problem = f"{type(error).__name__}: {error}"[:200]
         if problem:
             outcome.status = "failed"
             outcome.flags.append(problem)
-            score_zero(course, assignment, student)
+            shutil.rmtree(
+                course.path(course.coursedir.autograded_directory, student, assignment),
+                ignore_errors=True,
+            )
         elif outcome.flags or outcome.review:
             outcome.status = "flagged"
+        open_grades(course, assignment, student, None if problem else undecided)
         with course.gradebook() as book:
             submission = book.find_submission(assignment, student)
             outcome.score, outcome.max_score = submission.score, submission.max_score
@@ -135,79 +141,54 @@ def grade(
     return outcome
 
 
-def unreadable(submitted: Path) -> str:
-    """Why a submission cannot be graded, or nothing."""
-    for path in submitted.rglob("*"):
-        if path.is_symlink():
-            return f"{path.name} is a link"
-    for path in submitted.glob("*.ipynb"):
-        if path.stat().st_size > LARGEST:
-            return f"{path.name} has {path.stat().st_size} bytes; allowed are {LARGEST}"
-        try:
-            nbformat.validate(nbformat.reads(path.read_text(encoding="utf-8"), as_version=4))
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return f"{path.name} is no valid notebook: {reason[:120]}"
-    return ""
+def mend(
+    course: Course, assignment: str, student: str, to: Path, notes: list[str]
+) -> dict[str, list[str]]:
+    """Copy a submission to ``to``, its notebooks mended; raises ``Unreadable``.
+
+    Returns the names that each notebook asks to define.
+    """
+    submitted, target = course.submitted(assignment, student), to / student / assignment
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        """Notebooks, and links and pipes, which may lead anywhere or never end."""
+        paths = [Path(folder, name) for name in names]
+        odd = [p for p in paths if p.is_symlink() or not (p.is_file() or p.is_dir())]
+        notes.extend(f"left out, since it is no file: {path.name}" for path in odd)
+        return [p.name for p in paths if p in odd or p.suffix == ".ipynb"]
+
+    shutil.copytree(submitted, target, ignore=left_out)
+    sources = course.sources(assignment)
+    released = course.path(course.coursedir.release_directory, ".", assignment)
+    for name, path in find_notebooks(submitted, list(sources), notes).items():
+        notebook = read_notebook(path, notes)
+        given = released / f"{name}.ipynb"
+        cells = nbformat.read(given, as_version=4).cells if given.is_file() else []
+        public = {squeeze(cell.source) for cell in cells}
+        notebook.cells = place_cells(notebook.cells, sources[name], public, notes)
+        nbformat.write(notebook, target / f"{name}.ipynb")
+    # by the released version: a submission could define any builtin that a test uses
+    return {
+        name: [word for each in cells if each.solution for word in names_of(each.source)]
+        for name, cells in sources.items()
+    }
 
 
-def score_zero(course: Course, assignment: str, student: str) -> None:
-    graded = course.path(course.coursedir.autograded_directory, student, assignment)
-    shutil.rmtree(graded, ignore_errors=True)
+def open_grades(
+    course: Course, assignment: str, student: str, undecided: list[tuple[str, str]] | None
+) -> None:
+    """Leave the points of (notebook, test) pairs to a person, all of them for None: not 0."""
     with course.gradebook() as book:
         book.update_or_create_student(student)
         submission = book.update_or_create_submission(assignment, student)
         for notebook in submission.notebooks:
             for each in notebook.grades:
-                each.auto_score, each.needs_manual_grade = 0, False
+                if undecided is None or (notebook.name, each.name) in undecided:
+                    each.auto_score, each.needs_manual_grade = None, True
         book.db.commit()
 
 
-# nbgrader's steps, two of them replaced
-
-
-class RestoreCells(NbGraderPreprocessor):
-    """Put deleted locked cells and tests back, each behind the cell that it followed.
-
-    A test that was changed into another type of cell is no test and counts as deleted. nbgrader's
-    own option stops if the locked description in front of a test was deleted too.
-    """
-
-    def preprocess(self, nb: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
-        meta, grader = resources["nbgrader"], self.parent.parent
-        with Gradebook(meta["db_url"]) as book:
-            source = book.find_notebook(meta["notebook"], meta["assignment"])
-            points = {cell.name: cell.max_score for cell in source.grade_cells}
-            solutions = {cell.name for cell in source.solution_cells}
-            # by the released version: a submission could define any builtin that a test uses
-            stubs = [cell.source for cell in source.source_cells if cell.name in solutions]
-            grader.exercise = [name for stub in stubs for name in execute.defined(stub)]
-            place = 0
-            for cell in source.source_cells:
-                ids = [execute.nbgrader_of(each).get("grade_id") for each in nb.cells]
-                same = [index for index, name in enumerate(ids) if name == cell.name]
-                place = same[0] + 1 if same else place
-                if not cell.locked and cell.name not in points:
-                    continue
-                retyped = [i for i in same if nb.cells[i].cell_type != cell.cell_type]
-                for index in retyped:
-                    del nb.cells[index].metadata["nbgrader"]
-                if len(retyped) < len(same):
-                    continue
-                restored = getattr(nbformat.v4, f"new_{cell.cell_type}_cell")(cell.source)
-                restored.metadata["nbgrader"] = {  # OverwriteCells, the next step, adds the rest
-                    "grade_id": cell.name,
-                    "grade": cell.name in points,
-                    "solution": cell.name in solutions,
-                    "locked": cell.locked,
-                    "task": False,
-                    "schema_version": MetadataValidator.schema_version,
-                } | ({"points": points[cell.name]} if cell.name in points else {})
-                nb.cells.insert(place, restored)
-                place += 1
-                grader.outcome.review.append(f"deleted and put back: {cell.name}")
-        nb.nbformat_minor = max(nb.nbformat_minor, 5)  # restored cells have ids
-        return nb, resources
+# nbgrader's steps, one of them replaced
 
 
 class ContainedExecute(NbGraderPreprocessor):
@@ -216,12 +197,10 @@ class ContainedExecute(NbGraderPreprocessor):
     def preprocess(self, nb: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
         grader = self.parent.parent  # the exporter's converter
         meta = resources["nbgrader"]
-        for cell in nb.cells:
-            cell.metadata.pop("cg_done", None)  # our mark of a test that was run
         job = asdict(grader.sandbox) | {
             "course": str(grader.sandbox.course),
             "notebook": nb,
-            "exercise": grader.exercise,
+            "exercise": grader.exercise[meta["notebook"]],
             "files": grader._format_dest(meta["assignment"], meta["student"]),
             "student": meta["student"],
             "key": grader.key,
@@ -231,14 +210,19 @@ class ContainedExecute(NbGraderPreprocessor):
             result = run_job(job)
         finally:
             grader.lock.acquire()
-        outcome = grader.outcome
-        outcome.flags += [flag for flag in result["flags"] if flag not in outcome.flags]
-        outcome.review += [word for word in result["review"] if word not in outcome.review]
+        for kind in ("flags", "review", "notes"):
+            known = getattr(grader.outcome, kind)
+            known += [text for text in result[kind] if text not in known]
+        grader.undecided += [(meta["notebook"], name) for name in result["undecided"]]
         return nbformat.from_dict(result["notebook"]), resources
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """``execute.execute(job)`` in a process of its own; its tests fail if it does not answer."""
+    """``execute.execute(job)`` in a process of its own; a person decides if it does not answer.
+
+    Raises ``KeyboardInterrupt`` if Ctrl-C ended that process: the submission was not graded.
+    """
+    result = {"notebook": job["notebook"], "flags": [], "review": [], "notes": [], "undecided": []}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "cpugrpo_edu.course.execute"],
@@ -249,34 +233,37 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             cwd=tempfile.gettempdir(),
             env={**os.environ, "PYTHONPATH": str(sandbox.PACKAGE)},
         )
+        if done.returncode in (-signal.SIGINT, 128 + signal.SIGINT):
+            raise KeyboardInterrupt
         return dict(json.loads(done.stdout.splitlines()[-1]))
     except subprocess.TimeoutExpired:
         reason = "time limit of the notebook"
+        result["flags"].append(reason)
+        execute.fail_rest(job["notebook"], reason)
     except (ValueError, IndexError, OSError):
-        reason = "the grading process ended without a result"
-    execute.fail_rest(job["notebook"], reason)
-    return {"notebook": job["notebook"], "flags": [reason], "review": []}
+        execute.nobody_knows(result, "the grading process ended without a result")
+    return result
 
 
 class ContainedAutograde(Autograde):
-    """nbgrader's ``Autograde`` with restored cells and contained execution.
+    """nbgrader's ``Autograde`` with contained execution.
 
-    ``exercise`` has the names that the assignment asks to define; ``lock`` is held by the thread
-    that works in nbgrader.
+    ``exercise`` has, by notebook, the names that it asks to define; ``lock`` is held by the thread
+    that works in nbgrader; ``undecided`` gets the tests, as (notebook, name), left to a person.
     """
 
     sandbox: Sandbox
     key: str
     outcome: Outcome
     lock: threading.Lock
-    exercise: list[str]
+    exercise: dict[str, list[str]]
+    undecided: list[tuple[str, str]]
 
     def _init_preprocessors(self) -> None:
-        restored = {OverwriteCells: [RestoreCells, OverwriteCells], Execute: [ContainedExecute]}
         steps = self.sanitize_preprocessors if self._sanitizing else self.autograde_preprocessors
         self.exporter._preprocessors = []
-        for step in (new for each in steps for new in restored.get(each, [each])):
-            self.exporter.register_preprocessor(step)
+        for step in steps:
+            self.exporter.register_preprocessor(ContainedExecute if step is Execute else step)
 
     def convert_single_notebook(self, notebook_filename: str) -> None:
         """Make both passes as nbgrader does, but without its change of ``os.environ``.

@@ -25,10 +25,11 @@ from nbgrader.coursedir import CourseDirectory
 from traitlets.config import PyFileConfigLoader
 
 from cpugrpo_edu.course.downloads import ID, find_downloads, not_collected, unzip
-from cpugrpo_edu.course.export import HEADS, PlatformExport
-from cpugrpo_edu.course.feedback import Feedback
+from cpugrpo_edu.course.export import HEADS, PlatformExport, not_graded
+from cpugrpo_edu.course.feedback import Feedback, not_graded_pages
 from cpugrpo_edu.course.outcome import Limits, Outcome
 from cpugrpo_edu.course.peers import Review, peer_reviews
+from cpugrpo_edu.course.repair import Source, notebook_of
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.files import write_text
 
@@ -161,6 +162,29 @@ class Course:
         with self.gradebook() as book:
             return sorted(each.name for each in book.assignments)
 
+    def sources(self, assignment: str) -> dict[str, list[Source]]:
+        """The graded, locked and solution cells of each notebook, as they were released."""
+        found = {}
+        with self.gradebook() as book:
+            for notebook in book.find_assignment(assignment).notebooks:
+                graded = [*notebook.grade_cells, *notebook.task_cells]
+                points = {cell.name: cell.max_score for cell in graded}
+                tasks = {cell.name for cell in notebook.task_cells}
+                solutions = {cell.name for cell in notebook.solution_cells}
+                found[notebook.name] = [
+                    Source(
+                        name=cell.name,
+                        cell_type=cell.cell_type,
+                        source=cell.source,
+                        locked=cell.locked,
+                        solution=cell.name in solutions,
+                        points=points.get(cell.name),
+                        task=cell.name in tasks,
+                    )
+                    for cell in notebook.source_cells
+                ]
+        return found
+
     def check_released(self, assignment: str) -> None:
         known = self.assignments()
         if assignment not in known:
@@ -216,55 +240,77 @@ class Course:
         check_done(done, f"cannot put {assignment} into the exchange")
         return self.path(self.coursedir.release_directory, ".", assignment)
 
-    def collect(self, assignment: str, downloaded: Path | None = None) -> list[str]:
-        """Take submissions from the exchange, or from a folder or zip of downloaded ones."""
+    def collect(
+        self, assignment: str, downloaded: Path | None = None
+    ) -> tuple[list[str], list[str]]:
+        """Take submissions from the exchange, or from a folder or zip of downloaded ones.
+
+        Returns the students who handed in, and what was held back and why; the others go on.
+        """
         self.check_released(assignment)
         if downloaded is None:
-            self.check_inbound(assignment)
-            check_done(self.api.collect(assignment), f"cannot collect {assignment}")
+            held = self.collect_exchanged(assignment)
         elif downloaded.is_dir():
-            self.collect_downloads(assignment, downloaded)
+            held = self.collect_downloads(assignment, downloaded)
         elif downloaded.is_file():
             with tempfile.TemporaryDirectory() as scratch:
                 unzip(downloaded, Path(scratch))
-                self.collect_downloads(assignment, Path(scratch))
+                held = self.collect_downloads(assignment, Path(scratch))
         else:
             raise UserError(f"{downloaded} does not exist; give a folder or a .zip")
-        return self.submissions(assignment)
+        return self.submissions(assignment), held
 
-    def collect_downloads(self, assignment: str, folder: Path) -> None:
+    def collect_downloads(self, assignment: str, folder: Path) -> list[str]:
         with self.gradebook() as book:
             names = [each.name for each in book.find_assignment(assignment).notebooks]
-        for each in find_downloads(folder, names, self.roster()):
+        found, held = find_downloads(folder, names, self.roster())
+        new = {(each.student, notebook_of(Path(each.name).stem, names)) for each in found}
+        for student, notebook in new:
+            for old in self.submitted(assignment, student).glob("*.ipynb"):
+                if notebook_of(old.stem, names) == notebook:
+                    old.unlink()
+        for each in found:
             target = self.submitted(assignment, each.student)
             target.mkdir(parents=True, exist_ok=True)
             if each.own_folder:  # a capstone is more than its notebook
                 source = each.file.parent
                 shutil.copytree(source, target, dirs_exist_ok=True, ignore=not_collected)
-            shutil.copyfile(each.file, target / f"{each.notebook}.ipynb")
+            shutil.copyfile(each.file, target / each.name)
             when = datetime.fromtimestamp(each.file.stat().st_mtime, UTC)
             (target / "timestamp.txt").write_text(f"{when:%Y-%m-%d %H:%M:%S.%f} UTC\n")
+        return held
 
-    def check_inbound(self, assignment: str) -> None:
-        """Refuse links in the exchange, and folders in another student's name.
+    def collect_exchanged(self, assignment: str) -> list[str]:
+        """Collect from the exchange, but not from students with a folder that is refused."""
+        inbound = sorted((self.exchange / "inbound").glob(f"*+{assignment}+*"))
+        refused = {folder: why for folder in inbound if (why := self.refused(folder))}
+        students = {folder: folder.name.rsplit(f"+{assignment}+", 1)[0] for folder in inbound}
+        others = {*students.values()} - {students[folder] for folder in refused}
+        try:
+            for student in sorted(others) if refused else [""]:  # all of them, for nbgrader
+                self.coursedir.student_id = student or "*"
+                check_done(self.api.collect(assignment), f"cannot collect {assignment}")
+        finally:
+            self.coursedir.student_id = "*"
+        return [f"{folder}, {why}; look at it and move it away" for folder, why in refused.items()]
+
+    def refused(self, folder: Path) -> str:
+        """Why not to collect a folder of the exchange: links, or another student's name.
 
         Anyone can put a folder there. nbgrader would follow a link in it with the grader's
         rights, for example to the master, which would then be the student's own answer.
         """
-        for folder in sorted((self.exchange / "inbound").glob(f"*+{assignment}+*")):
-            owner = folder.lstat().st_uid
-            try:
-                name = folder.owner()
-            except (KeyError, OSError, NotImplementedError):
-                name = f"user {owner}"
-            wrong = ""
-            if any(path.is_symlink() for path in (folder, *folder.rglob("*"))):
-                wrong = "holds a link, which collecting would follow with your rights"
-            # where all users of a hub are one user, as in containers, owners say nothing
-            elif owner != os.getuid() and name != folder.name.split("+")[0]:
-                wrong = "has another student's name"
-            if wrong:
-                raise UserError(f"{folder}, made by {name}, {wrong}; look at it and move it away")
+        owner = folder.lstat().st_uid
+        try:
+            name = folder.owner()
+        except (KeyError, OSError, NotImplementedError):
+            name = f"user {owner}"
+        if any(path.is_symlink() for path in (folder, *folder.rglob("*"))):
+            return f"made by {name}, holds a link, which collecting would follow with your rights"
+        # where all users of a hub are one user, as in containers, owners say nothing
+        if owner != os.getuid() and name != folder.name.split("+")[0]:
+            return f"made by {name}, has another student's name"
+        return ""
 
     def submissions(self, assignment: str) -> list[str]:
         """The students who handed in."""
@@ -365,23 +411,34 @@ class Course:
     def feedback(self, assignment: str, release: bool = False) -> list[Path]:
         """Write HTML pages without hidden tests and mark schemes; returns their paths.
 
-        ``release`` puts them into the exchange, where nbgrader gives each student their own.
+        Work that was not graded gets a page that says why. ``release`` puts the pages into the
+        exchange, where nbgrader gives each student their own.
         """
         self.check_released(assignment)
-        made = []
+        made, problems = [], []
         for student in self.submissions(assignment):
+            outcome = self.outcome(assignment, student)
+            target = self.path(self.coursedir.feedback_directory, student, assignment)
+            if outcome and outcome.status == "failed":
+                names = list(self.sources(assignment))
+                why, given = "; ".join(outcome.flags), self.submitted(assignment, student)
+                made += not_graded_pages(target, names, why, outcome.notes, given)
+                continue
             graded = self.path(self.coursedir.autograded_directory, student, assignment)
             if not graded.is_dir():
                 continue
             coursedir = self.one_student(assignment, student)
             writer = Feedback(coursedir=coursedir, config=self.config, force=True)
+            writer.notes = outcome.notes if outcome else []
             writer.log.setLevel(logging.CRITICAL)
             try:
                 writer.start()
             except NbGraderException as error:
-                raise UserError(f"cannot write the feedback of {student}: {error}") from error
-            target = self.path(self.coursedir.feedback_directory, student, assignment)
+                problems.append(f"cannot write the feedback of {student}: {error}")
+                continue
             made += sorted(target.glob("*.html"))
+        if problems:  # the pages of the others are there
+            raise UserError("; ".join(problems))
         if not made:
             raise UserError(
                 f"no graded submission of {assignment}; first: cpugrpo assign autograde"
@@ -402,8 +459,13 @@ class Course:
         done = self.api.release_feedback(assignment)
         check_done(done, "cannot put the feedback into the exchange")
 
-    def export(self, platform: str, to: Path, assignments: list[str] | None = None) -> int:
-        """Write scores as CSV for ``canvas`` or ``moodle``, or ``plain``; returns the rows."""
+    def export(
+        self, platform: str, to: Path, assignments: list[str] | None = None
+    ) -> tuple[int, list[str]]:
+        """Write scores as CSV for ``canvas`` or ``moodle``, or ``plain``.
+
+        Returns the number of rows, and as "STUDENT ASSIGNMENT" what is not graded.
+        """
         if platform not in HEADS:
             raise UserError(f"--for is {platform!r}; allowed are canvas, moodle and plain")
         for name in assignments or []:
@@ -411,13 +473,14 @@ class Course:
         chosen = assignments or self.assignments()
         self.enter_roster()
         with self.gradebook() as book:
-            graded = {s.student_id for name in chosen for s in book.assignment_submissions(name)}
-            students = sorted({*self.roster(), *graded})
+            handed_in = [s for name in chosen for s in book.assignment_submissions(name)]
+            students = sorted({*self.roster(), *(s.student_id for s in handed_in)})
             writer = PlatformExport(
                 platform=platform, to=str(to), student=students, assignment=chosen
             )
             writer.export(book)
-        return len(students)
+            waiting = [f"{s.student_id} {s.assignment.name}" for s in handed_in if not_graded(s)]
+        return len(students), sorted(waiting)
 
 
 def check_done(done: dict[str, Any], problem: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpugrpo_edu.course.repair import asked_for, notebook_of, plain_stem
 from cpugrpo_edu.errors import UserError
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
@@ -31,9 +32,18 @@ class Download:
     """One downloaded notebook; with ``own_folder``, the folder around it is the student's too."""
 
     student: str
-    notebook: str
     file: Path
     own_folder: bool
+    notebook: str
+
+    @property
+    def name(self) -> str:
+        """Its name in a submission: without the student's, and without Canvas's -1 for a second."""
+        stem = self.file.stem
+        if self.own_folder or self.notebook.casefold() not in stem.casefold():
+            return self.file.name
+        start = stem.casefold().rindex(self.notebook.casefold())
+        return re.sub(r"-\d+$", "", stem[start:]) + ".ipynb"
 
 
 def unzip(path: Path, folder: Path, nested: int = 2) -> None:
@@ -67,44 +77,53 @@ def not_collected(folder: str, names: list[str]) -> list[str]:
     ]
 
 
-def find_downloads(folder: Path, notebooks: list[str], roster: Roster) -> list[Download]:
-    """All downloads of an assignment's ``notebooks`` in a folder.
+def find_downloads(
+    folder: Path, notebooks: list[str], roster: Roster
+) -> tuple[list[Download], list[str]]:
+    """All downloads of an assignment's ``notebooks`` in a folder, and what is held back, and why.
 
     Accepts ``STUDENT/NOTEBOOK.ipynb`` (the folder may go on after ``_``, as Moodle's do) and
     ``STUDENT_..._NOTEBOOK.ipynb`` (the names that Canvas and nbgrader's zip collector give).
-    Other folders may lie in between: the outermost name that the roster knows counts. Raises
-    ``UserError`` on a file that cannot be assigned, on two for one student, and on none at all.
+    Other folders may lie in between: the outermost name that the roster knows counts. A notebook
+    of another name counts where its student is known; grading finds out which one it is. Held
+    back are files without a student and two for one student. Raises ``UserError`` if that is all.
     """
-    found: dict[tuple[str, str], Download] = {}
-    strange = []
+    found: dict[tuple[str, str], list[Download]] = {}
+    held = []
     for file in sorted(folder.rglob("*.ipynb")):
         if ".ipynb_checkpoints" in file.parts or file.is_symlink():
             continue
         *folders, _ = file.relative_to(folder).parts
-        stem = re.sub(r"-\d+$", "", file.stem)  # Canvas adds -1 to a second submission
-        ending = [name for name in notebooks if stem.endswith(name)]
-        notebook = max(ending, key=len, default="")
-        known = [label for label in (*folders, stem) if student_of(label, roster) in roster]
+        notebook = asked_for(file.stem, notebooks)
+        known = [label for label in (*folders, file.stem) if student_of(label, roster) in roster]
         unknown = [name for name in reversed(folders) if name not in notebooks]
-        label = [*known, *unknown, stem][0]
+        label = [*known, *unknown, file.stem][0]
         student = student_of(label, roster)
-        if not notebook or label == notebook or not ID.fullmatch(student):
-            strange.append(str(file.relative_to(folder)))
+        nobody = not (notebook or label in folders or student in roster)
+        if nobody or plain_stem(label) == notebook.casefold() or not ID.fullmatch(student):
+            held.append(f"{file.relative_to(folder)}: its student is not known")
             continue
-        if other := found.get((student, notebook)):
-            raise UserError(
-                f"both {other.file.relative_to(folder)} and {file.relative_to(folder)} would be "
-                f"{notebook} of {student}; keep one, or enter both students in roster.csv"
+        each = Download(student, file, label in folders, notebook)
+        found.setdefault((student, notebook_of(file.stem, notebooks)), []).append(each)
+    taken = []
+    for (student, _), files in found.items():
+        nearest = min(len(each.file.parts) for each in files)
+        files = [each for each in files if len(each.file.parts) == nearest]
+        places = {each.file.parent if each.own_folder else each.file for each in files}
+        if len(places) > 1 and len({each.file.read_bytes() for each in files}) > 1:
+            both = " and ".join(str(each.file.relative_to(folder)) for each in files)
+            held.append(
+                f"{both} would both be of {student}: keep one, or enter both students in roster.csv"
             )
-        found[student, notebook] = Download(student, notebook, file, label in folders)
-    if strange or not found:
-        names = ", ".join(strange[:5])
-        what = f"no student could be found for {names}" if strange else "it is empty"
+        else:
+            taken += files
+    if not taken:
         first = notebooks[0]
         raise UserError(
-            f"{folder.name}: {what}; name the files STUDENT/{first}.ipynb or STUDENT_{first}.ipynb"
+            f"{folder.name}: {'; '.join(held[:5]) or 'it is empty'}; name the files "
+            f"STUDENT/{first}.ipynb or STUDENT_{first}.ipynb"
         )
-    return list(found.values())
+    return taken, held
 
 
 def student_of(label: str, roster: Roster) -> str:

@@ -21,7 +21,11 @@ HEADS = {
 
 
 class PlatformExport(ExportPlugin):
-    """One row for each student and one column for each assignment; empty where none was graded."""
+    """One row for each student and one column for each assignment; empty where none was graded.
+
+    What was handed in and could not be graded is "not graded" in a plain file, and empty in one
+    for a platform, which would take neither the words nor a 0 that nobody gave.
+    """
 
     platform = Enum(list(HEADS), "canvas", help="the format of the CSV file").tag(config=True)
 
@@ -40,7 +44,16 @@ class PlatformExport(ExportPlugin):
             for student in sorted(gradebook.students, key=lambda each: str(each.id)):
                 if not self.student or student.id in self.student:
                     row = [unformula(field) for field in self.describe(student)]
-                    writer.writerow(row + [points(marks[n].get(student.id)) for n in chosen])
+                    row += [self.points(marks[name].get(student.id)) for name in chosen]
+                    writer.writerow(row)
+
+    def points(self, submission: SubmittedAssignment | None) -> str:
+        """Score less a late penalty, by nbgrader's own rule."""
+        if submission is None:
+            return ""
+        if not_graded(submission):
+            return "not graded" if self.platform == "plain" else ""
+        return f"{max(0.0, submission.score - submission.late_submission_penalty):g}"
 
     def describe(self, student: Student) -> list[str]:
         if self.platform == "moodle":
@@ -51,11 +64,15 @@ class PlatformExport(ExportPlugin):
         return [name or student.id, student.lms_user_id or "", student.id, student.id, ""]
 
 
-def points(submission: SubmittedAssignment | None) -> str:
-    """Score less a late penalty, by nbgrader's own rule."""
-    if submission is None:
-        return ""
-    return f"{max(0.0, submission.score - submission.late_submission_penalty):g}"
+def not_graded(submission: SubmittedAssignment) -> bool:
+    """Whether a test has no points yet: it could not run, or a person has to decide."""
+    return any(
+        grade.auto_score is None and grade.manual_score is None
+        for notebook in submission.notebooks
+        for answers in [{cell.name for cell in notebook.notebook.solution_cells}]
+        for grade in notebook.grades
+        if grade.cell_type == "code" and grade.name not in answers
+    )
 
 
 def unformula(text: str) -> str:

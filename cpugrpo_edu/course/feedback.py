@@ -15,7 +15,9 @@ about a hidden test (it can read the source of its caller) is recognised by cont
 
 from __future__ import annotations
 
+import html
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +29,7 @@ from traitlets import Bool
 
 REGIONS = ("HIDDEN TESTS", "MARK SCHEME")
 NOTICE = "A hidden test failed. Read the task again, and test edge cases of your own."
-OWN = ("Timeout", "Tampering", "NotGraded", "NotProven")
+OWN = ("Timeout", "NotCounted", "NotGraded", "NotProven")
 """Errors that grading itself reports: they say what went wrong, not what was tested."""
 
 BY_OWNER = ("timestamp.txt", "submission_secret.txt")
@@ -137,15 +139,49 @@ class Feedback(GenerateFeedback):
     """nbgrader's pages from cleaned notebooks; they load nothing from the network."""
 
     preprocessors: ClassVar[list[Any]] = [HideAnswers, GetGrades, CSSHTMLHeaderPreprocessor]
+    notes: tuple[str, ...] | list[str] = ()
+    """What grading mended, for the top of the page."""
 
     def write_single_notebook(self, output: str, resources: Any) -> None:
-        super().write_single_notebook(OUTSIDE.sub("", output), resources)
+        output = OUTSIDE.sub("", output)
+        if self.notes:
+            said = f"<div><p>What grading mended or stopped:</p>{as_list(self.notes)}</div>"
+            output = re.sub(r"<body[^>]*>", lambda body: body[0] + said, output, count=1)
+        super().write_single_notebook(output, resources)
 
     def init_assignment(self, assignment_id: str, student_id: str) -> None:
         """Copy only the files of ``BY_OWNER`` beside the pages, where nbgrader copies all."""
-        target = Path(self._format_dest(assignment_id, student_id))
-        target.mkdir(parents=True, exist_ok=True)
-        for name in BY_OWNER:
-            source = Path(self._format_source(assignment_id, student_id)) / name
-            if source.is_file() and not source.is_symlink():
-                (target / name).write_bytes(source.read_bytes())
+        source = Path(self._format_source(assignment_id, student_id))
+        copy_owner(source, Path(self._format_dest(assignment_id, student_id)))
+
+
+def as_list(lines: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+
+
+def copy_owner(source: Path, target: Path) -> None:
+    """Copy the files of ``BY_OWNER``."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in BY_OWNER:
+        if (source / name).is_file() and not (source / name).is_symlink():
+            (target / name).write_bytes((source / name).read_bytes())
+
+
+def not_graded_pages(
+    folder: Path, names: list[str], why: str, notes: Iterable[str], submitted: Path
+) -> list[Path]:
+    """Write a page for each notebook of a submission that could not be graded."""
+    copy_owner(submitted, folder)
+    body = (
+        "<h1>Not graded yet</h1><p>Your work arrived, but it could not be graded:</p>"
+        f"{as_list([why, *notes])}<p>This is no 0. Please hand in the notebook again, saved from "
+        "Jupyter under its original name, or ask your instructor.</p>"
+    )
+    pages = [folder / f"{name}.html" for name in names]
+    for page in pages:
+        page.write_text(
+            f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{page.stem}'
+            f"</title></head><body>{body}</body></html>\n",
+            encoding="utf-8",
+        )
+    return pages

@@ -23,7 +23,11 @@ class Limits:
 
 @dataclass
 class Outcome:
-    """The result of grading one submission; ``status`` is ok, flagged or failed."""
+    """The result of grading one submission; ``status`` is ok, flagged or failed.
+
+    ``flags`` and ``review`` are for the instructor; ``notes``, for the student as well, say what
+    was mended and what was stopped. A failed one was not graded.
+    """
 
     student: str
     status: str = "ok"
@@ -31,5 +35,6 @@ class Outcome:
     max_score: float = 0.0
     flags: list[str] = field(default_factory=list)
     review: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     digest: str = ""
     level: str = ""
