@@ -64,7 +64,7 @@ notebooks: venv ## execute every notebook with nbval
 mutations: venv ## break the package on purpose: a notebook must fail each time
 	$(BIN)/python tools/mutations.py
 
-psets: venv ## problem sets: student versions, zoo of answers, leak test, hostile submissions
+psets: venv ## problem sets: student versions, zoo of answers, leaks, honest and hostile submissions
 	$(BIN)/python tools/psets.py $(ARGS)
 
 # Without a network where the system allows that, so that every build proves that it needs none

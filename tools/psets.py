@@ -1,6 +1,6 @@
-"""Problem sets: make the student versions, grade the zoo, look for leaks, grade hostile answers.
+"""Problem sets: student versions, zoo of answers, leaks, honest oddities, hostile answers.
 
-    python tools/psets.py                 # all four, for every problem set
+    python tools/psets.py                 # all five, for every problem set
     python tools/psets.py zoo ps1         # only the zoo of one
 
 A master is ``notebooks/psets/psN/psN.ipynb``; ``tests/psets/zoo/psN/NAME.py`` holds right and
@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MASTERS = ROOT / "notebooks" / "psets"
 ZOO = ROOT / "tests" / "psets" / "zoo"
 BUILD = ROOT / "build" / "psets"
-HOSTILE = [sys.executable, "-m", "pytest", "tests/test_hostile.py", "-q", "-s"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-s"]
 SECRETS = ("SOLUTION", "HIDDEN TESTS", "MARK SCHEME")
 
 
@@ -371,7 +371,7 @@ def _solution_lines(pset: str) -> set[str]:
 
 def main(arguments: list[str]) -> int:
     console = Console(width=120)
-    known = ("generate", "zoo", "leaks", "hostile")
+    known = ("generate", "zoo", "leaks", "honest", "hostile")
     what = [a for a in arguments if a in known] or list(known)
     psets = [a for a in arguments if a in problem_sets()] or problem_sets()
     if unknown := set(arguments) - set(what) - set(psets):
@@ -398,8 +398,10 @@ def main(arguments: list[str]) -> int:
         found = find_leaks(psets, course)
         console.print(f"leak count: {len(found)}")
         problems += found
-    if "hostile" in what and subprocess.run(HOSTILE, cwd=ROOT).returncode:
-        problems.append("hostile set: see the failed tests above")
+    for name in ("honest", "hostile"):
+        test = [*PYTEST, f"tests/test_{name}.py"]
+        if name in what and subprocess.run(test, cwd=ROOT).returncode:
+            problems.append(f"{name} set: see the failed tests above")
     for problem in problems:
         console.print(problem, style="red", markup=False)
     return bool(problems)
