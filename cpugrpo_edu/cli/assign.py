@@ -127,10 +127,8 @@ def autograde(
             folder, assignment, jobs=jobs, force=force, only=student, on_done=done
         )
     skipped = len(folder.submissions(assignment)) - len(outcomes)
-    lines = [
-        f"{o.student}\t{'-' if o.status == 'failed' else f'{o.score:g}'}/{o.max_score:g}\t{o.status}"
-        for o in outcomes
-    ]
+    points = ["-" if o.status == "failed" else f"{o.score:g}" for o in outcomes]
+    lines = [f"{o.student}\t{p}/{o.max_score:g}\t{o.status}" for o, p in zip(outcomes, points)]
     lines.append(f"{len(outcomes)} graded, {skipped} unchanged or not chosen")
     if outcomes:
         lines.append(f"Containment on this machine: {CONTAINED[outcomes[0].level]}")
