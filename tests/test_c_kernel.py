@@ -209,7 +209,7 @@ def test_a_wheel_brings_libraries_only_where_that_is_asked_for(monkeypatch, ship
     monkeypatch.chdir(root)
     monkeypatch.setenv("CPUGRPO_SHIP_KERNEL", ship)
     made = []
-    monkeypatch.setattr("setuptools.setup", lambda ext_modules: made.extend(ext_modules))
+    monkeypatch.setattr("setuptools.setup", lambda ext_modules, **more: made.extend(ext_modules))
     runpy.run_path("setup.py")
     names = [extension.name.rpartition(".")[2] for extension in made]
     assert names == ([f"_decode_{name}" for name in BUILDS] if ship else [])

@@ -270,7 +270,7 @@ def test_a_state_survives_the_disk(config, tmp_path):
 
 def test_a_phase_is_timed_and_saved_also_when_it_was_stopped(config, tmp_path):
     session = Session(
-        config, tmp_path, RunState.new(config), [], [], [], {}, ProgressDisplay(quiet=True),
+        config, tmp_path, RunState.new(config), [], [], [], [], {}, ProgressDisplay(quiet=True),
         Control(), PeakMemory(), time.time(), "none",
     )  # fmt: skip
     with pytest.raises(Interrupted), session.phase("train"):

@@ -50,8 +50,7 @@ class RunConfig:
     # Data
     data: str = setting(
         "generated",
-        "generated, or your own: a file (.jsonl, .json, .csv, .parquet), a folder with splits, a "
-        "hub id, or reasoning-gym:TASK,TASK.",
+        "generated, or your own: a file (.jsonl, .csv ...), folder, hub id, or reasoning-gym:TASK.",
     )
     prompt_column: str | None = setting(
         None, "Column of your data with the prompts; by default prompt, question or the like."
@@ -62,9 +61,7 @@ class RunConfig:
     verifier: str | None = setting(
         None, "Your verifier, path/to/file.py:function; the file is executed."
     )
-    domains: tuple[str, ...] = setting(
-        DOMAINS, f"Generated domains, separated by commas, of {', '.join(TASKS)}."
-    )
+    domains: tuple[str, ...] = setting(DOMAINS, f"Any of {', '.join(TASKS)}; with commas.")
     system: str | None = setting(None, "System prompt; by default the model's own.")
     answer_format: str | None = setting(
         None,

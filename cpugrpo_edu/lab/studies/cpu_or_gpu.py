@@ -194,6 +194,12 @@ def repeat_errors(runs: list[RunRecord]) -> list[dict[str, Any]]:
     return rows
 
 
+def recorded_config(run: RunRecord) -> SimpleNamespace:
+    """A record's settings, and whether EWC acted, which follows from them."""
+    acts = bool(run.config["ewc_strength"] and run.config["fisher_examples"])
+    return SimpleNamespace(**run.config, consolidates=acts)
+
+
 def model_errors(runs: list[RunRecord]) -> dict[str, Any]:
     """The same runs predicted by the cost model, which was fitted to the sweep and has seen no
     run; or why there is none."""
@@ -207,7 +213,7 @@ def model_errors(runs: list[RunRecord]) -> dict[str, Any]:
         return {"rows": [], "why_none": str(error)}
     rows = []
     for run in runs:
-        parts = run_parts(SimpleNamespace(**run.config), model, *completion_lengths([run]))
+        parts = run_parts(recorded_config(run), model, *completion_lengths([run]))
         same = all(run.machine[key] == sweep.machine[key] for key in ("cpu", "usable_cores"))
         rows.append({**error_row(run, sum(parts.values())), "same_machine": same})
     return {"rows": rows, "why_none": ""}
@@ -220,7 +226,7 @@ def arithmetic(run: RunRecord) -> dict[str, float]:
     from cpugrpo_edu.lab.estimate import run_step
     from cpugrpo_edu.lab.floors import FLOORS
 
-    config = SimpleNamespace(**run.config)
+    config = recorded_config(run)
     step = run_step(config, completion_lengths([run])[0])
     unit = dict.fromkeys(FLOORS, 1e-9)  # one operation a second: seconds are operations
     works = (rollout_work(step, unit), training_work(step, unit))
