@@ -60,6 +60,14 @@ def pass_rates(p: Floats, ks: Sequence[int] = KS) -> list[float]:
     return [float(np.mean(1 - (1 - p) ** k)) for k in ks]
 
 
+def _finish(axes: Any, ks: Sequence[int], title: str) -> None:
+    """Axes of pass@k: k doubles from mark to mark."""
+    axes.set_xscale("log", base=2)
+    axes.set(xticks=list(ks), xticklabels=[str(k) for k in ks], ylim=(0, 1))
+    axes.legend(frameon=False, fontsize=8)
+    tidy(axes, title, "k, answers to each problem", "share solved at least once")
+
+
 def ladder(curves: Mapping[str, Sequence[float]], ks: Sequence[int], title: str) -> Plot:
     """Curves of pass@k with k doubling, each with its own colour, line and marker."""
     figure = new_figure(6.5, 3.1)
@@ -68,10 +76,7 @@ def ladder(curves: Mapping[str, Sequence[float]], ks: Sequence[int], title: str)
     for (name, shares), (colour, line, marker) in zip(curves.items(), LOOKS, strict=False):
         axes.plot(ks, shares, line, marker=marker, ms=4, color=colour, label=name)
         words.append(f"{name} {shares[0]:.0%} to {shares[-1]:.0%}")
-    axes.set_xscale("log", base=2)
-    axes.set(xticks=list(ks), xticklabels=[str(k) for k in ks], ylim=(0, 1))
-    axes.legend(frameon=False, fontsize=8)
-    tidy(axes, title, "k, answers to each problem", "share solved at least once")
+    _finish(axes, ks, title)
     return Plot(figure, f"pass@k from k = {ks[0]} to {ks[-1]}: {'; '.join(words)}.")
 
 
@@ -98,10 +103,7 @@ def measured_ladder(evaluations: Sequence[SampledEvaluation]) -> Plot:
         looks: dict[str, Any] = {"color": colour, "ls": line, "marker": marker, "ms": 4}
         axes.errorbar(ks, middle, yerr=spread, capsize=3, label=evaluation.label, **looks)
         words.append(f"{evaluation.label} {middle[0]:.0%} to {middle[-1]:.0%}")
-    axes.set_xscale("log", base=2)
-    axes.set(xticks=ks, xticklabels=[str(k) for k in ks], ylim=(0, 1))
-    axes.legend(frameon=False, fontsize=8)
-    tidy(axes, "At least one of k answers is right", "k", "share of the problems")
+    _finish(axes, ks, "At least one of k answers is right")
     alt = f"pass@k with intervals, from k = {ks[0]} to {ks[-1]}: {'; '.join(words)}."
     return Plot(figure, alt)
 

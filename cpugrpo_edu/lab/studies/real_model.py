@@ -29,6 +29,7 @@ from cpugrpo_edu.lab.studies.common import (
 )
 from cpugrpo_edu.lab.studies.setting import Setting, StudyResult, Table
 from cpugrpo_edu.models.load import load_policy
+from cpugrpo_edu.notebook.teach_or_sharpen import ladder
 from cpugrpo_edu.policy import Policy, token_log_probs
 from cpugrpo_edu.record.pass_at_k import ks, pass_at_k
 from cpugrpo_edu.record.run_record import RunRecord, new_record
@@ -37,7 +38,7 @@ from cpugrpo_edu.run.vote import evaluate_samples
 from cpugrpo_edu.run.warmstart import warmstart
 from cpugrpo_edu.run.warmstart_config import WarmstartConfig
 from cpugrpo_edu.sample import Sampling
-from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, VERMILLION, Plot, new_figure, tidy
+from cpugrpo_edu.show.palette import Plot
 from cpugrpo_edu.show.text import percent, verdict
 from cpugrpo_edu.tasks import held_out_problems
 from cpugrpo_edu.tasks.answers import with_answer_format
@@ -294,20 +295,9 @@ def findings(record: RunRecord) -> list[str]:
 
 def plot(record: RunRecord) -> Plot:
     """pass@k of every arm, mean over seeds."""
-    figure = new_figure(6.5, 3.2)
-    axes = figure.add_subplot()
-    words = []
-    looks = ((GREY, "-", "o"), (BLUE, "-", "s"), (VERMILLION, "--", "^"), (GREEN, ":", "D"))
-    for (arm, part), (colour, dashes, marker) in zip(
-        record.results["arms"].items(), looks, strict=True
-    ):
-        name = ARMS.get(arm, "before training")
-        k = [int(each) for each in part["pass"]]
-        share = [row["mean"] for row in part["pass"].values()]
-        axes.plot(k, share, dashes, marker=marker, ms=4, color=colour, label=name)
-        words.append(f"{name} from {share[0]:.0%} at k = 1 to {share[-1]:.0%} at k = {k[-1]}")
-    axes.set_xscale("log", base=2)
-    axes.set(xticks=k, xticklabels=[str(each) for each in k], ylim=(0, 1))
-    axes.legend(frameon=False, fontsize=8)
-    tidy(axes, "At least one of k answers right", "k", "share of the problems")
-    return Plot(figure, f"pass@k: {'; '.join(words)}.")
+    arms = record.results["arms"]
+    curves = {
+        ARMS.get(arm, "before training"): [row["mean"] for row in part["pass"].values()]
+        for arm, part in arms.items()
+    }
+    return ladder(curves, [int(k) for k in arms[BASE]["pass"]], "At least one of k answers right")
