@@ -160,8 +160,8 @@ def clip_cov(share: float) -> Loss:
     """
 
     def loss(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-        surprise = (old * mask).sum(-1)
-        covariance = (surprise - surprise.mean()) * (advantages - advantages.mean())
+        log_prob = (old * mask).sum(-1)
+        covariance = (log_prob - log_prob.mean()) * (advantages - advantages.mean())
         rank = covariance.argsort(descending=True, stable=True).argsort()
         return grpo_loss(new, old, advantages * (rank >= share * len(rank)), mask)
 
