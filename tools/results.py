@@ -68,15 +68,17 @@ def listed(values: Iterable[str]) -> str:
 
 def habit(records: Sequence[RunRecord]) -> str:
     """How often completions show their working, so that nobody takes the gain for skill alone."""
-    found = [r.results["working"] for r in records if "working" in r.results]
+    default = [r for r in records if not r.results.get("components", {}).get("ewc", {}).get("on")]
+    found = [r.results["working"] for r in default or records if "working" in r.results]
     if not found:
         return ""
     shares = []
     for side in ("before", "after"):
         values = [100 * working[side]["share_with_working"] for working in found]
         shares.append(f"{sum(values) / len(values):.1f} % {side}")
+    runs = "the runs without EWC" if default else "all recorded runs"
     shown = ", ".join(shares)
-    return f"Completions that show their working: {shown} (mean of all recorded runs).\n"
+    return f"Completions that show their working: {shown} (mean of {runs}).\n"
 
 
 def headline(table: str) -> str:

@@ -72,10 +72,10 @@ def table_runs() -> str:
 
 
 def table_working() -> str:
-    """Habit and skill told apart: how often working is shown, and how good it is."""
+    """Habit and skill told apart, without EWC: how often working is shown, how good it is."""
     rows = []
     for side in ("before", "after"):
-        found = [value(record, f"results.working.{side}") for record in runs()]
+        found = [value(record, f"results.working.{side}") for record in runs(ewc=False)]
         cells = [
             percent(fmean([row[key] for row in found]))
             for key in ("share_with_working", "accuracy_with_working", "accuracy_bare")
@@ -125,8 +125,8 @@ def table_class() -> str:
     longest = max(value(record, "results.seconds") for record in records)
     whole = sum(value(record, "results.seconds") for record in records)
     cores = max(record.machine["usable_cores"] for record in records)
-    run = max(value(record, "results.peak_rss_bytes") for record in runs())
-    run_seconds = max(value(record, "results.seconds.total") for record in runs())
+    run = max(value(record, "results.peak_rss_bytes") for record in runs(ewc=False))
+    run_seconds = max(value(record, "results.seconds.total") for record in runs(ewc=False))
     rows = [
         ["Memory, the hungriest chapter", gib(peak), gib(CLASS * peak)],
         ["Memory, one `make run`", gib(run), gib(CLASS * run)],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @command(app)
 @with_settings
 def check(call: Call, **settings: Any) -> None:
-    """Show in under a minute what a run with these settings would begin with; it writes nothing.
+    """Show in about a minute what a run with these settings would begin with; it writes nothing.
 
     One prompt as the model sees it, a few completions with the answer that was read and their
     reward, how many groups have a signal, how many completions were cut, how far the INT8 copy is

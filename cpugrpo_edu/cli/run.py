@@ -57,7 +57,7 @@ def run(
 
     Examples:
 
-    `cpugrpo run` trains the bundled model in about a minute and evaluates it in another.
+    `cpugrpo run` trains and evaluates the bundled model in a minute or two.
 
     `cpugrpo run --scenario letters` shows in seconds how training on five letters erases three and
     four, and what EWC keeps; with `--ewc 0`, what is lost without it.

@@ -43,7 +43,8 @@ def option(field: Field[Any], hint: Any, others: Mapping[str, Any]) -> inspect.P
     kind, convert = reading(field.name, hint)
     default = shown(field.default)
     if field.name in others:
-        default = f"{default}; chat model: {shown(others[field.name])}"
+        other = f"chat model: {shown(others[field.name])}"
+        default = f"{default}; {other}" if default else other
     shape = Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
         help=field.metadata["help"],

@@ -40,7 +40,7 @@ class RunConfig:
     """Every setting of a run. The defaults suit the bundled model on two cores; `config_for` has
     others for a chat model."""
 
-    model: str = setting("bundled", "The bundled model, a model folder, or a Hugging Face hub id.")
+    model: str = setting("bundled", "bundled, smollm2, a model folder, or a Hugging Face hub id.")
     seed: int = setting(0, "Seed of the training data and the rollouts.", least=0, most=2**31 - 1)
     scenario: str | None = setting(
         None,
@@ -65,7 +65,7 @@ class RunConfig:
     system: str | None = setting(None, "System prompt; by default the model's own.")
     answer_format: str | None = setting(
         None,
-        "Default: hash for bundled, else auto. Or boxed, sentence, last-number, math-verify.",
+        "hash (default for bundled), auto (for others), boxed, sentence, last-number, math-verify.",
         ANSWER_FORMATS,
     )
     # Curriculum
@@ -155,7 +155,7 @@ class RunConfig:
     )
     ewc_strength: float = setting(
         0.0,
-        "Strength of the EWC penalty, such as 0.1. Off: the default stages forget nothing.",
+        "Strength of the EWC penalty, such as 0.1; 0 is off: the default stages forget nothing.",
         least=0,
     )
     protect: tuple[str, ...] = setting(

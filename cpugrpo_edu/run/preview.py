@@ -1,4 +1,4 @@
-"""In under a minute: one prompt, a few completions and their rewards, before hours of a run."""
+"""In about a minute: one prompt, a few completions and their rewards, before hours of a run."""
 
 from __future__ import annotations
 
