@@ -46,7 +46,7 @@ def rewards_and_gradient(
     return Plot(
         figure,
         f"Left: rewards {in_words(answers, rewards.tolist())}, with a dashed line at their mean "
-        f"{J:.2f}. Right: exact gradient {in_words(answers, gradient.tolist(), '{:+.3f}')}.",
+        f"under the policy, {J:.2f}. Right: exact gradient {in_words(answers, gradient.tolist(), '{:+.3f}')}.",
     )
 
 
@@ -76,12 +76,12 @@ def cloud(estimates: Tensor, exact: Tensor, b: float, spread: float) -> Plot:
     axes.scatter(estimates[:, 0], estimates[:, 3], s=8, color=BLUE, alpha=0.4)
     axes.scatter([exact[0]], [exact[3]], marker="*", s=160, color=VERMILLION, zorder=3)
     axes.set(xlim=(-0.6, 0.9), ylim=(-0.9, 0.6))
-    title = f"b = {b:g}: exact standard deviation {spread:.3f}"
+    title = f"b = {b:g}: exact standard deviation, all weights, {spread:.3f}"
     tidy(axes, title, "gradient for A", "gradient for D", "both")
     return Plot(
         figure,
         f"A cloud of estimated gradients at baseline {b:g} around the star of the exact gradient; "
-        f"exact standard deviation {spread:.3f}.",
+        f"exact standard deviation over all weights {spread:.3f}.",
     )
 
 
@@ -160,7 +160,7 @@ def weight(p: Tensor, G: int, plain: Tensor, scaled: Tensor) -> Plot:
         figure,
         f"Weight of a prompt over its chance of success for groups of {G}: with the group mean "
         f"alone {plain.min():.2f} to {plain.max():.2f}; with division by the standard deviation "
-        f"{scaled.min():.2f} to {scaled.max():.2f}, the most at the ends.",
+        f"{scaled.min():.2f} to {scaled.max():.2f}, and {scaled[len(p) // 2]:.2f} in the middle.",
     )
 
 
