@@ -29,12 +29,12 @@ def test_killed_runs_end_as_if_they_had_not_been():
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 24 MB: room for the first stage of the bundled model, not the second."""
+    """A file system of 9 MB: room for the first stage of the bundled model, not the second."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")

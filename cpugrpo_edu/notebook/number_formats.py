@@ -66,7 +66,7 @@ def q4_1(w: Tensor) -> Tensor:
 
 
 def nf4(w: Tensor) -> Tensor:
-    """Four bits, the nearest of ``NF4_VALUES`` times the largest |w| of each block of 64.
+    """Four bits, the nearest of ``NF4_VALUES`` times the largest magnitude of each block of 64.
 
     As in QLoRA, a block may reach into the next row.
     """

@@ -2,8 +2,8 @@
 
 A basic story takes one step, an intermediate one two; an advanced story takes three or more, or
 two and has a sentence that is beside the point. `story_schemas` holds the stories and
-`story_words` their words. The small stories have small numbers: a model of 135 million weights
-that cannot multiply 51 by 3 may still learn when to multiply.
+`story_words` their words. The small stories all take one step and have small numbers: a model of
+135 million weights that cannot multiply 51 by 3 may still learn when to multiply.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ from fractions import Fraction
 from functools import lru_cache
 from types import SimpleNamespace
 
-from cpugrpo_edu.data import ANSWER_MARK, DIFFICULTIES, Problem, StepReport
+from cpugrpo_edu.data import ANSWER_MARK, Problem, StepReport
 from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import apply
 from cpugrpo_edu.tasks.prose import check_prose
-from cpugrpo_edu.tasks.story_schemas import BESIDE_THE_POINT, SCHEMAS, Schema
+from cpugrpo_edu.tasks.story_schemas import BESIDE_THE_POINT, ONE_STEP, SCHEMAS, SUMS, Schema
 from cpugrpo_edu.tasks.story_words import Scene, count
+
+SMALL: dict[str, tuple[tuple[Schema, ...], int]] = {
+    "basic": (SUMS + ONE_STEP, 12),
+    "intermediate": (ONE_STEP, 20),
+    "advanced": (ONE_STEP, 50),
+}
+"""The small stories of each difficulty, and their largest number or result. Some advanced ones
+are as small as intermediate ones and have a sentence that is beside the point."""
 
 _WORKING = re.compile(r"\[([^\]:]+)(?:: (\w+))?\]")
 _SENTENCE_END = re.compile(r"(?<=[.?!]) (?=[A-Z{])")
@@ -32,18 +40,16 @@ class Stories(ExactMatch):
     """The domains ``stories`` and ``small_stories``.
 
     ``ending`` is the last line of a worked solution, with the answer for ``{}``; another is ``The
-    answer is {}.`` ``largest`` bounds the numbers and results of each difficulty.
+    answer is {}.`` The small ones are those of `SMALL`.
     """
 
     name: str = "stories"
     ending: str = f"{ANSWER_MARK} {{}}"
-    largest: tuple[int, int, int] | None = None
+    small: bool = False
 
     def schemas(self, difficulty: str) -> tuple[Schema, ...]:
         """The kinds of story of a difficulty."""
-        if self.largest is None:
-            return SCHEMAS[difficulty]
-        return schemas_within(difficulty, self.largest[DIFFICULTIES.index(difficulty)])
+        return small_schemas(difficulty) if self.small else SCHEMAS[difficulty]
 
     def generate(self, difficulty: str, rng: random.Random) -> Problem:
         """Draw one story. Its ``id`` is the schema and the numbers, without those that are beside
@@ -69,17 +75,18 @@ class Stories(ExactMatch):
         return check_prose(problem, completion, self.answer_format)
 
 
-SMALL_STORIES = Stories("small_stories", largest=(20, 30, 50))
+SMALL_STORIES = Stories("small_stories", small=True)
 
 
 @lru_cache
-def schemas_within(difficulty: str, largest: int) -> tuple[Schema, ...]:
-    """The schemas of a difficulty with no number or result above ``largest``.
+def small_schemas(difficulty: str) -> tuple[Schema, ...]:
+    """The schemas of `SMALL`, with no number or result above the largest allowed.
 
     Those that allow fewer than 1 % of their draws then are left out.
     """
+    schemas, largest = SMALL[difficulty]
     small, rng = [], random.Random(0)
-    for schema in SCHEMAS[difficulty]:
+    for schema in schemas:
         ranges: dict[str, Sequence[int]] = {
             name: [v for v in values if v <= largest] for name, values in schema.numbers.items()
         }

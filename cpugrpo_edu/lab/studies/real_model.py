@@ -213,6 +213,14 @@ def summary(measured: Mapping[str, Sequence[Mapping[str, Any]]], n: int) -> dict
         part["vote"] = against(base, rows, lambda row: fmean(row["vote"]))
         part["plain_nats"] = against(base, rows, lambda row: row["plain_nats"])
         found["arms"][arm] = part
+    stories = partial(accuracy, exam="stories")
+    found["grpo_minus"] = {
+        arm: paired_over_seeds(
+            [stories(row) for row in rows], [stories(row) for row in measured[GRPO]]
+        )
+        for arm, rows in measured.items()
+        if arm not in (BASE, GRPO)
+    }
     return found
 
 
@@ -290,6 +298,13 @@ def findings(record: RunRecord) -> list[str]:
         ):
             word = verdict(row["low"], row["high"], "rises", "falls")
             said.append(f"{ARMS[arm]}: {what} {word} ({signed(row)} points).")
+    for arm, row in record.results["grpo_minus"].items():
+        low, high = row["low"], row["high"]
+        word = verdict(low, high, "is higher", "is lower", unclear="is not shown to differ")
+        said.append(
+            f"GRPO against {ARMS[arm]}, after as many seconds: greedy accuracy on stories {word} "
+            f"({signed(row)} points)."
+        )
     return said
 
 
