@@ -46,7 +46,8 @@ def rewards_and_gradient(
     return Plot(
         figure,
         f"Left: rewards {in_words(answers, rewards.tolist())}, with a dashed line at their mean "
-        f"under the policy, {J:.2f}. Right: exact gradient {in_words(answers, gradient.tolist(), '{:+.3f}')}.",
+        f"under the policy, {J:.2f}. Right: exact gradient "
+        f"{in_words(answers, gradient.tolist(), '{:+.3f}')}.",
     )
 
 
