@@ -426,7 +426,8 @@ def test_reduced_generalisation(tmp_path):
 def taken(right, stories, nats, people=()):
     difficulties = ["basic", "intermediate", "advanced"]
     exam = {"correct": stories, "difficulties": difficulties}
-    row = {"stories": exam, "people": [], "right": right, "vote": [r > 1 for r in right]}
+    row = {"stories": exam, "longer": exam, "people": []}
+    row |= {"right": right, "vote": [r > 1 for r in right]}
     if people:
         row["people"] = {"correct": list(people), "difficulties": ["basic"] * len(people)}
     return row | {"difficulties": difficulties, "plain_nats": nats}
@@ -439,8 +440,13 @@ def test_arms_of_the_real_model_are_compared_with_the_base_by_seed():
             taken([0, 4, 4], [False, True, True], 3.1, (True, True)),
             taken([0, 3, 4], [True, True, True], 3.3, (True, False)),
         ],
+        "sft": [
+            taken([0, 4, 4], [False, False, True], 3.1, (True, True)),
+            taken([0, 3, 4], [False, True, True], 3.3, (True, False)),
+        ],
     }
-    arms = real_model.summary(measured, 4)["arms"]
+    results = {"samples": 4} | real_model.summary(measured, 4)
+    arms = results["arms"]
     assert arms["base"]["stories"]["all"]["mean"] == pytest.approx(1 / 3)
     grpo = arms["grpo"]
     assert grpo["stories"]["all"]["difference"] == pytest.approx((1 / 3 + 2 / 3) / 2)
@@ -449,10 +455,11 @@ def test_arms_of_the_real_model_are_compared_with_the_base_by_seed():
     assert grpo["pass"]["4"]["difference"] == 0  # nothing that four base answers do not solve
     assert grpo["vote"]["mean"] == pytest.approx(2 / 3)
     assert grpo["plain_nats"]["difference"] == pytest.approx(0.2)
-    results = {"arms": arms, "samples": 4}
+    assert results["grpo_minus"]["sft"]["difference"] == pytest.approx(1 / 3)
     record = new_record("study-real-model", {"seeds": 2}, results)
     said = real_model.findings(record)
-    assert any("pass@4 is not shown to change" in line for line in said) and len(said) == 4
+    assert any("pass@4 is not shown to change" in line for line in said) and len(said) == 11
+    assert "GRPO against SFT" in said[-1] and "(+33.3 (+33.3 to +33.3) points)" in said[-1]
     assert "+0.200" in str(real_model.tables(record)[2])
 
 

@@ -2,7 +2,8 @@
 
 The chat model is trained with the defaults of `cpugrpo run`. Supervised fine-tuning on worked
 solutions and on the model's own right answers get as many seconds. All of them answer the same
-held-out stories, greedily and 64 times; and problems written by people, if their file is there.
+held-out stories, greedily and 64 times; stories of two steps and more, which no arm was trained
+on; and problems written by people, if their file is there.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ from cpugrpo_edu.tasks.custom import load_custom
 SEEDS = 3
 BASE, GRPO = "base", "grpo"
 ARMS = {GRPO: "GRPO", "sft": "SFT on worked solutions", "rft": "SFT on own right answers"}
-SAMPLES, SAMPLED_PER_CELL = 64, 67
+SAMPLES, SAMPLED_PER_CELL, LONGER_PER_CELL = 64, 67, 150
+OTHER_EXAMS = {"longer": "of two steps and more", "people": "written by people"}
 PEOPLE = "svamp.jsonl"
 """Problems written by people, in the work folder: a prompt and an answer a line."""
 PLAIN = Path(__file__).with_name("plain_english.txt")
@@ -131,9 +133,15 @@ class Exam:
     """What every model is asked, and how."""
 
     def __init__(
-        self, stories: list[Problem], few: list[Problem], people: list[Problem], run: RunConfig
+        self,
+        stories: list[Problem],
+        few: list[Problem],
+        longer: list[Problem],
+        people: list[Problem],
+        run: RunConfig,
     ):
-        self.stories, self.few, self.people, self.run = stories, few, people, run
+        self.stories, self.few, self.longer = stories, few, longer
+        self.people, self.run = people, run
         self.samples = SAMPLES if run.per_cell >= SAMPLED_PER_CELL else 4
 
     @classmethod
@@ -147,7 +155,10 @@ class Exam:
         people = with_answer_format(load_custom(path), form) if path.exists() else []
         if not people:
             setting.say(f"no {path}: problems written by people are left out")
-        return cls(ask(run.per_cell), ask(min(SAMPLED_PER_CELL, run.per_cell)), people, run)
+        few = min(SAMPLED_PER_CELL, run.per_cell)
+        stories = held_out_problems(min(LONGER_PER_CELL, run.per_cell), ("stories",))
+        longer = [problem for problem in stories if problem.difficulty != "basic"]
+        return cls(ask(run.per_cell), ask(few), with_answer_format(longer, form), people, run)
 
     def take(self, model: str) -> dict[str, Any]:
         """Everything measured of a model, without its texts."""
@@ -156,10 +167,14 @@ class Exam:
         greedy = Sampling(limit, temperature=0.0)
         several = Sampling(limit, self.run.temperature, seed=1)
         sampled = evaluate_samples(policy, self.few, model, self.samples, several)
+
+        def answers(problems: list[Problem]) -> Any:
+            return problems and packed_evaluation(evaluate(policy, problems, model, greedy))
+
         return {
-            "stories": packed_evaluation(evaluate(policy, self.stories, model, greedy)),
-            "people": self.people
-            and packed_evaluation(evaluate(policy, self.people, model, greedy)),
+            "stories": answers(self.stories),
+            "longer": answers(self.longer),
+            "people": answers(self.people),
             "right": [sum(row) for row in sampled.correct],
             "vote": sampled.majority_correct,
             "difficulties": sampled.difficulties,
@@ -183,7 +198,7 @@ def plain_nats(policy: Policy) -> float:
 
 
 def accuracy(row: Mapping[str, Any], exam: str, level: str = "all") -> float:
-    """Share right in the greedy exam "stories" or "people", of one difficulty or all."""
+    """Share right in a greedy exam (stories, longer, people), of one difficulty or all."""
     found = row[exam]
     pairs = zip(found["correct"], found["difficulties"], strict=True)
     return fmean(right for right, each in pairs if level in ("all", each))
@@ -206,8 +221,9 @@ def summary(measured: Mapping[str, Sequence[Mapping[str, Any]]], n: int) -> dict
             part["stories"][level] = against(
                 base, rows, partial(accuracy, exam="stories", level=level)
             )
-        if base["people"]:
-            part["people"] = against(base, rows, partial(accuracy, exam="people"))
+        for exam in OTHER_EXAMS:
+            if base[exam]:
+                part[exam] = against(base, rows, partial(accuracy, exam=exam))
         for k in ks(n):
             part["pass"][str(k)] = against(base, rows, partial(pass_rate, k=k, n=n))
         part["vote"] = against(base, rows, lambda row: fmean(row["vote"]))
@@ -240,12 +256,11 @@ def tables(record: RunRecord) -> list[Table]:
         return percent(row["mean"]) + ("" if arm == BASE else f", {signed(row)}")
 
     levels = (*DIFFICULTIES, "all")
+    others = [exam for exam in OTHER_EXAMS if exam in arms[BASE]]
     greedy = [
-        [names[a], *(line(a, p["stories"][x]) for x in levels)]
-        + ([line(a, p["people"])] if "people" in p else [])
+        [names[a], *(line(a, p["stories"][x]) for x in levels), *(line(a, p[x]) for x in others)]
         for a, p in arms.items()
     ]
-    people = ["written by people"] if "people" in arms[BASE] else []
     ladder = list(arms[BASE]["pass"])
     passes = [
         [names[a], *(line(a, p["pass"][k]) for k in ladder), line(a, p["vote"])]
@@ -264,7 +279,7 @@ def tables(record: RunRecord) -> list[Table]:
     return [
         (
             f"Greedy answers: share right, and points more than before (95 % t interval, {over})",
-            ["Model", *levels, *people],
+            ["Model", *levels, *(OTHER_EXAMS[exam] for exam in others)],
             greedy,
         ),
         (
@@ -293,7 +308,11 @@ def findings(record: RunRecord) -> list[str]:
         first, *_, last = part["pass"].items()
         for what, row in (
             ("greedy accuracy on held-out stories", part["stories"]["all"]),
-            *([("accuracy on problems by people", part["people"])] if "people" in part else []),
+            *(
+                (f"accuracy on problems {what}", part[exam])
+                for exam, what in OTHER_EXAMS.items()
+                if exam in part
+            ),
             *((f"pass@{k}", row) for k, row in (first, last)),
         ):
             word = verdict(row["low"], row["high"], "rises", "falls")
