@@ -75,7 +75,7 @@ def two_ways(
     """Crosses against circles: the same errors with one scale for all and with one for each row.
 
     ``more``: ``log``, a logarithmic y axis from 0.1 to 200; ``names``, of the places on the x axis;
-    ``alt``.
+    ``alt``, instead of the median of each.
     """
     figure = new_figure(6.5, 2.8)
     axes = figure.subplots()
@@ -92,7 +92,8 @@ def two_ways(
         axes.set_xticks(range(len(names)), names)
     axes.legend(frameon=False, ncols=2, loc="upper right")
     tidy(axes, title, x, y)
-    return Plot(figure, more["alt"])
+    said = ", ".join(f"{name} {np.median(error):.2g}" for name, (_, error) in points.items())
+    return Plot(figure, more.get("alt") or f"{title}. Median of the {y}: {said}.")
 
 
 def outliers(found: Mapping[str, Sequence[float]]) -> Plot:
