@@ -89,6 +89,12 @@ def test_the_score_is_the_weighted_sum_of_the_healthy_terms():
     assert clinic.score(rows) == [{"step": 3, "score": pytest.approx(0.5 + 0.2)}]
 
 
+def test_early_and_late_are_means_of_three_steps():
+    rows = [{"reward": reward} for reward in (1, 2, 3, 4, 5, 6)]
+    said = "Reward: 2.00 in the first three steps, 5.00 in the last three"
+    assert clinic.early_and_late(rows, {"reward": "Reward"}) == [said]
+
+
 def test_pictures_say_their_numbers():
     alt = clinic.timeline(
         [("rollout", 0.01, 0.03), ("training_step", 0.0, 0.1)],

@@ -53,6 +53,17 @@ def test_a_quota_is_used_up_sooner_by_more_threads(threads, words):
     assert words in hardware_plots.quota(threads).alt
 
 
+def test_measured_curves_say_their_numbers():
+    assert "by size: 1, 2." in hardware_plots.rate_by_size([8, 16], [1e9, 2e9]).alt
+    assert "by size: 1, 2." in hardware_plots.reading_by_size([16, 32], [1e9, 2e9]).alt
+    step = hardware_plots.step_by_rows([1, 4], {"measured": [1e-3, 2e-3]}, [1.0, 1.5])
+    assert step.alt.endswith("1: 1.0, 4: 1.5.")
+    assert "10% apart" in memory_plots.activations([16, 32], [100, 200], [110, 200]).alt
+    best = memory_plots.peak_by_block([1, 2, 4], [3.0, 2.0, 4.0], [3.0, 4.0, 5.0])
+    assert best.alt.endswith("with blocks of 2, and the formula's with 1.")
+    assert "number 5 MiB" in memory_plots.held_by_step({"number": [0.0, 5.0]}).alt
+
+
 def test_amdahl_says_the_speed_up():
     assert "15.4 times as fast on 64 cores" in hardware_plots.amdahl(0.95).alt
     assert "64.0 times as fast" in hardware_plots.amdahl(1.0).alt

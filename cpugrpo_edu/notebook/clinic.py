@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -37,6 +37,20 @@ DOMAINS = ("arithmetic", "algebra", "lists")
 REWARDS = parse_rewards("correct_answer=1,valid_steps=0.5,good_format=0.2")
 Rows = Sequence[Mapping[str, Any]]
 """A log: the metrics of each step."""
+WHY = {
+    "activation_checkpointing": "it computes forward twice",
+    "gradient_checkpointing": "its old name",
+    "learning_rate": "asked for by us",
+    "logging_steps": "every step is shown",
+    "logging_nan_inf_filter": "a NaN must be seen",
+    "per_device_train_batch_size": "prompts x G: one whole step",
+    "generation_batch_size": "follows from it",
+    "router_aux_loss_coef": "for mixtures of experts",
+    "max_completion_length": "as long as our solutions",
+    "lr_scheduler_type": "short runs",
+    "shuffle_dataset": "the curriculum orders",
+}
+"""Why ``cpu_config`` differs from TRL's defaults."""
 
 
 # --- training --------------------------------------------------------------------------------
@@ -190,7 +204,7 @@ def cases() -> list[Case]:
             "top_p=0.1",
             "all groups alike though the policy is undecided; the gap is large",
             "top_p 1, temperature 1",
-            "huggingface/trl#6789",
+            "huggingface/trl#5783",
             problems=easy,
             settings={"top_p": 0.1},
         ),
@@ -283,6 +297,19 @@ def timeline(spans: Sequence[Span], owners: Mapping[str, str]) -> Plot:
     return Plot(figure, "Bars over time, in milliseconds: " + "; ".join(said) + ".")
 
 
+def early_and_late(rows: Rows, names: Mapping[str, str]) -> list[str]:
+    """A sentence for each metric (key to name): its means in the first and last three steps."""
+
+    def mean(part: Rows, key: str) -> float:
+        return float(sum(row[key] for row in part) / len(part))
+
+    return [
+        f"{name}: {mean(rows[:3], key):.2f} in the first three steps, "
+        f"{mean(rows[-3:], key):.2f} in the last three"
+        for key, name in names.items()
+    ]
+
+
 def curve(axes: Any, rows: Rows, key: str, **style: Any) -> None:
     """One metric over the steps that have it."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -370,13 +397,15 @@ def recovery(names: Mapping[str, str], ill: Any, treated: Any, control: Rows) ->
     )
 
 
-def alarm_grid(ringing: Mapping[str, Sequence[str]], names: Sequence[str]) -> Plot:
+def alarm_grid(ringing: Mapping[str, Collection[str]], names: Sequence[str]) -> Plot:
     """A dot for each alarm (``names``) that rings for a patient."""
     figure = new_figure(7, 3.4)
     axes = figure.add_subplot()
-    for x, rings in enumerate(ringing.values()):
-        for name in rings:
-            axes.plot(x, names.index(name), "o", color=VERMILLION, ms=9)
+    words = []
+    for x, (who, rings) in enumerate(ringing.items()):
+        found = [name for name in names if name in rings]
+        axes.plot([x] * len(found), list(map(names.index, found)), "o", color=VERMILLION, ms=9)
+        words.append(f"{who}: {', '.join(found) or 'none'}")
     labels = [textwrap.shorten(column, 26, placeholder=" ...") for column in ringing]
     axes.set_xticks(range(len(ringing)), labels, rotation=35, ha="right")
     axes.set_yticks(range(len(names)), names)
@@ -384,5 +413,4 @@ def alarm_grid(ringing: Mapping[str, Sequence[str]], names: Sequence[str]) -> Pl
     axes.set_xlim(-0.5, len(ringing) - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
     tidy(axes, "Which alarm rings for which patient", grid="both")
-    said = "; ".join(f"{who}: {', '.join(rings) or 'none'}" for who, rings in ringing.items())
-    return Plot(figure, f"A grid of alarms by patients. {said}.")
+    return Plot(figure, f"A grid of alarms by patients. {'; '.join(words)}.")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cpugrpo_edu.notebook.pictures import STYLES, draw_curves, log_axes
+from cpugrpo_edu.notebook.pictures import STYLES, curves, draw_curves, log_axes
 from cpugrpo_edu.show.palette import (
     BLUE,
     GREEN,
@@ -61,6 +61,52 @@ def timings(times: Tensor) -> Plot:
         figure,
         f"Histogram of {len(times)} timings in µs: {said}. Times beyond four medians are in the "
         "last bar.",
+    )
+
+
+def rate_by_size(sizes: Sequence[int], rates: Sequence[float]) -> Plot:
+    """FLOP/s of square products against their size; dashed, the largest."""
+    giga = [rate / 1e9 for rate in rates]
+    return curves(
+        {"rate": (sizes, giga)},
+        "One thread, square matrices",
+        "size n",
+        "GFLOP/s",
+        log="xy",
+        ticks=sizes,
+        level=max(giga),
+        alt=f"GFLOP/s by size: {', '.join(f'{g:.2g}' for g in giga)}.",
+    )
+
+
+def reading_by_size(kilobytes: Sequence[int], rates: Sequence[float]) -> Plot:
+    """Bytes/s against the size of the array that is read again and again."""
+    speeds = [rate / 1e9 for rate in rates]
+    return curves(
+        {"reading": (kilobytes, speeds)},
+        "Reading with one thread",
+        "size of the array (kB)",
+        "GB/s",
+        log="x",
+        ticks=[16, 128, 1024, 8192, 65536],
+        from_zero=True,
+        alt=f"GB/s by size: {', '.join(f'{s:.0f}' for s in speeds)}.",
+    )
+
+
+def step_by_rows(
+    rows: Sequence[int], seconds: Mapping[str, Sequence[float]], off: Sequence[float]
+) -> Plot:
+    """Time of a decoding step against its rows; ``off``: measured over predicted time."""
+    ratios = ", ".join(f"{m}: {o:.1f}" for m, o in zip(rows, off, strict=True))
+    return curves(
+        {name: (rows, [1e3 * t for t in times]) for name, times in seconds.items()},
+        "One decoding step",
+        "rows",
+        "time (ms)",
+        log="xy",
+        ticks=rows,
+        alt=f"Measured over predicted time, by rows: {ratios}.",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cpugrpo_edu.engine.sizes import models_that_fit
+from cpugrpo_edu.notebook.pictures import curves
 from cpugrpo_edu.show.palette import (
     BLUE,
     GREEN,
@@ -64,6 +65,55 @@ def ledger_and_growth(counted: Mapping[str, float], grown: Mapping[str, float]) 
     tidy(axes, "One training step", "", "MiB")
     said = "; ".join(f"{name} {counted[name]:.0f} and {grown[name]:.0f}" for name in grown)
     return Plot(figure, f"Paired bars in MiB, ledger and growth of RSS, after {said}.")
+
+
+def activations(lengths: Sequence[int], counted: Sequence[int], formula: Sequence[int]) -> Plot:
+    """Bytes of activations of two sequences, counted and by the formula, against their length."""
+    off = max(abs(f / c - 1) for c, f in zip(counted, formula, strict=True))
+    return curves(
+        {
+            "counted": (lengths, [c / MIB for c in counted]),
+            "formula": (lengths, [f / MIB for f in formula]),
+        },
+        "Activations of two sequences",
+        "tokens in each",
+        "MiB",
+        from_zero=True,
+        alt=f"Two lines through zero, {off:.0%} apart at most.",
+    )
+
+
+def peak_by_block(
+    layers: Sequence[int], measured: Sequence[float], formula: Sequence[float]
+) -> Plot:
+    """Peak bytes of a checkpointed step against the layers in a block."""
+    lowest = [layers[list(ys).index(min(ys))] for ys in (measured, formula)]
+    return curves(
+        {
+            "measured": (layers, [y / MIB for y in measured]),
+            "formula": (layers, [y / MIB for y in formula]),
+        },
+        "Peak against block size",
+        "layers in a block",
+        "MiB",
+        from_zero=True,
+        alt="Peak memory of blocks of several sizes: the lowest is measured with blocks of "
+        f"{lowest[0]}, and the formula's with {lowest[1]}.",
+    )
+
+
+def held_by_step(held: Mapping[str, Sequence[float]]) -> Plot:
+    """MiB that autograd holds after each step, a curve for each loop."""
+    said = ", ".join(f"{name} {after[-1]:.0f} MiB" for name, after in held.items())
+    steps = range(1, 1 + max(map(len, held.values())))
+    return curves(
+        {name: (steps, after) for name, after in held.items()},
+        "Held after each step",
+        "step",
+        "MiB",
+        ticks=steps,
+        alt=f"Held after the last step: {said}.",
+    )
 
 
 def mountain(history: Sequence[float], title: str, beside: Sequence[float] = ()) -> Plot:
