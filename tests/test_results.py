@@ -9,7 +9,7 @@ import results
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.text import BEGIN, END, results_table, verdict
+from cpugrpo_edu.show.text import answers_table, results_table, verdict
 
 RECORD = RunRecord(
     kind="run",
@@ -36,17 +36,21 @@ def record(seed=1, ewc=True, **changes):
     return made
 
 
-def between_markers(text):
-    return text.split(BEGIN)[1].split(END)[0].strip()
+def between_markers(text, name="results"):
+    return text.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
 
 
 # --- this checkout ------------------------------------------------------------------------------
 
 
 def test_readme_holds_what_the_records_give():
-    shown = between_markers(results.README.read_text(encoding="utf-8"))
-    expected = results.results_block(results.read_runs(results.RECORDS))
-    assert shown == expected, "the readme is not what records/ gives; run `make results`"
+    readme = results.README.read_text(encoding="utf-8")
+    said = "the readme is not what records/ gives; run `make results`"
+    bundled, chat = (
+        results.read_runs(results.RECORDS, names) for names in (results.BUNDLED, results.CHAT)
+    )
+    assert between_markers(readme) == results.results_block(bundled), said
+    assert between_markers(readme, "flagship") == results.flagship_block(chat), said
 
 
 def test_every_run_record_says_where_it_comes_from():
@@ -63,7 +67,7 @@ def test_every_run_record_says_where_it_comes_from():
 
 def test_block_holds_the_means_and_their_origin(tmp_path):
     for made in (record(1), record(2), record(1, ewc=False)):
-        made.save(tmp_path / f"run-{made.seed}-{made.results['components']['ewc']['on']}.json")
+        made.save(tmp_path / f"run-seed{made.seed}-{made.results['components']['ewc']['on']}.json")
     record(3, kind="bench").save(tmp_path / "bench-1.json")  # not a training run
     runs = results.read_runs(tmp_path)
     assert len(runs) == 3
@@ -99,14 +103,29 @@ def test_block_says_how_often_working_is_shown():
 
 def test_no_records_give_the_placeholder(tmp_path):
     assert results.results_block(results.read_runs(tmp_path)) == results.PLACEHOLDER
+    assert results.flagship_block(results.read_runs(tmp_path, results.CHAT)) == results.PLACEHOLDER
+
+
+def test_flagship_shows_the_first_answers_of_the_report_whatever_they_are():
+    sample = {"question": "2 + 2?", "answer": "4", "before": "5\n|", "after": "x" * 300}
+    sample |= {"before_correct": False, "after_correct": False}
+    run = record()
+    run.results["samples"] = [sample] * 3
+    table = answers_table(run)
+    assert table.count("2 + 2? (4)") == 3 and "wrong: 5 \\|" in table and "…" in table
+    shown = results.flagship_block([run])
+    assert shown.startswith(results_table([run])) and shown.count("2 + 2? (4)") == results.SHOWN
 
 
 def test_main_writes_the_readme_and_a_stale_one_is_noticed(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\n99 % by hand\n{END}\nafter\n")
+    readme.write_text(
+        "before\n<!-- flagship:begin -->\nold\n<!-- flagship:end -->\n"
+        "<!-- results:begin -->\n99 % by hand\n<!-- results:end -->\nafter\n"
+    )
     monkeypatch.setattr(results, "README", readme)
     monkeypatch.setattr(results, "RECORDS", tmp_path)
-    record().save(tmp_path / "run-1.json")
+    record().save(tmp_path / "run-seed1.json")
     with pytest.raises(AssertionError, match="make results"):
         test_readme_holds_what_the_records_give()
     results.main()
@@ -128,8 +147,8 @@ def test_a_record_without_its_origin_is_refused(tmp_path, monkeypatch, name, bad
     setattr(made, name, bad)
     assert results.missing_provenance(record()) == []
     assert results.missing_provenance(made) == [name]
-    made.save(tmp_path / "run-1.json")
-    with pytest.raises(UserError, match=f"run-1.json does not say its {name}"):
+    made.save(tmp_path / "run-seed1.json")
+    with pytest.raises(UserError, match=f"run-seed1.json does not say its {name}"):
         results.read_runs(tmp_path)
     monkeypatch.setattr(results, "RECORDS", tmp_path)
     with pytest.raises(AssertionError):
@@ -139,11 +158,13 @@ def test_a_record_without_its_origin_is_refused(tmp_path, monkeypatch, name, bad
 
 
 def test_runs_with_other_settings_or_of_another_kind_are_refused(tmp_path):
-    record(1).save(tmp_path / "run-1.json")
-    record(2, config={**RECORD.config, "seed": 2, "steps": [1, 1, 1]}).save(tmp_path / "run-2.json")
-    with pytest.raises(UserError, match=r"run-2.json .*\(steps\)"):
+    record(1).save(tmp_path / "run-seed1.json")
+    record(2, config={**RECORD.config, "seed": 2, "steps": [1, 1, 1]}).save(
+        tmp_path / "run-seed2.json"
+    )
+    with pytest.raises(UserError, match=r"run-seed2.json .*\(steps\)"):
         results.read_runs(tmp_path)
-    record(2, kind="bench").save(tmp_path / "run-2.json")
+    record(2, kind="bench").save(tmp_path / "run-seed2.json")
     with pytest.raises(UserError, match="kind 'bench'"):
         results.read_runs(tmp_path)
 

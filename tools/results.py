@@ -1,8 +1,9 @@
 """Write the results in README.md from the records of training runs: `make results`.
 
-Reads records/run-*.json, refuses any that does not say where it comes from, and replaces the
-text between the markers: the means over seeds, and what they rest on. The table of every seed is
-on the book's results page. Nobody types a result by hand.
+Reads the runs in records/, refuses any that does not say where it comes from, and replaces the
+text between the markers: the means over seeds and what they rest on, and, at the top, how a real
+chat model answered before and after. The table of every seed is on the book's results page. Nobody
+types a result by hand.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from pathlib import Path
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.text import replace_between_markers, results_table
+from cpugrpo_edu.show.text import answers_table, replace_between_markers, results_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RECORDS = ROOT / "records"
 PLACEHOLDER = "No results recorded yet."
+BUNDLED, CHAT = "run-seed*.json", "run-smollm2-seed*.json"
+SHOWN = 2
+"""Answers in the readme: the first of the report."""
 COMPARED = {"seed", "ewc_strength"}
 """Only these may differ between the runs of one table; a mean over anything else means nothing."""
 
@@ -35,10 +39,10 @@ def missing_provenance(record: RunRecord) -> list[str]:
     return [name for name, found in there.items() if not found]
 
 
-def read_runs(folder: Path) -> list[RunRecord]:
-    """The training runs recorded in a folder. UserError if one lacks its origin or differs."""
+def read_runs(folder: Path, pattern: str = BUNDLED) -> list[RunRecord]:
+    """The training runs of these names. UserError if one lacks its origin or differs."""
     records = []
-    for path in sorted(folder.glob("run-*.json")):
+    for path in sorted(folder.glob(pattern)):
         record = RunRecord.load(path)
         if record.kind != "run":
             raise UserError(f"{path.name} is of kind {record.kind!r}, not 'run'; rename it")
@@ -115,11 +119,22 @@ def results_block(records: Sequence[RunRecord]) -> str:
     )
 
 
+def flagship_block(records: Sequence[RunRecord]) -> str:
+    """What the chat model learned, and its first answers before and after."""
+    if not records:
+        return PLACEHOLDER
+    header, rule, *rows = answers_table(records[0]).splitlines()
+    answers = "\n".join([header, rule, *rows[:SHOWN]])
+    return f"{headline(results_table(records))}\n\n{answers}"
+
+
 def main() -> None:
     try:
         records = read_runs(RECORDS)
         text = README.read_text(encoding="utf-8")
-        README.write_text(replace_between_markers(text, results_block(records)), encoding="utf-8")
+        text = replace_between_markers(text, results_block(records))
+        text = replace_between_markers(text, flagship_block(read_runs(RECORDS, CHAT)), "flagship")
+        README.write_text(text, encoding="utf-8")
     except UserError as error:
         sys.exit(f"results: {error}")
     print(f"{README.name}: {len(records)} runs")

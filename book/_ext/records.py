@@ -34,6 +34,7 @@ from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot
 from cpugrpo_edu.show.plots import plot_accuracy
 from cpugrpo_edu.show.text import (
     MAIN,
+    answers_table,
     clock_time,
     gib,
     number,
@@ -48,8 +49,13 @@ RECORDS = ROOT / "records"
 CLASS = 30  # students
 
 
+def chat_runs() -> list[RunRecord]:
+    """The recorded training runs of the chat model."""
+    return [RunRecord.load(path) for path in sorted(RECORDS.glob("run-smollm2-seed*.json"))]
+
+
 def runs(ewc: bool | None = None) -> list[RunRecord]:
-    """The recorded training runs; with EWC, without, or all."""
+    """The recorded training runs of the bundled model; with EWC, without, or all."""
     found = [RunRecord.load(path) for path in sorted(RECORDS.glob("run-seed*.json"))]
     return [r for r in found if ewc is None or value(r, "results.components.ewc.on") == ewc]
 
@@ -69,6 +75,15 @@ def listed(words: Sequence[str]) -> str:
 
 def table_runs() -> str:
     return results_table(runs())
+
+
+def table_chat() -> str:
+    return results_table(chat_runs())
+
+
+def table_answers() -> str:
+    """Answers of the chat model before and after training, as in the report of its first run."""
+    return answers_table(chat_runs()[0])
 
 
 def table_working() -> str:
@@ -181,7 +196,7 @@ def table_benchmarks() -> str:
 
 def table_origin() -> str:
     """Where and when the runs were made, and the commit that made them."""
-    found = runs()
+    found = runs() + chat_runs()
     machines = listed(
         f"{r.machine['cpu']}, {r.machine['usable_cores']} usable cores, "
         f"{gib(r.machine['total_memory'])} of memory"
@@ -244,6 +259,8 @@ def table_outcomes() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "runs": table_runs,
+    "chat": table_chat,
+    "answers": table_answers,
     "working": table_working,
     "int8": table_int8,
     "chapters": table_chapters,

@@ -16,7 +16,7 @@ from cpugrpo_edu.models.fetch import fetch
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
-from cpugrpo_edu.show.text import MAIN, difference_text, percent, records_folder, value
+from cpugrpo_edu.show.text import MAIN, difference_text, percent, records_folder, shorten, value
 
 LOOKS = ((BLUE, "-"), (VERMILLION, "--"), (GREEN, ":"))
 
@@ -96,10 +96,6 @@ def signal_by_group_size(right: Sequence[int], n: int, group: int) -> Plot:
         f"to {shares[-1]:.0%} at {n}; at {group} it is {chosen:.0%}."
     )
     return Plot(figure, alt)
-
-
-def shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 # Mistakes

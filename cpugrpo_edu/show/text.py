@@ -20,10 +20,13 @@ from cpugrpo_edu.record.stats import over_seeds
 MAIN = "after vs before"
 """The comparison that answers whether a run helped."""
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-
 
 # One number as text
+
+
+def shorten(text: str, most: int) -> str:
+    """At most ``most`` characters of a text."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def percent(share: float) -> str:
@@ -269,9 +272,26 @@ def results_table(records: Sequence[RunRecord]) -> str:
     return markdown_table(["Seed", "EWC", *(title for title, _ in COLUMNS)], rows)
 
 
-def replace_between_markers(text: str, table: str) -> str:
-    """``text`` with everything between the two results markers replaced by ``table``."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"the text must hold {BEGIN} once and {END} once after it; add them")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{table.strip()}\n{END}{rest.split(END)[1]}"
+def answers_table(record: RunRecord, most: int = 200) -> str:
+    """Markdown table: the problems that a run's report shows, answered before and after.
+
+    Their places in the exam chose them, not the answers. Longer answers end after ``most``
+    characters.
+    """
+    rows = []
+    for sample in value(record, "results.samples"):
+        row = [f"{sample['question']} ({sample['answer']})"]
+        for side in ("before", "after"):
+            mark = "right" if sample[f"{side}_correct"] else "wrong"
+            row.append(f"{mark}: {shorten(' '.join(sample[side].split()), most)}")
+        rows.append(row)
+    return markdown_table(["Problem (answer)", "Before training", "After"], rows)
+
+
+def replace_between_markers(text: str, block: str, name: str = "results") -> str:
+    """``text`` with everything between the two markers of this name replaced by ``block``."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"the text must hold {begin} once and {end} once after it; add them")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{block.strip()}\n{end}{rest.split(end)[1]}"
