@@ -42,6 +42,9 @@ DEFAULTS = EngineOptions()
 WORKER_ROWS = 64
 """Fewest rows for which a thread of its own pays: about these keep it busy between two calls."""
 
+MOST_BYTES = 2 * 2**30
+"""Most memory of the rows decoded together; beyond it, more of them are hardly faster."""
+
 PREFILL_TOKENS = 2048
 """Prompt tokens in one pass: more would leave the processor's cache between two layers."""
 
@@ -476,9 +479,9 @@ def sample(
 def rows_at_once(
     lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, options: EngineOptions
 ) -> int:
-    """How many completions to decode together: the option, or fewer where memory is short."""
+    """How many completions to decode together: the option, or fewer where they take much memory."""
     longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
-    free = free_memory(options.memory_limit)
+    free = min(free_memory(options.memory_limit), MOST_BYTES)
     a = Architecture.roughly(lm.config.get_text_config())
     return min(options.max_rows, rows_that_fit(a, longest, free))
 
