@@ -370,6 +370,9 @@ def test_fewer_rows_where_memory_is_short_or_refused(tiny_policy, monkeypatch):
     rows.clear()
     assert greedy(memory_limit=1) == whole  # nothing left: one row at a time
     assert set(rows) == {1}
+    rows.clear()
+    monkeypatch.setattr(engine_module, "MOST_BYTES", 1)  # however much there is
+    assert greedy() == whole and set(rows) == {1}
 
 
 def test_generate_has_fewer_rows_where_memory_is_short(gpt2, monkeypatch):

@@ -247,7 +247,9 @@ def python_blocks(name: str) -> list[str]:
 
 
 def test_readme_is_short():
-    assert len(README.split()) <= 900
+    """Without what `make results` writes into it."""
+    written = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", README, flags=re.S)
+    assert len(written.split()) <= 700 and len(README.split()) <= 1200
 
 
 def test_readme_leads_to_files_that_exist():
