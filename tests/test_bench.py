@@ -379,7 +379,7 @@ FEW_POINTS = (
 def test_the_points_of_the_sweep():
     points = sweep.sweep_points()
     names = [sweep.name_of(point) for point in points]
-    assert len(set(names)) == len(names) == 31
+    assert len(set(names)) == len(names) == 37
     assert "8 layers of 512, INT8, 1 x G 4, 32 tokens" in names
     assert "24 layers of 896, compiled INT8, 1 x G 8, 32 tokens" in names
     assert "4 layers of 512, float32, 1 x G 4, 32 tokens" not in names

@@ -11,7 +11,7 @@ from typing import Any
 
 from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.options import EngineOptions
-from cpugrpo_edu.engine.sizes import Architecture
+from cpugrpo_edu.engine.sizes import CATALOGUE, Architecture
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.contestants import Variant, bundled, ours
 from cpugrpo_edu.lab.cost import StepSpec, fit_sweep
@@ -28,6 +28,8 @@ STEPS = 4
 """Measured at each point; the first warms up."""
 
 SHAPE = Architecture("random", 8, 512, 2048, 8, 2, 16_384, tied=True, qkv_bias=True)
+CHAT = replace(CATALOGUE[0], name="random")
+"""The chat model's shape, for groups as large as the batches of its runs."""
 GRID = (
     *((8, group, 32) for group in (2, 4, 8, 16)),
     *((8, 4, tokens) for tokens in (16, 64, 128)),
@@ -40,7 +42,7 @@ def sweep_points() -> list[StepSpec]:
     """LoRA on random models, INT8 (torch's kernel, and in C) and float32; and the bundled model,
     all weights trained, with the settings of the default run."""
     grid = [(replace(SHAPE, layers=layers), group, tokens) for layers, group, tokens in GRID]
-    grid += [(QWEN, 2, 64), (QWEN, 8, 32)]
+    grid += [(QWEN, 2, 64), (QWEN, 8, 32), *((CHAT, group, 32) for group in (8, 32, 64))]
     int8 = [StepSpec(a, group=group, tokens=tokens, reference=True) for a, group, tokens in grid]
     whole = replace(run_step(RunConfig(), 32), prompts=8, longest=0)
     return [
