@@ -12,7 +12,7 @@ import pytest
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.text import BEGIN, END, number
+from cpugrpo_edu.show.text import number
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "book").rglob("*.md"))
@@ -73,7 +73,7 @@ def prose(path: Path) -> str:
     if path.suffix == ".ipynb":
         cells = json.loads(text)["cells"]
         text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-    text = re.sub(f"{BEGIN}.*?{END}", "", text, flags=re.S)
+    text = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", text, flags=re.S)
     text = without_code(text)
     inline = r"`(?:[^`\n]|\n(?!\s*\n))+`"
     return re.sub(rf"\$\$.*?\$\$|\$[^$\n]+\$|{inline}|\]\([^)]*\)", "", text, flags=re.S)
@@ -104,7 +104,7 @@ def test_code_roles_and_generated_parts_are_no_prose(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         f"# A\n\n```bash\nsleep 5 s\n```\n\n{{record}}`r:k|{{:.1f}} s` $3 s$\n\n"
-        f"{BEGIN}\n31 points\n{END}\n\n"
+        "<!-- results:begin -->\n31 points\n<!-- results:end -->\n\n"
         "````{note}\nIt took 7 s.\n\n```\n8 s\n```\n````\nAnd 9 s.\n"
     )
     assert typed_results(prose(page)) == ["7 s", "9 s"]
