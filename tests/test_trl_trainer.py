@@ -16,6 +16,7 @@ from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine import trl_trainer as trainer_module
 from cpugrpo_edu.engine.guard import Guard, RolloutTally
 from cpugrpo_edu.engine.int8 import Drift
+from cpugrpo_edu.engine.memory import trim_heap
 from cpugrpo_edu.engine.micro_batches import WORKING_SPACE, split_by_length
 from cpugrpo_edu.engine.options import LOSS_TYPES, EngineOptions
 from cpugrpo_edu.engine.trl_data import to_dataset, trl_rewards
@@ -228,6 +229,7 @@ def test_the_plan_follows_the_memory_says_so_and_keeps_the_gradient(trainer, bat
 
 
 def test_the_memory_limit_counts_what_is_held_and_what_will_come(trainer, monkeypatch):
+    trim_heap()  # what earlier tests freed, as the trainer does
     held, limit = psutil.Process().memory_info().rss, 2**45
     monkeypatch.setattr("cpugrpo_edu.engine.memory.available_memory", lambda: 2**60)
     monkeypatch.setattr(trainer, "options", EngineOptions(memory_limit=limit))

@@ -121,11 +121,10 @@ def score_table(scores: NDArray[np.float64], texts: Sequence[str], names: Sequen
         axes.text(j + 0.5, i + 0.5, f"{x:.2f}", ha="center", va="center")
     _as_table(axes, texts, [name.replace("_", "\n") for name in names])
     axes.axvline(len(names) // 2, color="black", lw=1.5)
-    best = [
-        f"{name} pays {texts[i]!r} most ({column[i]:.2f})"
-        for name, column in zip(names, scores.T, strict=True)
-        for i in [int(column.argmax())]
-    ]
+    best = []
+    for name, column in zip(names, scores.T, strict=True):
+        first = [repr(text) for text in np.array(texts)[column == column.max()].tolist()]
+        best.append(f"{name} pays {' and '.join(first)} most ({column.max():.2f})")
     return Plot(figure, f"{len(names)} rewards of {len(texts)} texts: {'; '.join(best)}.")
 
 
