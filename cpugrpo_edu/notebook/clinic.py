@@ -174,8 +174,7 @@ def cases() -> list[Case]:
         Case(
             "chat template not applied",
             "prompts are bare strings",
-            "wrong from the very first step, accuracy zero, texts without beginning or end, "
-            "though few are cut",
+            "nothing right at the very first step, texts without any form, though few are cut",
             "prompts as conversations",
             "TIGER-AI-Lab/MMLU-Pro#15",
             problems=easy,
@@ -193,7 +192,7 @@ def cases() -> list[Case]:
         Case(
             "too hard, and only the answer pays",
             "advanced lists, one reward",
-            "reward zero, all groups alike, no gradient; policy untouched",
+            "reward zero, all groups alike, next to no gradient",
             "reward the steps as well, or easier problems first",
             "huggingface/trl#3452",
             problems=hard,
