@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from command_line import invoke
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from cpugrpo_edu.data import Problem
 from cpugrpo_edu.engine.int8_base import is_frozen
@@ -176,6 +178,17 @@ def test_merged_and_adapter_exports_of_an_adapter_on_integers(tiny_folder, adapt
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0)
     export(folder.parent, "adapter", tmp_path / "adapter", problems=1)
     same_weights(load_policy(tmp_path / "adapter").model, wanted, rtol=0, atol=0)
+
+
+def test_a_command_does_not_say_what_the_libraries_do_to_load_it(adapter_only):
+    _, folder = adapter_only
+    logging.enable_progress_bar()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        code, _, err = invoke("generate", "Compute 1+2.", "--model", folder, "--max-completion", 2)
+    assert code == 0 and err == ""
+    assert not [each for each in heard if each.category is FutureWarning]
+    assert logging.is_progress_bar_enabled()  # whoever calls from Python has bars of their own
 
 
 def test_every_command_takes_it(tiny_folder, adapter_only, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from cpugrpo_edu.engine import hardware
 from cpugrpo_edu.engine.sizes import models_that_fit
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab import estimate
-from cpugrpo_edu.models.load import SYSTEM_PROMPT
+from cpugrpo_edu.models.load import SYSTEM_PROMPT, load_policy, save_policy
 from cpugrpo_edu.rewards import REWARDS
 from cpugrpo_edu.run.config import RunConfig, config_for, flag_of
 from cpugrpo_edu.run.pause import Interrupted
@@ -153,6 +153,25 @@ def test_generate(tiny_folder):
     several = json.loads(invoke("generate", "a", *model, *sampled)[1])
     assert len({item["text"] for item in several}) > 1
     assert several == json.loads(invoke("generate", "a", *model, *sampled)[1])
+
+
+def test_evaluate_and_generate_take_a_system_prompt(tiny_folder, tmp_path, monkeypatch):
+    """By default that which a model was trained with."""
+    folder, asked = tmp_path / "trained", []
+    save_policy(load_policy(tiny_folder, system="Be brief."), folder)
+
+    def answer(policy, problems, n, sampling, on_done=None):
+        asked.append(policy.tokenizer.decode(policy.encode_problem(problems[0])))
+        return [Group([1], [Episode(text="5")], problem) for problem in problems]
+
+    monkeypatch.setattr("cpugrpo_edu.evaluate.rollout", answer)
+    monkeypatch.setattr("cpugrpo_edu.sample.rollout", answer)
+    for command in (("evaluate", "--per-cell", 1, "--quiet"), ("generate", "a")):
+        for flags in ((), ("--system", "Be kind.")):
+            code, _, err = invoke(*command, "--model", folder, *flags)
+            assert code == 0, err
+    assert ["Be brief." in text for text in asked] == [True, False, True, False]
+    assert ["Be kind." in text for text in asked] == [False, True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ MOST = 10_000
 
 Temperature = Annotated[float, Option(help="0 is greedy.", callback=within(0))]
 Longest = Annotated[int, Option(help="Longest completion, in tokens.", callback=within(1))]
+System = Annotated[str | None, Option(help=help_of("system"))]
 AnswerFormat = Annotated[str | None, Option(help=help_of("answer_format"))]
 Seed = Annotated[int, Option(help="Seed of the sampling.", callback=within(0, 2**31 - 1))]
 
@@ -54,6 +55,7 @@ def evaluate(
         str | None, Option(help="Generated domains, separated by commas; default: those of run.")
     ] = None,
     verifier: Annotated[str | None, Option(help="path/to/file.py:function.")] = None,
+    system: System = None,
     answer_format: AnswerFormat = None,
     int8: Annotated[bool, Option(help="Evaluate an INT8 copy.")] = False,
     max_completion: Annotated[
@@ -87,6 +89,7 @@ def evaluate(
     given: dict[str, Any] = {
         "max_completion": max_completion,
         "domains": None if domains is None else comma_names(domains),
+        "system": system,
         "answer_format": answer_format,
     }
     config = config_for(
@@ -140,7 +143,7 @@ def load_asked(config: RunConfig, int8: bool, whole: bool) -> tuple[Policy, list
     training = list(training or ())
     if whole:
         problems, training = [*training, *problems], []
-    policy = load_policy(config.model, answer_format=config.answer_format)
+    policy = load_policy(config.model, system=config.system, answer_format=config.answer_format)
     check_policy(policy)
     chosen = config.answer_format or default_answer_format(policy.model.config)
     if int8:
@@ -215,6 +218,7 @@ def generate(
     n: Annotated[int, Option(help="How many completions.", callback=within(1))] = 1,
     temperature: Temperature = 0.0,
     max_completion: Longest = 128,
+    system: System = None,
     seed: Seed = 0,
 ) -> None:
     """Try a prompt.
@@ -228,7 +232,7 @@ def generate(
     if not prompt.strip():
         raise UserError("the prompt is empty; give a question in quotes")
     sampling = Sampling(max_completion, temperature, seed=seed)
-    policy = load_policy(model)
+    policy = load_policy(model, system=system)
     check_policy(policy)
     [group] = rollout(policy, [Problem("prompt", "", "", prompt, answer="")], n, sampling)
     found = [

