@@ -22,7 +22,7 @@ from cpugrpo_edu.data import Episode, Group, Problem
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.tasks.answers import well_formed
 
-RewardFunction = Callable[[Problem, Episode], float]
+RewardFunction = Callable[[Problem, Episode], float | None]
 
 LARGEST = 1e18
 """Largest allowed reward: the square of a larger one, in the variance, would overflow float32."""
@@ -32,9 +32,10 @@ LARGEST = 1e18
 class Reward:
     """One term of the total reward: ``weight`` times ``function(problem, episode)``.
 
-    Calling it returns the function's value without the weight. If the function raises an error or
-    does not return a finite number, the run ends with a `UserError` that names the function. (TRL
-    would silently drop a NaN from the total.)
+    Calling it returns the function's value without the weight, or None where the function abstains:
+    as in TRL, the other terms then make the total. If the function raises an error or returns
+    anything but a finite number, the run ends with a `UserError` that names the function. (TRL
+    would take a NaN for a None.)
     """
 
     name: str
@@ -47,7 +48,7 @@ class Reward:
                 f"weight {self.weight} of reward {self.name} is not allowed; give 0 or more"
             )
 
-    def __call__(self, problem: Problem, episode: Episode) -> float:
+    def __call__(self, problem: Problem, episode: Episode) -> float | None:
         try:
             value = self.function(problem, episode)
         except UserError:
@@ -58,10 +59,12 @@ class Reward:
                 f"{type(error).__name__}: {error}; fix the reward function or the verifier of "
                 f"domain {problem.domain!r}"
             ) from error
+        if value is None:
+            return None
         if not isinstance(value, Real) or not abs(value) <= LARGEST:  # also true for NaN
             raise UserError(
                 f"reward {self.name} gave {value!r:.80} for problem {problem.id!r}; "
-                "return a finite number for each completion"
+                "return a finite number for each completion, or None where it does not apply"
             )
         return float(value)
 
@@ -76,8 +79,15 @@ def give_rewards(groups: Iterable[Group], rewards: Sequence[Reward]) -> None:
 
 
 def total_reward(rewards: Iterable[Reward], problem: Problem, episode: Episode) -> float:
-    """The weighted sum of the terms."""
-    return sum(reward.weight * reward(problem, episode) for reward in rewards)
+    """The weighted sum of the terms that judge the completion; UserError if all abstain."""
+    values = [(reward.weight, reward(problem, episode)) for reward in rewards]
+    judged = [weight * value for weight, value in values if value is not None]
+    if values and not judged:
+        raise UserError(
+            f"every reward returned None for a completion of problem {problem.id!r}; at least one "
+            "must return a number"
+        )
+    return sum(judged)
 
 
 # --- The terms ----------------------------------------------------------------

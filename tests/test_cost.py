@@ -28,7 +28,7 @@ from cpugrpo_edu.lab.tables import sweep_rows
 from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.run.config import RunConfig
-from cpugrpo_edu.tasks import held_out_problems
+from cpugrpo_edu.tasks import held_out_problems, split_of
 
 RECORDS = Path(__file__).resolve().parent.parent / "records"
 
@@ -283,6 +283,27 @@ def test_recorded_runs_tell_lengths(recorded, model):
     assert "evaluations come on top" in told
     assert long > sum(run_parts(RunConfig(per_cell=0), model, 10, 5).values())
     assert estimate_run(RunConfig(max_completion=7), model)[0] < short
+
+
+def test_prompts_of_your_own_count_as_long_as_they_are(recorded, model, tiny_folder, tmp_path):
+    """Those that are drawn, in tokens of the run's model with its system prompt."""
+    asked = [f"{i}. {'Long ' * (i % 7)}story: what is {i} + 1?" for i in range(60)]
+    data, judge = tmp_path / "own.jsonl", tmp_path / "judge.py"
+    data.write_text("\n".join(json.dumps({"prompt": text}) for text in asked))
+    judge.write_text("raise SystemExit('an estimate executes no verifier')")
+    common = {"model": str(tiny_folder), "verifier": f"{judge}:judge", "system": "Be brief."}
+    config = RunConfig(data=str(data), steps=(1, 0, 0), prompts_per_step=4, **common)
+    drawn = [problem.question for problem in estimate.drawn_problems(config)]
+    assert len(drawn) == 4 and "eval" not in map(split_of, drawn)
+    policy = load_policy(tiny_folder, system="Be brief.")
+    problems = [replace(held_out_problems(1)[0], question=text) for text in drawn]
+    lengths = [len(policy.encode_problem(problem)) for problem in problems]
+    assert estimate.prompt_lengths(config) == (fmean(lengths), max(lengths))
+    short = estimate_run(config, model)
+    long = estimate_run(replace(config, system="Be brief. " * 500), model)
+    assert long[0] > short[0] and long[1] > short[1]
+    for other in ({"data": "generated"}, {"answer_column": "gold"}, {"steps": (0, 0, 0)}):
+        assert estimate.prompt_lengths(replace(config, **other)) == (64, 64)
 
 
 def test_text_of_an_estimate(recorded, monkeypatch):

@@ -377,7 +377,7 @@ def test_without_a_verifier_the_answer_is_matched(tmp_path):
         ({"prompt": ["a"]}, "line 2 .* 'a' among the messages of 'prompt'"),
         ({"prompt": "?", "answer": True}, "line 2 .* True for 'answer'"),
         ('{"prompt": "?", "answer": NaN}', "line 2 .* nan for 'answer'"),
-        ({"prompt": "?", "difficulty": "hard"}, "line 2 .* 'hard'.*basic, intermediate, advanced"),
+        ({"prompt": "?", "difficulty": "hard"}, "line 2 .* 'hard'.*advanced: .* rename the column"),
         ({"prompt": "?", "id": "custom/1"}, "line 2 .* repeats the id 'custom/1'"),
     ],
 )

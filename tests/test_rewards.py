@@ -291,7 +291,7 @@ def test_a_step_score_out_of_range_is_refused(value, monkeypatch):
         score(valid_steps, RIGHT)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "1", [1.0], 10**400])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", [1.0], 10**400])
 def test_a_reward_that_is_no_finite_number_is_refused(value):
     def mine(problem, episode):
         return 0.0 if episode.text == "a" else value
@@ -303,10 +303,22 @@ def test_a_reward_that_is_no_finite_number_is_refused(value):
     assert score(mine, "a") == through_trl(mine, "a") == [0.0]
 
 
-@pytest.mark.parametrize("value", [None, [], [1.0], [1.0, 1.0, 1.0]])
+@pytest.mark.parametrize("value", [[], [1.0], [1.0, 1.0, 1.0]])
 def test_several_rewards_for_one_completion_are_refused(value):
     with pytest.raises(UserError, match="return a finite number for each completion"):
         score(lambda problem, episode: value, "a", "b")
+
+
+def test_a_reward_that_returns_none_leaves_the_total_to_the_others():
+    def mine(problem, episode):
+        return 1.0 if episode.text == "#### 35" else None
+
+    assert score(mine, "#### 35", "b") == through_trl(mine, "#### 35", "b") == [1.0, None]
+    group = Group([1], [Episode(text="#### 35"), Episode(text="b")], PROBLEM)
+    give_rewards([group], [Reward("mine", mine, 2), Reward("other", lambda *_: 0.5)])
+    assert [episode.reward for episode in group.episodes] == [2.5, 0.5]
+    with pytest.raises(UserError, match="every reward returned None .* 'fake/1'; at least one"):
+        give_rewards([group], [Reward("mine", mine)])
 
 
 @pytest.mark.parametrize("columns", [{"problem_id": ["fake/1"]}, {"completion_ids": [[1]]}])

@@ -11,7 +11,7 @@ from cpugrpo_edu.data import Episode, Problem
 from cpugrpo_edu.rewards import Reward
 from cpugrpo_edu.tasks import prompt_messages
 
-TRLReward = Callable[..., list[float]]
+TRLReward = Callable[..., list[float | None]]
 
 
 def to_dataset(problems: Iterable[Problem], system: str | None = None) -> Dataset:
@@ -44,7 +44,7 @@ def _as_trl(reward: Reward, by_id: dict[str, Problem]) -> TRLReward:
         problem_id: Sequence[str],
         completion_ids: Sequence[list[int]] | None = None,
         **columns: Any,
-    ) -> list[float]:
+    ) -> list[float | None]:
         ids = completion_ids or [[] for _ in completions]
         return [
             reward(by_id[key], Episode(list(tokens), text=message_text(completion)))

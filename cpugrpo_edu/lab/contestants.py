@@ -214,7 +214,8 @@ def bundled(config: RunConfig, options: EngineOptions, rewards: str = "") -> dic
     policy, stage = load_policy("bundled"), config.stages[0]
     seconds["load"] = time.perf_counter() - start
     problems = stage_problems(stage, config.domains, stage.steps * config.prompts_per_step, seed=0)
-    functions, weights = [even_ids], [1.0]
+    functions: list[Any] = [even_ids]
+    weights = [1.0]
     if rewards:
         parsed = parse_rewards(rewards)
         functions, weights = trl_rewards(parsed, problems), [reward.weight for reward in parsed]

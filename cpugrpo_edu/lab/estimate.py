@@ -5,11 +5,13 @@ How long the bundled model's completions are, which only a run can tell, comes f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from cpugrpo_edu.data import DIFFICULTIES
+from cpugrpo_edu.data import DIFFICULTIES, Problem
 from cpugrpo_edu.engine.hardware import BUNDLED_MODEL
 from cpugrpo_edu.engine.int8_matrix import usable
 from cpugrpo_edu.engine.sizes import CATALOGUE, Architecture
@@ -18,9 +20,19 @@ from cpugrpo_edu.lab.cost import CostModel, StepSpec, fit_sweep, rollout_work
 from cpugrpo_edu.lab.floors import calibration
 from cpugrpo_edu.lab.recorded import completion_lengths, recorded_runs
 from cpugrpo_edu.models.fetch import PACKAGED, fetched
+from cpugrpo_edu.models.load import (
+    prepare_tokenizer,
+    read_config,
+    read_tokenizer,
+    remember_prompt,
+    resolve_source,
+)
+from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.machine import GIB, available_memory
 from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.run.data import divide
 from cpugrpo_edu.show.text import records_folder
+from cpugrpo_edu.tasks.custom import load_custom
 
 BUNDLED_PROMPT = 27
 """Mean tokens of a prompt of the bundled model's problems."""
@@ -54,14 +66,56 @@ def is_usual(config: Any) -> bool:
     return bool(config.model == "bundled" and config.data == "generated")
 
 
-def run_step(config: Any, tokens: float) -> StepSpec:
-    """The mean GRPO step of a run (its ``RunConfig``) whose completions have ``tokens``."""
+def prompt_lengths(config: Any) -> tuple[float, float]:
+    """Mean and longest of the prompts that a run will draw from the user's own files, in tokens;
+    for other data what is usual."""
+    usual = BUNDLED_PROMPT if is_usual(config) else StepSpec.prompt_tokens
+    if config.data == "generated" or not Path(config.data).exists():
+        return usual, usual
+    architecture_of(config.model)  # UserError without the model: an estimate downloads none
+    try:
+        lengths = [*map(encoder_of(config), drawn_problems(config))]
+    except UserError:  # the run itself will say what is wrong with the data
+        lengths = []
+    return (fmean(lengths), max(lengths)) if lengths else (usual, usual)
+
+
+def drawn_problems(config: Any) -> list[Problem]:
+    """What the stages of a run will draw from the user's own files. No verifier is executed."""
+    from cpugrpo_edu.run.prepare import problems_of_stage  # loads TRL
+
+    problems = load_custom(
+        config.data,
+        lambda problem, completion: None,
+        prompt_column=config.prompt_column,
+        answer_column=config.answer_column,
+    )
+    training, _ = divide(problems, 1)
+    stages = [index for index, stage in enumerate(config.stages) if stage.steps]
+    return [p for index in stages for p in problems_of_stage(config, index, training)]
+
+
+def encoder_of(config: Any) -> Callable[[Problem], int]:
+    """What counts the tokens of a problem's prompt, as the run's model will see it."""
+    source = resolve_source(config.model)
+    tokenizer = read_tokenizer(source)
+    prepare_tokenizer(tokenizer)
+    shape = read_config(source)
+    system = remember_prompt(tokenizer, shape, config.system, config.answer_format)
+    policy = Policy(None, tokenizer, source, system)
+    return lambda problem: len(policy.encode_problem(problem))
+
+
+def run_step(config: Any, tokens: float, prompt: float | None = None) -> StepSpec:
+    """The mean GRPO step of a run (its ``RunConfig``): completions have ``tokens``, prompts
+    ``prompt`` tokens, or as many as usual."""
     frozen = config.dtype == "int8"
+    usual = BUNDLED_PROMPT if is_usual(config) else StepSpec.prompt_tokens
     return StepSpec(
         architecture_of(config.model),
         prompts=config.prompts_per_step,
         group=config.num_generations,
-        prompt_tokens=BUNDLED_PROMPT if is_usual(config) else StepSpec.prompt_tokens,
+        prompt_tokens=usual if prompt is None else prompt,
         tokens=tokens,
         longest=config.max_completion,
         frozen=frozen,
@@ -73,9 +127,11 @@ def run_step(config: Any, tokens: float) -> StepSpec:
     )
 
 
-def run_parts(config: Any, model: CostModel, sampled: float, evaluated: float) -> dict[str, float]:
-    """Seconds of a run by part, given the mean tokens of its completions."""
-    step, count = run_step(config, sampled), sum(config.steps)
+def run_parts(
+    config: Any, model: CostModel, sampled: float, evaluated: float, prompt: float | None = None
+) -> dict[str, float]:
+    """Seconds of a run by part, given the mean tokens of its completions and its prompts."""
+    step, count = run_step(config, sampled, prompt), sum(config.steps)
     whole, rollout = model.step_seconds(step), model.rollout(rollout_work(step, model.floors))
     parts = {
         "load": model.load_seconds,
@@ -101,8 +157,9 @@ def estimate_run(config: Any, model: CostModel) -> tuple[float, float, str]:
         told = ""
     elif config.per_cell and config.data != "generated":
         told += "; evaluations come on top"
-    seconds = sum(run_parts(config, model, sampled, evaluated).values())
-    return seconds, model.peak_bytes(run_step(config, sampled)), told
+    mean, longest = prompt_lengths(config)
+    seconds = sum(run_parts(config, model, sampled, evaluated, mean).values())
+    return seconds, model.peak_bytes(run_step(config, sampled, longest)), told
 
 
 def estimate_text(config: Any) -> str:

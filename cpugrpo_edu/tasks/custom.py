@@ -231,8 +231,9 @@ def _check(values: dict[str, Any], prompt: str, where: str) -> None:
             raise UserError(f"{where} has a NUL or a lone surrogate under {key!r}; delete it")
     if values["difficulty"] not in DIFFICULTIES:
         raise UserError(
-            f"{where} has the difficulty {values['difficulty']!r}; "
-            f"allowed are {', '.join(DIFFICULTIES)}"
+            f"{where} has the difficulty {values['difficulty']!r}; allowed are "
+            f"{', '.join(DIFFICULTIES)}: write one of them, or rename the "
+            "column, then all problems are basic"
         )
 
 
