@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from cpugrpo_edu.data import Episode, Group, Problem
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.notebook import real_model as R
+from cpugrpo_edu.notebook.reward_plots import smooth
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.tasks.stories import Stories
 
@@ -49,10 +50,7 @@ def test_answers_are_sorted_by_their_kind():
         "I like numbers.": "no equation",
     }
     assert {text: R.kind_of_answer(problem, text) for text in texts} == texts
-    counted = R.kinds([problem] * len(texts), list(texts))
-    assert counted == Counter(texts.values())
-    alt = R.kinds_plot(counted, counted).alt
-    assert "right 40%" in alt and "no equation 20%" in alt
+    assert R.kinds([problem] * len(texts), list(texts)) == Counter(texts.values())
 
 
 def test_the_signal_map_counts_mixed_groups():
@@ -65,7 +63,7 @@ def test_the_signal_map_counts_mixed_groups():
 
 
 def test_the_mean_of_neighbours_at_the_ends_has_fewer():
-    assert R.smooth([1, 2, 3, 4], 3) == [1.5, 2.0, 3.0, 3.5]
+    assert smooth([1, 2, 3, 4], 3) == [1.5, 2.0, 3.0, 3.5]
 
 
 def row(before, after):

@@ -13,9 +13,10 @@ import torch
 from cpugrpo_edu.data import Group, Problem
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.models.fetch import fetch
+from cpugrpo_edu.notebook.reward_plots import smooth
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plot, new_figure, tidy
+from cpugrpo_edu.show.palette import BLUE, GREEN, GREY, VERMILLION, Plot, new_figure, tidy
 from cpugrpo_edu.show.text import MAIN, difference_text, percent, records_folder, shorten, value
 
 LOOKS = ((BLUE, "-"), (VERMILLION, "--"), (GREEN, ":"))
@@ -111,20 +112,11 @@ def kind_of_answer(problem: Problem, text: str) -> str:
     return "true equation, wrong plan" if all(s.valid for s in steps) else "false equation"
 
 
-KINDS = ("right", "true equation, wrong plan", "false equation", "no equation")
-
-
 def kinds(problems: Sequence[Problem], texts: Sequence[str]) -> Counter[str]:
     return Counter(kind_of_answer(p, text) for p, text in zip(problems, texts, strict=True))
 
 
 # Curves and tables of runs
-
-
-def smooth(values: Sequence[float], width: int = 5) -> list[float]:
-    """The mean of each value and its neighbours, up to ``width`` in all."""
-    half = width // 2
-    return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
 
 def reward_curves(records: Sequence[RunRecord], key: str = "accuracy") -> Plot:
@@ -218,33 +210,3 @@ def update_plot(norms: dict[str, list[float]]) -> Plot:
     tidy(axes, "Size of the LoRA update by layer", "layer", "Frobenius norm of B A")
     parts = [f"{kind} {min(v):.2g} to {max(v):.2g}" for kind, v in norms.items()]
     return Plot(figure, f"Norm of the update over {len(norms['MLP'])} layers: {', '.join(parts)}.")
-
-
-def kinds_plot(before: Counter[str], after: Counter[str]) -> Plot:
-    """Shares of the kinds of answer before and after, as two stacked bars."""
-    figure = new_figure(6.5, 1.9)
-    axes = figure.add_subplot()
-    words = []
-    for row, (label, counted) in enumerate((("before", before), ("after", after))):
-        total, left = sum(counted.values()), 0.0
-        colours = zip(KINDS, (GREEN, BLUE, ORANGE, GREY), ("", "//", "..", ""), strict=True)
-        for kind, colour, hatch in colours:
-            share = counted[kind] / total
-            axes.barh(
-                row,
-                share,
-                left=left,
-                color=colour,
-                hatch=hatch,
-                edgecolor="white",
-                label=kind if row == 0 else None,
-            )
-            left += share
-        words.append(
-            f"{label}: " + ", ".join(f"{kind} {counted[kind] / total:.0%}" for kind in KINDS)
-        )
-    axes.set_yticks([0, 1], ["before", "after"])
-    axes.invert_yaxis()
-    axes.legend(ncols=2, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    tidy(axes, "Kinds of answer", "share of the problems")
-    return Plot(figure, "; ".join(words) + ".")

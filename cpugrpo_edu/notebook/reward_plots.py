@@ -176,10 +176,11 @@ def silent_plot(silent: Mapping[str, float], groups: int) -> Plot:
 # Runs
 
 
-def smooth(values: Sequence[float], window: int = 4) -> list[float]:
-    """Mean of the last few steps: a single step has few completions."""
-    means = [np.mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
-    return [float(mean) for mean in means]
+def smooth(values: Sequence[float], width: int = 5) -> list[float]:
+    """The mean of each value and its neighbours, up to ``width`` in all: a step has few
+    completions."""
+    half = width // 2
+    return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
 
 def runs_plot(runs: Mapping[str, Sequence[Page]]) -> Plot:
@@ -195,8 +196,8 @@ def runs_plot(runs: Mapping[str, Sequence[Page]]) -> Plot:
         panels[0].plot(steps, smooth(lengths), style, color=color, lw=2, label=name)
         panels[1].plot(steps, truth, ".", color=color, alpha=0.5)
         panels[1].plot(steps, smooth(truth), style, color=color, lw=2)
-        ends = f"from {smooth(lengths)[3]:.0f} to {smooth(lengths)[-1]:.0f} tokens"
-        shares = f"from {smooth(truth)[3]:.2f} to {smooth(truth)[-1]:.2f} right"
+        ends = f"from {np.mean(lengths[:4]):.0f} to {np.mean(lengths[-4:]):.0f} tokens"
+        shares = f"from {np.mean(truth[:4]):.2f} to {np.mean(truth[-4:]):.2f} right"
         words.append(f"{name}: {ends}, {shares}")
     panels[0].legend(frameon=False, fontsize=8)
     tidy(panels[0], "What is written", "optimizer step", "tokens")
