@@ -103,7 +103,7 @@ def test_typed_results_are_recognised(text, found):
 def test_code_roles_and_generated_parts_are_no_prose(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        f"# A\n\n```bash\nsleep 5 s\n```\n\n{{record}}`r:k|{{:.1f}} s` $3 s$\n\n"
+        "# A\n\n```bash\nsleep 5 s\n```\n\n{record}`r:k|{:.1f} s` $3 s$\n\n"
         "<!-- results:begin -->\n31 points\n<!-- results:end -->\n\n"
         "````{note}\nIt took 7 s.\n\n```\n8 s\n```\n````\nAnd 9 s.\n"
     )
