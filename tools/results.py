@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.show.text import answers_table, replace_between_markers, results_table
+from cpugrpo_edu.show.text import answers_table, ewc_acted, replace_between_markers, results_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -72,7 +72,7 @@ def listed(values: Iterable[str]) -> str:
 
 def habit(records: Sequence[RunRecord]) -> str:
     """How often completions show their working, so that nobody takes the gain for skill alone."""
-    default = [r for r in records if not r.results.get("components", {}).get("ewc", {}).get("on")]
+    default = [record for record in records if not ewc_acted(record)]
     found = [r.results["working"] for r in default or records if "working" in r.results]
     if not found:
         return ""

@@ -27,6 +27,7 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab import bench_plots
 from cpugrpo_edu.lab.tables import COEFFICIENT_HEADER, coefficient_rows, sweep_summary
 from cpugrpo_edu.lab.tables import TABLES as BENCH_TABLES
+from cpugrpo_edu.notebook.real_model import full_runs
 from cpugrpo_edu.record.markdown import markdown_table, markdown_text
 from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.record.stats import over_seeds
@@ -47,11 +48,6 @@ from cpugrpo_edu.show.text import (
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "records"
 CLASS = 30  # students
-
-
-def chat_runs() -> list[RunRecord]:
-    """The recorded training runs of the chat model."""
-    return [RunRecord.load(path) for path in sorted(RECORDS.glob("run-smollm2-seed*.json"))]
 
 
 def runs(ewc: bool | None = None) -> list[RunRecord]:
@@ -78,12 +74,12 @@ def table_runs() -> str:
 
 
 def table_chat() -> str:
-    return results_table(chat_runs())
+    return results_table(full_runs())
 
 
 def table_answers() -> str:
     """Answers of the chat model before and after training, as in the report of its first run."""
-    return answers_table(chat_runs()[0])
+    return answers_table(full_runs()[0])
 
 
 def table_working() -> str:
@@ -196,7 +192,7 @@ def table_benchmarks() -> str:
 
 def table_origin() -> str:
     """Where and when the runs were made, and the commit that made them."""
-    found = runs() + chat_runs()
+    found = runs() + full_runs()
     machines = listed(
         f"{r.machine['cpu']}, {r.machine['usable_cores']} usable cores, "
         f"{gib(r.machine['total_memory'])} of memory"

@@ -66,10 +66,15 @@ def is_usual(config: Any) -> bool:
     return bool(config.model == "bundled" and config.data == "generated")
 
 
+def usual_prompt(config: Any) -> float:
+    """Mean tokens of a prompt, without a look at the data."""
+    return BUNDLED_PROMPT if is_usual(config) else StepSpec.prompt_tokens
+
+
 def prompt_lengths(config: Any) -> tuple[float, float]:
     """Mean and longest of the prompts that a run will draw from the user's own files, in tokens;
     for other data what is usual."""
-    usual = BUNDLED_PROMPT if is_usual(config) else StepSpec.prompt_tokens
+    usual = usual_prompt(config)
     if config.data == "generated" or not Path(config.data).exists():
         return usual, usual
     architecture_of(config.model)  # UserError without the model: an estimate downloads none
@@ -110,12 +115,11 @@ def run_step(config: Any, tokens: float, prompt: float | None = None) -> StepSpe
     """The mean GRPO step of a run (its ``RunConfig``): completions have ``tokens``, prompts
     ``prompt`` tokens, or as many as usual."""
     frozen = config.dtype == "int8"
-    usual = BUNDLED_PROMPT if is_usual(config) else StepSpec.prompt_tokens
     return StepSpec(
         architecture_of(config.model),
         prompts=config.prompts_per_step,
         group=config.num_generations,
-        prompt_tokens=usual if prompt is None else prompt,
+        prompt_tokens=usual_prompt(config) if prompt is None else prompt,
         tokens=tokens,
         longest=config.max_completion,
         frozen=frozen,

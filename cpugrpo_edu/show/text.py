@@ -244,6 +244,11 @@ def _mean_cells(runs: Sequence[Sequence[float | None]]) -> list[str]:
     ]
 
 
+def ewc_acted(record: RunRecord) -> bool:
+    """Whether a run's EWC penalty was on."""
+    return bool(record.results.get("components", {}).get("ewc", {}).get("on"))
+
+
 def results_table(records: Sequence[RunRecord]) -> str:
     """Markdown table of training runs: a row a seed, then their mean; without EWC, then with.
 
@@ -256,7 +261,7 @@ def results_table(records: Sequence[RunRecord]) -> str:
         raise UserError("a results table needs at least one run record; none was given")
     groups: dict[str, dict[int, RunRecord]] = {"off": {}, "on": {}}
     for record in records:
-        ewc = record.results.get("components", {}).get("ewc", {}).get("on", False)
+        ewc = ewc_acted(record)
         group = groups["on" if ewc else "off"]
         if record.seed in group:
             state = "with" if ewc else "without"

@@ -20,11 +20,11 @@ from cpugrpo_edu.data import ANSWER_MARK, Problem, StepReport
 from cpugrpo_edu.tasks.answers import ExactMatch
 from cpugrpo_edu.tasks.equations import apply
 from cpugrpo_edu.tasks.prose import check_prose
-from cpugrpo_edu.tasks.story_schemas import BESIDE_THE_POINT, ONE_STEP, SCHEMAS, SUMS, Schema
+from cpugrpo_edu.tasks.story_schemas import BESIDE_THE_POINT, ONE_STEP, SCHEMAS, Schema
 from cpugrpo_edu.tasks.story_words import Scene, count
 
 SMALL: dict[str, tuple[tuple[Schema, ...], int]] = {
-    "basic": (SUMS + ONE_STEP, 12),
+    "basic": (SCHEMAS["basic"], 12),
     "intermediate": (ONE_STEP, 20),
     "advanced": (ONE_STEP, 50),
 }

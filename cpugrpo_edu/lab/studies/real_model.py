@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -129,36 +129,35 @@ def warmstarted(config: WarmstartConfig, folder: Path) -> dict[str, float]:
 # Measuring
 
 
+@dataclass(frozen=True)
 class Exam:
     """What every model is asked, and how."""
 
-    def __init__(
-        self,
-        stories: list[Problem],
-        few: list[Problem],
-        longer: list[Problem],
-        people: list[Problem],
-        run: RunConfig,
-    ):
-        self.stories, self.few, self.longer = stories, few, longer
-        self.people, self.run = people, run
-        self.samples = SAMPLES if run.per_cell >= SAMPLED_PER_CELL else 4
+    stories: list[Problem]
+    few: list[Problem]
+    longer: list[Problem]
+    people: list[Problem]
+    run: RunConfig
+
+    @property
+    def samples(self) -> int:
+        """Completions of each of the few."""
+        return SAMPLES if self.run.per_cell >= SAMPLED_PER_CELL else 4
 
     @classmethod
     def of(cls, run: RunConfig, setting: Setting) -> Exam:
         form = run.answer_format or "last-number"
 
-        def ask(per_cell: int) -> list[Problem]:
-            return with_answer_format(held_out_problems(per_cell, run.domains), form)
+        def ask(per_cell: int, domains: Sequence[str] = run.domains) -> list[Problem]:
+            problems = held_out_problems(min(per_cell, run.per_cell), domains)
+            return with_answer_format(problems, form)
 
         path = setting.work / PEOPLE
         people = with_answer_format(load_custom(path), form) if path.exists() else []
         if not people:
             setting.say(f"no {path}: problems written by people are left out")
-        few = min(SAMPLED_PER_CELL, run.per_cell)
-        stories = held_out_problems(min(LONGER_PER_CELL, run.per_cell), ("stories",))
-        longer = [problem for problem in stories if problem.difficulty != "basic"]
-        return cls(ask(run.per_cell), ask(few), with_answer_format(longer, form), people, run)
+        longer = [p for p in ask(LONGER_PER_CELL, ("stories",)) if p.difficulty != "basic"]
+        return cls(ask(run.per_cell), ask(SAMPLED_PER_CELL), longer, people, run)
 
     def take(self, model: str) -> dict[str, Any]:
         """Everything measured of a model, without its texts."""
@@ -261,9 +260,9 @@ def tables(record: RunRecord) -> list[Table]:
         [names[a], *(line(a, p["stories"][x]) for x in levels), *(line(a, p[x]) for x in others)]
         for a, p in arms.items()
     ]
-    ladder = list(arms[BASE]["pass"])
+    counts = list(arms[BASE]["pass"])
     passes = [
-        [names[a], *(line(a, p["pass"][k]) for k in ladder), line(a, p["vote"])]
+        [names[a], *(line(a, p["pass"][k]) for k in counts), line(a, p["vote"])]
         for a, p in arms.items()
     ]
     plain = [
@@ -284,7 +283,7 @@ def tables(record: RunRecord) -> list[Table]:
         ),
         (
             f"Sampled answers: pass@k and the majority vote of {record.results['samples']}",
-            ["Model", *(f"pass@{k}" for k in ladder), "majority"],
+            ["Model", *(f"pass@{k}" for k in counts), "majority"],
             passes,
         ),
         ("Plain English: nats a token, and the change", ["Model", "nats", "change"], plain),
