@@ -33,9 +33,6 @@ def kernel(request):
 def float32_products(monkeypatch):
     """Passes in float32 here: what bfloat16 costs is measured in test_int8_matrix."""
     monkeypatch.setattr(int8_matrix, "native_bfloat16", lambda: False)
-    int8_matrix.torch_is_faster.cache_clear()
-    yield
-    int8_matrix.torch_is_faster.cache_clear()
 
 
 def close(actual, expected, tolerance):

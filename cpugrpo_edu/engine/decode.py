@@ -31,7 +31,7 @@ from cpugrpo_edu.engine import c_kernel
 from cpugrpo_edu.engine.architectures import require_context
 from cpugrpo_edu.engine.blocks import Block, Projection, causal_lm, is_supported, norm_of, rotary
 from cpugrpo_edu.engine.int8_matrix import BlockInt8Linear, unpacked
-from cpugrpo_edu.engine.memory import free_memory, retry_smaller
+from cpugrpo_edu.engine.memory import free_memory, retry_smaller, trim_heap
 from cpugrpo_edu.engine.options import EngineOptions
 from cpugrpo_edu.engine.sizes import Architecture, rows_that_fit
 from cpugrpo_edu.engine.workers import side_by_side
@@ -414,6 +414,8 @@ class Batches:
             raise
         self.found.update(zip(chunk, groups, strict=True))
         meter(1.0)
+        if len(self.found) < len(self.prompts):
+            trim_heap()  # else the heap grows by the holes that each batch leaves
 
 
 @torch.inference_mode()
