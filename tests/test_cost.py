@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -233,20 +234,29 @@ def test_the_sweep_that_is_recorded_here_can_be_read():
 
 
 def test_prompts_of_the_bundled_model_are_as_long_as_assumed():
-    policy = load_policy("bundled")
-    lengths = [len(policy.encode_problem(problem)) for problem in held_out_problems(20)]
-    assert fmean(lengths) == pytest.approx(estimate.BUNDLED_PROMPT, abs=1)
+    config = RunConfig()
+    tokens = estimate.encoder_of(config)
+    lengths = [tokens(problem) for problem in held_out_problems(20, config.domains)]
+    assert fmean(lengths) == pytest.approx(estimate.PROMPTS["bundled"], abs=1)
 
 
 def test_a_calibration_is_cached_and_a_broken_cache_is_not_trusted(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(floors, "calibrate", lambda: calls.append(1) or dict(FLOORS))
+    monkeypatch.setattr(floors, "UNDISTURBED", -1.0)
     assert calibration(tmp_path) == calibration(tmp_path) == FLOORS and len(calls) == 1
     path = tmp_path / "calibration.json"
     for text in ("{", "[]", json.dumps({k: {} for k in json.loads(path.read_text())})):
         path.write_text(text)
         assert calibration(tmp_path) == FLOORS
     assert len(calls) == 4
+
+
+def test_a_calibration_beside_other_work_is_not_cached(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(floors, "calibrate", lambda: calls.append(time.sleep(0.05)) or dict(FLOORS))
+    assert calibration(tmp_path) == calibration(tmp_path) == FLOORS  # asleep: it had no processor
+    assert len(calls) == 2 and not list(tmp_path.iterdir())
 
 
 def test_the_calibration_measures_every_floor():

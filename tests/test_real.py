@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import fmean
 
 import pytest
 import torch
@@ -17,15 +18,17 @@ from cpugrpo_edu.engine.int8 import Drift, measure_drift, quantize_for_rollout
 from cpugrpo_edu.engine.shared_prefix import packed_log_probs
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.fisher import examples_from_groups
+from cpugrpo_edu.lab import estimate
 from cpugrpo_edu.models import load_policy
 from cpugrpo_edu.models.fetch import fetch
 from cpugrpo_edu.models.load import default_answer_format
 from cpugrpo_edu.policy import token_log_probs
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.run.config import CHAT_MODEL
+from cpugrpo_edu.run.config import CHAT_MODEL, config_for
 from cpugrpo_edu.run.warmstart import warmstart
 from cpugrpo_edu.run.warmstart_config import WarmstartConfig
 from cpugrpo_edu.sample import Sampling, rollout, sample
+from cpugrpo_edu.tasks import held_out_problems
 from cpugrpo_edu.tasks.answers import exact_match
 from cpugrpo_edu.train import make_batch
 
@@ -70,6 +73,13 @@ def test_it_gets_sums_right_in_its_own_words(policy):
     said = [group.episodes[0].text for group in groups]
     right = [exact_match(p, text, "auto") for p, text in zip(asked, said, strict=True)]
     assert any(right) and not any(map(exact_match, asked, said)), said
+
+
+def test_prompts_of_its_usual_stories_are_as_long_as_the_estimate_assumes(folder):
+    config = config_for("smollm2")
+    tokens = estimate.encoder_of(config)
+    lengths = [tokens(problem) for problem in held_out_problems(20, config.domains)]
+    assert fmean(lengths) == pytest.approx(estimate.PROMPTS["smollm2"], abs=2)
 
 
 def test_the_folder_is_a_plain_transformers_model(folder):

@@ -456,11 +456,13 @@ def test_arms_of_the_real_model_are_compared_with_the_base_by_seed():
     assert grpo["vote"]["mean"] == pytest.approx(2 / 3)
     assert grpo["plain_nats"]["difference"] == pytest.approx(0.2)
     assert results["grpo_minus"]["sft"]["difference"] == pytest.approx(1 / 3)
+    results["seconds"] = {"grpo": [60.0, 120.0], "sft": [90.0, 90.0]}
     record = new_record("study-real-model", {"seeds": 2}, results)
     said = real_model.findings(record)
     assert any("pass@4 is not shown to change" in line for line in said) and len(said) == 11
     assert "GRPO against SFT" in said[-1] and "(+33.3 (+33.3 to +33.3) points)" in said[-1]
-    assert "+0.200" in str(real_model.tables(record)[2])
+    greedy, _, plain = real_model.tables(record)
+    assert "+0.200" in str(plain) and [row[1] for row in greedy[2]] == ["0.0", "1.5", "1.5"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """What a run will take: the cost model of the recorded sweep, this machine's floors, its settings.
 
-How long the bundled model's completions are, which only a run can tell, comes from recorded runs.
+How long a model's completions are, which only a run can tell, comes from recorded runs.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from cpugrpo_edu.run.data import divide
 from cpugrpo_edu.show.text import records_folder
 from cpugrpo_edu.tasks.custom import load_custom
 
-BUNDLED_PROMPT = 27
-"""Mean tokens of a prompt of the bundled model's problems."""
+PROMPTS = {"bundled": 27, "smollm2": 55}
+"""Mean tokens of a prompt of a model's usual problems."""
 
 
 def recorded_sweep(path: Path | None = None) -> RunRecord:
@@ -62,13 +62,13 @@ def architecture_of(model: str) -> Architecture:
 
 
 def is_usual(config: Any) -> bool:
-    """Whether a run is of the kind that is recorded: the bundled model on its own problems."""
-    return bool(config.model == "bundled" and config.data == "generated")
+    """Whether a run is of a kind that is recorded: a model that comes with us, on its problems."""
+    return config.model in PROMPTS and config.data == "generated"
 
 
 def usual_prompt(config: Any) -> float:
     """Mean tokens of a prompt, without a look at the data."""
-    return BUNDLED_PROMPT if is_usual(config) else StepSpec.prompt_tokens
+    return PROMPTS[config.model] if is_usual(config) else StepSpec.prompt_tokens
 
 
 def prompt_lengths(config: Any) -> tuple[float, float]:
@@ -155,8 +155,8 @@ def run_parts(
 def estimate_run(config: Any, model: CostModel) -> tuple[float, float, str]:
     """Seconds and peak bytes of a whole run, and what they assume."""
     sampled = evaluated = float(config.max_completion)
-    told, runs = ", if every completion runs to its limit", recorded_runs()
-    if is_usual(config) and runs:
+    told = ", if every completion runs to its limit"
+    if is_usual(config) and (runs := recorded_runs(config.model)):
         sampled, evaluated = (min(n, config.max_completion) for n in completion_lengths(runs))
         told = ""
     elif config.per_cell and config.data != "generated":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cpugrpo_edu.engine.threads import best_of
 from cpugrpo_edu.record.files import cache_folder, remembered
@@ -15,6 +16,12 @@ FLOORS = (
     *("read_gb_per_second", "int8_weight_gb_per_second", "call_seconds"),
 )
 """What :func:`calibrate` measures."""
+
+
+UNDISTURBED = 0.85
+"""With less of a processor, other programs were busy (measured: 0.5 beside a training run)."""
+
+T = TypeVar("T")
 
 
 def machine_floors(
@@ -79,7 +86,10 @@ def calibrate(rows: int = 228) -> dict[str, float]:
 
 
 def calibration(folder: Path | None = None) -> dict[str, float]:
-    """This machine's floors, measured once for each processor, thread count and torch version."""
+    """This machine's floors, measured once for each processor, thread count and torch version.
+
+    Not cached while other programs are busy: they would slow every later estimate.
+    """
     import torch
 
     machine = describe_machine()
@@ -89,4 +99,18 @@ def calibration(folder: Path | None = None) -> dict[str, float]:
     def usable(floors: Any) -> bool:
         return set(floors) == set(FLOORS) and all(value > 0 for value in floors.values())
 
-    return dict(remembered(path, key, usable, calibrate))
+    share = 1.0
+
+    def measure() -> dict[str, float]:
+        nonlocal share
+        share, found = share_of_a_core(calibrate)
+        return found
+
+    return dict(remembered(path, key, usable, measure, keep=lambda found: share > UNDISTURBED))
+
+
+def share_of_a_core(call: Callable[[], T]) -> tuple[float, T]:
+    """How much of the time this thread had a processor during ``call()``, and its result."""
+    wall, own = time.perf_counter(), time.thread_time()
+    found = call()
+    return (time.thread_time() - own) / (time.perf_counter() - wall), found

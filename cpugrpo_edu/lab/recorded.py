@@ -9,9 +9,10 @@ from cpugrpo_edu.record.run_record import RunRecord
 from cpugrpo_edu.show.text import records_folder
 
 
-def recorded_runs() -> list[RunRecord]:
-    """The recorded runs of the default stages, without EWC and with it."""
-    return [RunRecord.load(path) for path in sorted(records_folder().glob("run-seed*.json"))]
+def recorded_runs(model: str = "bundled") -> list[RunRecord]:
+    """The recorded runs of a model's default stages; the bundled model's without EWC and with."""
+    name = "run-seed*.json" if model == "bundled" else f"run-{model}-seed*.json"
+    return [RunRecord.load(path) for path in sorted(records_folder().glob(name))]
 
 
 def completion_lengths(runs: Sequence[RunRecord]) -> tuple[float, float]:

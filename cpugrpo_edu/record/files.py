@@ -62,12 +62,16 @@ def cache_folder() -> Path:
 
 
 def remembered(
-    path: Path, key: str, usable: Callable[[Any], bool], measure: Callable[[], Any]
+    path: Path,
+    key: str,
+    usable: Callable[[Any], bool],
+    measure: Callable[[], Any],
+    keep: Callable[[Any], bool] = bool,
 ) -> Any:
     """The result of ``measure()``, cached under ``key`` in the JSON file ``path``.
 
-    It measures again if the cache cannot be read or holds nothing ``usable``. An empty result
-    is not kept.
+    It measures again if the cache cannot be read or holds nothing ``usable``. A result that
+    ``keep`` refuses, by default an empty one, is not cached.
     """
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -75,7 +79,7 @@ def remembered(
         if usable(known[key]):
             return known[key]
     found = measure()
-    if found:
+    if keep(found):
         with contextlib.suppress(OSError):  # without a cache it is measured again next time
             write_text(path, json.dumps({**known, key: found}, indent=1))
     return found

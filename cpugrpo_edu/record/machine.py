@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,20 @@ def usable_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
     return max(1, min(cores, usable_cpus()))
 
 
-def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, set[str]]:
-    """(model name, instruction-set flags); flags are empty where /proc does not exist."""
+@lru_cache  # asked at every matrix product
+def _fields(path: Path) -> dict[str, str]:
+    """The first processor's lines of /proc/cpuinfo; empty where that does not exist."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in path.read_text().splitlines():
             key, _, value = line.partition(":")
             fields.setdefault(key.strip().lower(), value.strip())
+    return fields
+
+
+def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, set[str]]:
+    """(model name, instruction-set flags); flags are empty where /proc does not exist."""
+    fields = _fields(path)
     name = fields.get("model name") or platform.processor() or platform.machine()
     flags = set((fields.get("flags") or fields.get("features") or "").split())
     if not flags and "torch" in sys.modules:  # not Linux: torch looked for itself

@@ -71,21 +71,22 @@ def run(setting: Setting) -> StudyResult:
     pieces = Pieces(setting.work, "real-model", decided_by(setting, model=model))
     exam = Exam.of(config_of(model, 0, setting.reduced), setting)
     measured = {BASE: [pieces.once(BASE, partial(exam.take, model))]}
-    seconds = []
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for seed in range(seeds):
         config = config_of(model, seed, setting.reduced)
         place = pieces.folder / f"seed{seed}"
         setting.say(f"seed {seed}: {ARMS[GRPO]}")
         record = run_or_resume(config, place / GRPO, setting.say, keep=("model",))
-        seconds.append(record.results["seconds"]["train"])
+        seconds[GRPO].append(record.results["seconds"]["train"])
         for arm in ARMS:
             if arm != GRPO:
                 setting.say(f"seed {seed}: {ARMS[arm]}")
-                trained_for(seconds[-1], arm, config, place, setting)
+                took = trained_for(seconds[GRPO][-1], arm, config, place, setting)
+                seconds[arm].append(took)
             folder = place / arm / "model" if arm == GRPO else place / arm
             row = pieces.once(f"{arm}-{seed}", partial(exam.take, str(folder)))
             measured.setdefault(arm, []).append(row)
-    results = summary(measured, exam.samples) | {"train_seconds": seconds}
+    results = summary(measured, exam.samples) | {"seconds": seconds}
     about = {"model": model, "seeds": seeds, "reduced": setting.reduced, "samples": exam.samples}
     about |= {"run": asdict(config_of(model, 0, setting.reduced)), "people": len(exam.people)}
     return StudyResult(new_record("study-real-model", about, results), measured)
@@ -94,13 +95,15 @@ def run(setting: Setting) -> StudyResult:
 # Training
 
 
-def trained_for(seconds: float, arm: str, run: RunConfig, place: Path, setting: Setting) -> None:
-    """Fine-tune in ``place/arm`` for about ``seconds``, sampling included; done before: nothing.
+def trained_for(seconds: float, arm: str, run: RunConfig, place: Path, setting: Setting) -> float:
+    """Fine-tune in ``place/arm`` for about ``seconds``, sampling included, unless that is done.
 
     A short trial says how many steps that is, so that the learning rate falls to 0 in time.
+    Returns how long it took.
     """
-    if (place / arm / "record.json").exists():
-        return
+    path = place / arm / "record.json"
+    if path.exists():
+        return spent(RunRecord.load(path).results["seconds"])
     problems = 8 if setting.reduced else {"sft": 4096, "rft": 512}[arm]
     config = WarmstartConfig(
         run.model,
@@ -117,7 +120,11 @@ def trained_for(seconds: float, arm: str, run: RunConfig, place: Path, setting: 
     trial = replace(config, steps=TRIAL_STEPS, problems=problems // share)
     took = warmstarted(trial, place / f"{arm}-trial")
     steps = (seconds - share * took["prepare"]) / (took["train"] / TRIAL_STEPS)
-    warmstarted(replace(config, steps=max(1, round(steps))), place / arm)
+    return spent(warmstarted(replace(config, steps=max(1, round(steps))), place / arm))
+
+
+def spent(seconds: Mapping[str, float]) -> float:
+    return seconds["prepare"] + seconds["train"]
 
 
 def warmstarted(config: WarmstartConfig, folder: Path) -> dict[str, float]:
@@ -257,7 +264,12 @@ def tables(record: RunRecord) -> list[Table]:
     levels = (*DIFFICULTIES, "all")
     others = [exam for exam in OTHER_EXAMS if exam in arms[BASE]]
     greedy = [
-        [names[a], *(line(a, p["stories"][x]) for x in levels), *(line(a, p[x]) for x in others)]
+        [
+            names[a],
+            f"{fmean(record.results['seconds'].get(a, [0])) / 60:.1f}",
+            *(line(a, p["stories"][x]) for x in levels),
+            *(line(a, p[x]) for x in others),
+        ]
         for a, p in arms.items()
     ]
     counts = list(arms[BASE]["pass"])
@@ -278,7 +290,7 @@ def tables(record: RunRecord) -> list[Table]:
     return [
         (
             f"Greedy answers: share right, and points more than before (95 % t interval, {over})",
-            ["Model", *levels, *(OTHER_EXAMS[exam] for exam in others)],
+            ["Model", "Minutes of training", *levels, *(OTHER_EXAMS[exam] for exam in others)],
             greedy,
         ),
         (
