@@ -20,6 +20,7 @@ from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.pieces import Pieces, read_packed
 from cpugrpo_edu.lab.studies import (
     ablations,
+    chat_formats,
     common,
     cpu_or_gpu,
     generalisation,
@@ -197,6 +198,39 @@ def test_a_predictor_is_judged_on_models_that_it_has_not_seen():
             assert old["predicted"] == new["predicted"]
     with pytest.raises(UserError, match="at least 2"):
         quantization.judge_predictors(rows[:2])
+
+
+def test_levels_and_offsets_round_to_the_nearest():
+    torch.manual_seed(0)
+    weight = torch.randn(3, 96)
+    nf4 = chat_formats.round_to_levels(weight, chat_formats.NF4, 32)
+    for part, values in zip(weight.split(32, 1), nf4.split(32, 1), strict=True):
+        table = torch.tensor(chat_formats.NF4) * part.abs().amax(1, keepdim=True)
+        best = (part[..., None] - table[:, None]).abs().min(-1).values
+        assert torch.allclose((part - values).abs(), best, atol=1e-6)
+    offset = chat_formats.round_with_offset(weight, 4, 32)
+    for part, values in zip(weight.split(32, 1), offset.split(32, 1), strict=True):
+        step = (part.amax(1) - part.amin(1)) / 15
+        assert ((part - values).abs().amax(1) < 0.51 * step + 2e-3).all()
+        assert all(len(row.unique()) <= 16 for row in values)
+    again = chat_formats.round_with_offset(offset, 4, 32)
+    assert (again - offset).abs().max() < 2e-3  # rounded weights stay where they are
+    flat = torch.full((2, 32), 0.25)
+    assert torch.equal(chat_formats.round_with_offset(flat, 4, 32), flat)
+
+
+@pytest.mark.slow
+def test_reduced_chat_formats(tmp_path):
+    record, path = run_reduced("chat-formats", tmp_path)
+    rows = record.results["rows"]
+    assert len(rows) == 2 * len(chat_formats.FORMATS)
+    found = accuracies(read_packed(path.with_name("study-chat-formats.items.json.gz")))
+    for row in rows:
+        assert row["accuracy"]["accuracy"] == found[f"{row['model']} | {row['format']}"]
+        assert (row["kl"] == 0) == (row["format"] == "fp32")
+    drift = {row["format"]: row["kl"] for row in rows if row["model"] == "after GRPO"}
+    assert drift["INT8 weights, blocks of 32 (as Q8_0)"] < drift["4 bits, blocks of 32"]
+    assert set(record.results["predictor"]) == {"no loss", *quantization.PREDICTORS}
 
 
 @pytest.mark.slow
@@ -430,6 +464,7 @@ def taken(right, stories, nats, people=()):
     row |= {"right": right, "vote": [r > 1 for r in right]}
     if people:
         row["people"] = {"correct": list(people), "difficulties": ["basic"] * len(people)}
+    row |= {"tokens": 9.0, "kl_nats": nats - 3}
     return row | {"difficulties": difficulties, "plain_nats": nats}
 
 
@@ -462,7 +497,12 @@ def test_arms_of_the_real_model_are_compared_with_the_base_by_seed():
     assert any("pass@4 is not shown to change" in line for line in said) and len(said) == 11
     assert "GRPO against SFT" in said[-1] and "(+33.3 (+33.3 to +33.3) points)" in said[-1]
     greedy, _, plain = real_model.tables(record)
-    assert "+0.200" in str(plain) and [row[1] for row in greedy[2]] == ["0.0", "1.5", "1.5"]
+    assert "+0.200" in str(plain) and [row[3:] for row in plain[2]] == [
+        ["0.000", "9"],
+        ["0.200", "9"],
+        ["0.200", "9"],
+    ]
+    assert [row[1] for row in greedy[2]] == ["0.0", "1.5", "1.5"]
 
 
 @pytest.mark.slow
@@ -471,8 +511,10 @@ def test_reduced_real_model(tmp_path):
     items = read_packed(path.with_name("study-real-model.items.json.gz"))
     assert set(items) == {"base", "grpo", "sft", "rft"} == set(record.results["arms"])
     assert all(len(rows) == 1 and len(rows[0]["right"]) == 6 for rows in items.values())
-    nats = {arm: part["plain_nats"]["mean"] for arm, part in record.results["arms"].items()}
-    assert len(set(nats.values())) == 4  # four different models
+    arms = record.results["arms"]
+    assert len({part["plain_nats"]["mean"] for part in arms.values()}) == 4  # different models
+    far = {arm: part["kl_nats"]["mean"] for arm, part in arms.items()}
+    assert far["base"] == 0 and min(far["grpo"], far["sft"], far["rft"]) > 0
 
 
 @pytest.mark.slow

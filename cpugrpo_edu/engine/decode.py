@@ -42,7 +42,7 @@ DEFAULTS = EngineOptions()
 WORKER_ROWS = 64
 """Fewest rows for which a thread of its own pays: about these keep it busy between two calls."""
 
-MOST_BYTES = 2 * 2**30
+MOST_BYTES = 2**30
 """Most memory of the rows decoded together; beyond it, more of them are hardly faster."""
 
 PREFILL_TOKENS = 2048

@@ -111,43 +111,79 @@ def packed_log_probs(
     """
     lm = causal_lm(model)
     require(lm.config, "packed pass")
-    width = completion_ids.shape[1]
-    log_probs: dict[int, Tensor] = {}
-    entropies: dict[int, Tensor] = {}
-    for rows in group_rows(prompt_ids, prompt_mask):
-        prompt = prompt_ids[rows[0]][prompt_mask[rows[0]].bool()]
-        completions = [completion_ids[row][completion_mask[row].bool()] for row in rows]
-        hidden = states_of(lm, prompt, completions, recompute, bfloat16)
-        # The state before a token predicts it: for the first one of each completion that of the
-        # prompt's end, which is not its neighbour.
-        lengths = torch.tensor([len(completion) for completion in completions])
-        before = torch.arange(len(prompt) - 1, len(hidden) - 1)
-        before[(lengths.cumsum(0) - lengths)[lengths > 0]] = len(prompt) - 1
-        log_p, entropy = token_log_probs(
-            hidden[before], torch.cat(completions), lm.lm_head, temperature, bfloat16
-        )
-        for found, values in ((log_probs, log_p), (entropies, entropy)):
-            for row, own in zip(rows, values.split(lengths.tolist()), strict=True):
-                found[row] = F.pad(own, (0, width - len(own)))
-    order = range(len(prompt_ids))
-    return torch.stack([log_probs[i] for i in order]), torch.stack([entropies[i] for i in order])
+    groups = group_rows(prompt_ids, prompt_mask)
+    prompts = [prompt_ids[rows[0]][prompt_mask[rows[0]].bool()] for rows in groups]
+    completions = [
+        [completion_ids[row][completion_mask[row].bool()] for row in rows] for rows in groups
+    ]
+    hidden = states_of(lm, prompts, completions, recompute, bfloat16)
+    before = [
+        states[predecessors(len(prompt), own)]
+        for states, prompt, own in zip(hidden, prompts, completions, strict=True)
+    ]
+    tokens = [tokens for own in completions for tokens in own]
+    log_probs, entropies = token_log_probs(
+        torch.cat(before), torch.cat(tokens), lm.lm_head, temperature, bfloat16
+    )
+    # From one after the other, in the order of the groups, to rows in the caller's order.
+    order = torch.tensor([row for rows in groups for row in rows]).argsort()
+    lengths, width = list(map(len, tokens)), completion_ids.shape[1]
+    padded_log_probs, padded_entropies = (
+        torch.stack([F.pad(own, (0, width - len(own))) for own in values.split(lengths)])[order]
+        for values in (log_probs, entropies)
+    )
+    return padded_log_probs, padded_entropies
+
+
+def predecessors(prompt: int, completions: list[Tensor]) -> Tensor:
+    """Where in a packed group the state stands that predicts each token of the completions: before
+    it, and for the first one of each at the prompt's end, which is not its neighbour."""
+    lengths = torch.tensor([len(completion) for completion in completions])
+    before = torch.arange(prompt - 1, prompt + int(lengths.sum()) - 1)
+    before[(lengths.cumsum(0) - lengths)[lengths > 0]] = prompt - 1
+    return before
 
 
 def states_of(
-    lm: Any, prompt: Tensor, completions: list[Tensor], recompute: bool, bfloat16: bool
-) -> Tensor:
-    """Last hidden states (L, hidden) of a packed group."""
-    ids, positions = pack_group(prompt, completions)
-    lengths = [len(completion) for completion in completions]
+    lm: Any,
+    prompts: list[Tensor],
+    completions: list[list[Tensor]],
+    recompute: bool,
+    bfloat16: bool,
+) -> list[Tensor]:
+    """Last hidden states (L, hidden) of each packed group.
+
+    Our own layers run all groups in one pass: only attention looks beyond a token, and it is told
+    where a group ends.
+    """
+    packed = [pack_group(*group) for group in zip(prompts, completions, strict=True)]
+    lengths = [[len(completion) for completion in own] for own in completions]
     # With checkpointing switched on, the model's own layers are the ones that do it.
     if is_supported(lm) and not lm.model.is_activation_checkpointing:
-        attend = group_attention(len(prompt), lengths)
-        return hidden_states(lm, ids[None], positions[None], attend, recompute, bfloat16)[0]
-    bias = group_bias(len(prompt), lengths, lm.dtype)
-    states: Tensor = lm.model(
-        input_ids=ids[None],
-        attention_mask=bias[None, None],
-        position_ids=positions[None],
-        use_cache=False,
-    ).last_hidden_state[0]
-    return states
+        ids, positions = (torch.cat(parts) for parts in zip(*packed, strict=True))
+        sizes = [len(ids) for ids, _ in packed]
+        attentions = [group_attention(len(p), own) for p, own in zip(prompts, lengths, strict=True)]
+        attend = one_after_the_other(attentions, sizes)
+        states = hidden_states(lm, ids[None], positions[None], attend, recompute, bfloat16)
+        return list(states[0].split(sizes))
+    found = []
+    for (ids, positions), prompt, own in zip(packed, prompts, lengths, strict=True):
+        bias = group_bias(len(prompt), own, lm.dtype)
+        output = lm.model(
+            input_ids=ids[None],
+            attention_mask=bias[None, None],
+            position_ids=positions[None],
+            use_cache=False,
+        )
+        found.append(output.last_hidden_state[0])
+    return found
+
+
+def one_after_the_other(attentions: list[Attention], sizes: list[int]) -> Attention:
+    """The attention of sequences of these sizes that lie behind each other, each with its own."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = zip(*(x.split(sizes, 2) for x in (query, key, value)), strict=True)
+        return torch.cat([own(*part) for own, part in zip(attentions, parts, strict=True)], 2)
+
+    return attend

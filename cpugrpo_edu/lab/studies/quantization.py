@@ -93,13 +93,18 @@ def round_groups(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
     return torch.cat(rounded, 1)
 
 
-def simulate(model: Any, bits: int, group: int | None = None) -> Any:
-    """A float32 copy whose linear weights have only values of the format."""
+def simulate(model: Any, rounding: Callable[[Tensor], Tensor]) -> Any:
+    """A float32 copy with the weights of its linear layers rounded."""
     copied = copy.deepcopy(model).eval()
     with torch.no_grad():
         for _, layer in linear_layers(copied):
-            layer.weight.copy_(round_groups(layer.weight, bits, group))
+            layer.weight.copy_(rounding(layer.weight))
     return copied
+
+
+def simulated(name: str, bits: int, group: int | None = None) -> Format:
+    rounding = partial(round_groups, bits=bits, group=group)
+    return Format(name, lambda model: simulate(model, rounding), simulated=True, bits=bits)
 
 
 FORMATS = (
@@ -107,8 +112,8 @@ FORMATS = (
     Format("bf16", lambda model: copy.deepcopy(model).to(torch.bfloat16).eval(), bits=16),
     Format("INT8 dynamic, per tensor", partial(quantize_for_rollout, per_channel=False), bits=8),
     Format("INT8 dynamic, per channel", partial(quantize_for_rollout, kernel="packed"), bits=8),
-    Format("INT8 weight-only", lambda model: simulate(model, 8), simulated=True, bits=8),
-    Format("INT4 weight-only", lambda model: simulate(model, 4, GROUP), simulated=True, bits=4),
+    simulated("INT8 weight-only", bits=8),
+    simulated("INT4 weight-only", bits=4, group=GROUP),
 )
 
 
@@ -144,7 +149,7 @@ def layer_errors(policy: Any, changed: Any, problems: Sequence[Any]) -> dict[str
     def watch(name: str) -> Callable[[Any, Any, Any], None]:
         def hook(module: Any, inputs: Any, output: Any) -> None:
             other = changed.get_submodule(name)
-            dtype = torch.float32 if isinstance(other, Int8Linear) else other.weight.dtype
+            dtype = torch.float32 if hasattr(other, "dequantized") else other.weight.dtype
             theirs = other.forward(inputs[0].to(dtype)).float()  # without hooks: it may be itself
             wrong[name] += float((output - theirs).square().sum())
             size[name] += float(output.square().sum())
@@ -166,7 +171,8 @@ def layer_errors(policy: Any, changed: Any, problems: Sequence[Any]) -> dict[str
     weights = []
     for name, layer in layers.items():
         other = changed.get_submodule(name)
-        theirs = other.dequantized() if isinstance(other, Int8Linear) else other.weight.float()
+        packed = hasattr(other, "dequantized")
+        theirs = other.dequantized() if packed else other.weight.float()
         ours = layer.weight.detach()
         weights.append(float((ours - theirs.detach()).norm() / ours.norm()))
     outputs = [(wrong[name] / max(size[name], 1e-30)) ** 0.5 for name in layers]
@@ -196,12 +202,16 @@ def judge_predictors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             r["loss"] for r in others if r["format"] == row["format"]
         )
         for name in PREDICTORS:
-            below = sum(r[name] ** 2 for r in others)
-            slope = sum(r[name] * r["loss"] for r in others) / below if below else 0.0
-            predicted[name] = slope * row[name]
+            predicted[name] = slope_of(name, others) * row[name]
         found.append({**row, "predicted": predicted})
     errors = {name: fmean(abs(r["predicted"][name] - r["loss"]) for r in found) for name in JUDGED}
     return {"mean_absolute_error": errors, "rows": found}
+
+
+def slope_of(predictor: str, rows: Sequence[Mapping[str, Any]]) -> float:
+    """The slope of loss = slope * predictor by least squares."""
+    below = sum(row[predictor] ** 2 for row in rows)
+    return sum(row[predictor] * row["loss"] for row in rows) / below if below else 0.0
 
 
 # The models

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from cpugrpo_edu.data import DIFFICULTIES, Problem
+from cpugrpo_edu.engine.int8 import measure_drift
 from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.lab.pieces import Pieces
 from cpugrpo_edu.lab.studies.common import (
@@ -38,7 +40,7 @@ from cpugrpo_edu.run.config import RunConfig, config_for
 from cpugrpo_edu.run.vote import evaluate_samples
 from cpugrpo_edu.run.warmstart import warmstart
 from cpugrpo_edu.run.warmstart_config import WarmstartConfig
-from cpugrpo_edu.sample import Sampling
+from cpugrpo_edu.sample import Sampling, rollout
 from cpugrpo_edu.show.palette import Plot
 from cpugrpo_edu.show.text import percent, verdict
 from cpugrpo_edu.tasks import held_out_problems
@@ -49,6 +51,7 @@ SEEDS = 3
 BASE, GRPO = "base", "grpo"
 ARMS = {GRPO: "GRPO", "sft": "SFT on worked solutions", "rft": "SFT on own right answers"}
 SAMPLES, SAMPLED_PER_CELL, LONGER_PER_CELL = 64, 67, 150
+KL_PROBLEMS = 60
 OTHER_EXAMS = {"longer": "of two steps and more", "people": "written by people"}
 PEOPLE = "svamp.jsonl"
 """Problems written by people, in the work folder: a prompt and an answer a line."""
@@ -173,6 +176,8 @@ class Exam:
         greedy = Sampling(limit, temperature=0.0)
         several = Sampling(limit, self.run.temperature, seed=1)
         sampled = evaluate_samples(policy, self.few, model, self.samples, several)
+        own = rollout(policy, self.few[:: max(1, len(self.few) // KL_PROBLEMS)], 1, several)
+        base = load_policy(self.run.model, dtype=self.run.weights)
 
         def answers(problems: list[Problem]) -> Any:
             return problems and packed_evaluation(evaluate(policy, problems, model, greedy))
@@ -184,6 +189,8 @@ class Exam:
             "right": [sum(row) for row in sampled.correct],
             "vote": sampled.majority_correct,
             "difficulties": sampled.difficulties,
+            "tokens": fmean(len(group.episodes[0].completion_ids) for group in own),
+            "kl_nats": measure_drift(policy.model, base.model, own, several.temperature).kl,
             "plain_nats": plain_nats(policy),
         }
 
@@ -233,7 +240,8 @@ def summary(measured: Mapping[str, Sequence[Mapping[str, Any]]], n: int) -> dict
         for k in ks(n):
             part["pass"][str(k)] = against(base, rows, partial(pass_rate, k=k, n=n))
         part["vote"] = against(base, rows, lambda row: fmean(row["vote"]))
-        part["plain_nats"] = against(base, rows, lambda row: row["plain_nats"])
+        for number in ("plain_nats", "kl_nats", "tokens"):
+            part[number] = against(base, rows, itemgetter(number))
         found["arms"][arm] = part
     stories = partial(accuracy, exam="stories")
     found["grpo_minus"] = {
@@ -277,11 +285,13 @@ def tables(record: RunRecord) -> list[Table]:
         [names[a], *(line(a, p["pass"][k]) for k in counts), line(a, p["vote"])]
         for a, p in arms.items()
     ]
-    plain = [
+    changed = [
         [
             names[a],
             f"{p['plain_nats']['mean']:.3f}",
             "" if a == BASE else nats_text(p["plain_nats"]),
+            f"{p['kl_nats']['mean']:.3f}",
+            f"{p['tokens']['mean']:.0f}",
         ]
         for a, p in arms.items()
     ]
@@ -298,7 +308,17 @@ def tables(record: RunRecord) -> list[Table]:
             ["Model", *(f"pass@{k}" for k in counts), "majority"],
             passes,
         ),
-        ("Plain English: nats a token, and the change", ["Model", "nats", "change"], plain),
+        (
+            "What else changed",
+            [
+                "Model",
+                "Plain English: nats a token",
+                "change",
+                "KL from before",
+                "tokens an answer",
+            ],
+            changed,
+        ),
     ]
 
 

@@ -53,6 +53,11 @@ STUDIES = {
             ("models", "seeds"),
         ),
         Study(
+            "chat-formats",
+            "What do fewer bits cost a real chat model, before and after GRPO?",
+            ("models",),
+        ),
+        Study(
             "cpu-or-gpu",
             "What does a class need in time, energy and money, and when does a GPU pay off?",
         ),
