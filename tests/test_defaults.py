@@ -129,6 +129,11 @@ def test_a_scenario_has_settings_of_its_own():
     ]
     assert set(SCENARIOS["letters"].levels) == set(DIFFICULTIES)
     assert config_for(scenario="letters", ewc_strength=0.0) == replace(config, ewc_strength=0.0)
+    sums = config_for(scenario="sums", seed=3)
+    check_settings(sums)
+    expected = asdict(RunConfig("smollm2", scenario="sums", seed=3)) | CHAT_MODEL
+    assert asdict(sums) == expected | SCENARIOS["sums"].settings
+    assert config_for("bundled", scenario="sums").model == "bundled"
     with pytest.raises(UserError, match="unknown --scenario 'letter'; allowed are letters"):
         check_settings(config_for(scenario="letter"))
     with pytest.raises(UserError, match="--protect has easy; allowed are basic, intermediate"):

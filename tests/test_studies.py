@@ -95,6 +95,7 @@ def test_list_names_every_study_and_mistakes_end_with_a_sentence():
         (("ablations", "--model", "x"), "takes no --model"),
         (("ablations", "--seeds", 0), "at least 1"),
         (("ablations", "--only", "weather"), "allowed are order, ewc"),
+        (("real-model", "--only", "weather"), "allowed are grpo, sft, rft"),
     ):
         code, out, err = invoke("study", "run", *arguments)
         assert code == 2 and out == "" and says in err and "Traceback" not in err
@@ -494,7 +495,8 @@ def test_arms_of_the_real_model_are_compared_with_the_base_by_seed():
     results["seconds"] = {"grpo": [60.0, 120.0], "sft": [90.0, 90.0]}
     record = new_record("study-real-model", {"seeds": 2}, results)
     said = real_model.findings(record)
-    assert any("pass@4 is not shown to change" in line for line in said) and len(said) == 11
+    assert any("pass@4 is not shown to change" in line for line in said) and len(said) == 12
+    assert said[0] == "Not measured yet: SFT on own right answers."
     assert "GRPO against SFT" in said[-1] and "(+33.3 (+33.3 to +33.3) points)" in said[-1]
     greedy, _, plain = real_model.tables(record)
     assert "+0.200" in str(plain) and [row[3:] for row in plain[2]] == [

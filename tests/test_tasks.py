@@ -18,6 +18,7 @@ from cpugrpo_edu.models.pretrain import problem_stream
 from cpugrpo_edu.tasks import DOMAINS, TASKS, get_task, make_problems, prompt_messages, split_of
 from cpugrpo_edu.tasks.algebra import linear
 from cpugrpo_edu.tasks.equations import MAX_LINES, apply, step_score, write_solution
+from cpugrpo_edu.tasks.sums import LARGEST as SUMS
 
 CELLS = [(domain, difficulty) for domain in DOMAINS for difficulty in DIFFICULTIES]
 NUMBERS = re.compile(r"\d+")
@@ -116,6 +117,20 @@ def test_algebra_holds_for_the_answer_and_no_other_number(difficulty):
         lines = [problem.question.removeprefix("Solve for x: "), *problem.solution.splitlines()]
         for line in lines[:-1]:
             assert [both(line, other) for other in (x - 1, x, x + 1)] == [False, True, False], line
+
+
+@pytest.mark.parametrize(("difficulty", "largest"), SUMS.items())
+def test_sums_however_asked_are_in_one_split(difficulty, largest):
+    pairs = {}
+    for split in ("train", "eval"):
+        problems = make_problems("sums", difficulty, split, 128)  # what a run of the scenario draws
+        numbers = [sorted(map(int, re.findall(r"\d+", p.question))) for p in problems]
+        assert all(2 <= a <= b <= largest for a, b in numbers)
+        assert [str(a + b) for a, b in numbers] == [p.answer for p in problems]
+        assert all(p.verify(p.solution) for p in problems)
+        assert len({re.sub(r"\d+", "", p.question) for p in problems}) == 4
+        pairs[split] = set(map(tuple, numbers))
+    assert not pairs["train"] & pairs["eval"]
 
 
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)

@@ -62,6 +62,9 @@ def run(
     `cpugrpo run --scenario letters` shows in seconds how training on five letters erases three and
     four, and what EWC keeps; with `--ewc 0`, what is lost without it.
 
+    `cpugrpo run --scenario sums` teaches a real chat model, SmolLM2-135M, to add, in a minute or
+    two; it is downloaded first.
+
     `cpugrpo run --seed 1 --ewc 0.1 --output runs/ewc`
 
     `cpugrpo run --model smollm2 --steps 5 --per-cell 20` tries a chat model. All models but ours

@@ -50,7 +50,9 @@ def study_run(
     seeds: Annotated[
         int | None, Option(help="How many training seeds.", callback=within(1))
     ] = None,
-    only: Annotated[str | None, Option(help="One factor of the ablations.")] = None,
+    only: Annotated[
+        str | None, Option(help="One factor of the ablations, or one arm of real-model.")
+    ] = None,
     work: Annotated[Path, Option(help="Folder of what is done so far.")] = Path("runs/studies"),
     cache: Annotated[Path | None, Option(help="Folder of the models that it trains.")] = None,
 ) -> None:

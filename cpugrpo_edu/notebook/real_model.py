@@ -159,8 +159,15 @@ def gains(record: RunRecord) -> list[list[str]]:
     """Rows of a table: difficulty, problems, before, after, difference with its interval."""
     compared = value(record, "results.comparisons")[MAIN]
     parts = [*compared["by_difficulty"].items(), ("all", compared["overall"])]
+    levels = record.results.get("levels", {})
     return [
-        [name, f"{p['n']}", percent(p["before"]), percent(p["after"]), difference_text(p)]
+        [
+            levels.get(name, name),
+            f"{p['n']}",
+            percent(p["before"]),
+            percent(p["after"]),
+            difference_text(p),
+        ]
         for name, p in parts
     ]
 

@@ -44,7 +44,8 @@ class RunConfig:
     seed: int = setting(0, "Seed of the training data and the rollouts.", least=0, most=2**31 - 1)
     scenario: str | None = setting(
         None,
-        "A small experiment with settings of its own: letters (EWC against forgetting).",
+        "A small experiment with settings of its own: letters (EWC against forgetting), or sums "
+        "(a chat model learns to add in a minute).",
         tuple(SCENARIOS),
     )
     # Data
@@ -218,8 +219,9 @@ ALL_WEIGHTS: dict[str, Any] = {"dtype": "float32", "learning_rates": (1e-5, 1e-5
 """What differs where all weights of such a model are trained (a LoRA rank of 0)."""
 
 
-def config_for(model: str = "bundled", **given: Any) -> RunConfig:
-    """The settings of a run of this model: what is ``given``, and defaults that suit the model.
+def config_for(model: str | None = None, **given: Any) -> RunConfig:
+    """The settings of a run of this model: what is ``given``, and defaults that suit the model, by
+    default the scenario's or else the bundled one.
 
     Our own models take those of ``RunConfig``, all others those of ``CHAT_MODEL`` before them, and
     a scenario has its own. Raises TypeError for a setting that does not exist, and UserError for
@@ -230,6 +232,8 @@ def config_for(model: str = "bundled", **given: Any) -> RunConfig:
             f"--domains is for generated problems, but --data is {given['data']}; leave one of "
             "them out"
         )
+    scenario = SCENARIOS.get(given.get("scenario") or "")
+    model = model or (scenario.model if scenario else "bundled")
     defaults: dict[str, Any] = {}
     if not is_ours(model):
         defaults |= CHAT_MODEL
@@ -239,8 +243,8 @@ def config_for(model: str = "bundled", **given: Any) -> RunConfig:
         own = settings_in(model).get("cpugrpo_answer_format")
         if given.get("data", "generated") != "generated" or not stories or own:
             del defaults["answer_format"]  # no numbers, or it has learned another
-    if (name := given.get("scenario")) in SCENARIOS:
-        defaults |= SCENARIOS[name].settings
+    if scenario:
+        defaults |= scenario.settings
     return RunConfig(model, **{**defaults, **given})
 
 

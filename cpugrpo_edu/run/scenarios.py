@@ -8,10 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scenario:
-    """Settings in place of the defaults, and what the difficulties are called."""
+    """Settings in place of the defaults, what the difficulties are called, and the model."""
 
     settings: dict[str, Any]
     levels: dict[str, str]
+    model: str = "bundled"
 
 
 SCENARIOS = {
@@ -34,5 +35,23 @@ SCENARIOS = {
             "per_cell": 100,
         },
         {"basic": "three letters", "intermediate": "four letters", "advanced": "five letters"},
+    ),
+    # A real chat model learns to add, in about a minute.
+    "sums": Scenario(
+        {
+            "domains": ("sums",),
+            "answer_format": "last-number",
+            "steps": (8, 0, 0),
+            "learning_rates": (5e-4, 5e-4, 5e-4),
+            "replay": 0.0,
+            "max_completion": 24,
+            "per_cell": 50,
+        },
+        {
+            "basic": "numbers up to 20",
+            "intermediate": "up to 50, not trained",
+            "advanced": "up to 100, not trained",
+        },
+        model="smollm2",
     ),
 }

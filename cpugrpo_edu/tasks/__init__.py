@@ -17,19 +17,21 @@ from cpugrpo_edu.tasks.algebra import Algebra
 from cpugrpo_edu.tasks.arithmetic import Arithmetic
 from cpugrpo_edu.tasks.lists import Letters, Lists
 from cpugrpo_edu.tasks.stories import SMALL_STORIES, Stories
+from cpugrpo_edu.tasks.sums import Sums
 from cpugrpo_edu.tasks.word_problems import WordProblems
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         *(Arithmetic(), WordProblems(), Algebra(), Lists(), Letters()),
-        *(Stories(), SMALL_STORIES),
+        *(Sums(), Stories(), SMALL_STORIES),
     )
 }
 
 DOMAINS: tuple[str, ...] = ("arithmetic", "word_problems", "algebra", "lists")
-"""The domains of the bundled model, in the order in which tables show them. ``letters`` are for the
-scenario of that name; ``stories`` and ``small_stories`` need the words of a real model."""
+"""The domains of the bundled model, in the order in which tables show them. ``letters`` and
+``sums`` are for the scenarios of these names; ``sums``, ``stories`` and ``small_stories`` need the
+words of a real model."""
 
 SPLIT_SHARES: dict[Split, float] = {"pretrain": 0.70, "train": 0.15, "eval": 0.15}
 

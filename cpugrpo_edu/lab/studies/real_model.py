@@ -21,6 +21,7 @@ import torch
 
 from cpugrpo_edu.data import DIFFICULTIES, Problem
 from cpugrpo_edu.engine.int8 import measure_drift
+from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.evaluate import evaluate
 from cpugrpo_edu.lab.pieces import Pieces
 from cpugrpo_edu.lab.studies.common import (
@@ -68,20 +69,24 @@ def config_of(model: str, seed: int, reduced: bool) -> RunConfig:
 
 
 def run(setting: Setting) -> StudyResult:
-    """Train every arm with every seed and measure all of them, each piece once."""
+    """Train every arm, or GRPO and the one of ``setting.only``, with every seed and measure all of
+    them, each piece once."""
+    if setting.only not in (None, *ARMS):
+        raise UserError(f"unknown --only {setting.only!r}; allowed are {', '.join(ARMS)}")
+    arms = ARMS if setting.only is None else dict.fromkeys((GRPO, setting.only))
     model = setting.models[0] if setting.models else ("smollm2", "bundled")[setting.reduced]
     seeds = setting.seeds or (1 if setting.reduced else SEEDS)
     pieces = Pieces(setting.work, "real-model", decided_by(setting, model=model))
     exam = Exam.of(config_of(model, 0, setting.reduced), setting)
     measured = {BASE: [pieces.once(BASE, partial(exam.take, model))]}
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for seed in range(seeds):
         config = config_of(model, seed, setting.reduced)
         place = pieces.folder / f"seed{seed}"
         setting.say(f"seed {seed}: {ARMS[GRPO]}")
         record = run_or_resume(config, place / GRPO, setting.say, keep=("model",))
         seconds[GRPO].append(record.results["seconds"]["train"])
-        for arm in ARMS:
+        for arm in arms:
             if arm != GRPO:
                 setting.say(f"seed {seed}: {ARMS[arm]}")
                 took = trained_for(seconds[GRPO][-1], arm, config, place, setting)
@@ -91,6 +96,7 @@ def run(setting: Setting) -> StudyResult:
             measured.setdefault(arm, []).append(row)
     results = summary(measured, exam.samples) | {"seconds": seconds}
     about = {"model": model, "seeds": seeds, "reduced": setting.reduced, "samples": exam.samples}
+    about |= {"only": setting.only}
     about |= {"run": asdict(config_of(model, 0, setting.reduced)), "people": len(exam.people)}
     return StudyResult(new_record("study-real-model", about, results), measured)
 
@@ -333,6 +339,8 @@ def findings(record: RunRecord) -> list[str]:
     if record.config["seeds"] < 2:
         return ["One seed: no interval, so nothing can be distinguished from chance."]
     said = []
+    if missing := [name for arm, name in ARMS.items() if arm not in record.results["arms"]]:
+        said.append(f"Not measured yet: {', '.join(missing)}.")
     for arm, part in record.results["arms"].items():
         if arm == BASE:
             continue

@@ -84,7 +84,7 @@ STUDIES = {
         Study(
             "real-model",
             "Does GRPO teach a real chat model, or sharpen it?",
-            ("models", "seeds"),
+            ("models", "seeds", "only"),
         ),
     )
 }

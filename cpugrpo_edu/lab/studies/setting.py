@@ -31,7 +31,7 @@ class Setting:
     seeds: int | None = None
     """Training seeds, instead of the study's own number."""
     only: str | None = None
-    """One factor of the ablations."""
+    """One factor of the ablations, or one arm of the real model's study."""
 
 
 @dataclass(frozen=True)
