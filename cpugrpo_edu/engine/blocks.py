@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -203,6 +204,16 @@ class Block:
         )
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
+    def through(
+        self, cos: Tensor, sin: Tensor, attend: Attention, recompute: bool, hidden: Tensor
+    ) -> Tensor:
+        """The layer's output, (rows, T, hidden) like its input; with ``recompute`` the inside of
+        the MLP is computed again in the backward pass."""
+        mixed = attend(*self.heads(self.before_attention(hidden), cos, sin))
+        hidden = hidden + self.output(mixed.transpose(1, 2).flatten(2))
+        normed = self.before_mlp(hidden)
+        return hidden + (compute_again(self.mlp, normed) if recompute else self.mlp(normed))
+
     def mlp(self, x: Tensor) -> Tensor:
         """The gated feed-forward layer, (rows, T, hidden) to the same."""
         gate, up = self.gate_up(x)
@@ -237,21 +248,17 @@ def hidden_states(
     """Last hidden states (rows, T, hidden) of whole sequences, differentiable, without a cache.
 
     ``ids`` and rotary ``positions`` are (rows, T). With ``recompute`` the inside of each MLP, most
-    of a layer's activations, is computed again in the backward pass. With ``bfloat16`` float32
-    weights are multiplied in bfloat16 (:mod:`cpugrpo_edu.engine.bf16`).
+    of a layer's activations, is computed again in the backward pass; of a model with checkpointing
+    switched on, each whole layer. With ``bfloat16`` float32 weights are multiplied in bfloat16
+    (:mod:`cpugrpo_edu.engine.bf16`).
     """
     hidden = lm.model.embed_tokens(ids)
     cos, sin = rotary(lm, hidden, positions)
+    whole_layers = torch.is_grad_enabled() and lm.model.is_activation_checkpointing
+    mlps = torch.is_grad_enabled() and recompute and not whole_layers
     for layer in lm.model.layers:
-        block = Block.of(layer, bfloat16)
-        query, key, value = block.heads(block.before_attention(hidden), cos, sin)
-        mixed = attend(query, key, value)
-        hidden = hidden + block.output(mixed.transpose(1, 2).flatten(2))
-        normed = block.before_mlp(hidden)
-        if recompute and torch.is_grad_enabled():
-            hidden = hidden + compute_again(block.mlp, normed)
-        else:
-            hidden = hidden + block.mlp(normed)
+        through = partial(Block.of(layer, bfloat16).through, cos, sin, attend, mlps)
+        hidden = compute_again(through, hidden) if whole_layers else through(hidden)
     result: Tensor = norm_of(lm.model.norm)(hidden)
     return result
 

@@ -25,6 +25,10 @@ MIN_TOKENS = 512
 SHARED_TOKENS = 256
 """Tokens of completions behind one prompt from which on products are as fast as longer ones."""
 
+RECOMPUTED_TOKENS = 1024
+"""The same where whole layers are computed again, so that more tokens take little memory: those of
+several groups."""
+
 WORKING_SPACE = 4
 """The peak of a micro-batch over the activations that it keeps: their derivatives, short-lived
 copies and holes in the heap (measured: 2.5, and 4 in the first step of a process). It decides

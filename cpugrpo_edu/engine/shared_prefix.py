@@ -158,8 +158,7 @@ def states_of(
     """
     packed = [pack_group(*group) for group in zip(prompts, completions, strict=True)]
     lengths = [[len(completion) for completion in own] for own in completions]
-    # With checkpointing switched on, the model's own layers are the ones that do it.
-    if is_supported(lm) and not lm.model.is_activation_checkpointing:
+    if is_supported(lm):
         ids, positions = (torch.cat(parts) for parts in zip(*packed, strict=True))
         sizes = [len(ids) for ids, _ in packed]
         attentions = [group_attention(len(p), own) for p, own in zip(prompts, lengths, strict=True)]

@@ -43,6 +43,7 @@ from cpugrpo_edu.engine.int8_base import is_frozen
 from cpugrpo_edu.engine.int8_matrix import usable
 from cpugrpo_edu.engine.memory import free_memory, release_memory, retry_smaller, trim_heap
 from cpugrpo_edu.engine.micro_batches import (
+    RECOMPUTED_TOKENS,
     SHARED_TOKENS,
     WORKING_SPACE,
     share_of_loss,
@@ -510,11 +511,14 @@ class CPUGRPOTrainer(GRPOInternals):
         return size
 
     def least_together(self, length: int) -> int:
-        """Completions of a group that should share its prompt: all, but not more than make long
-        products, since they take memory."""
+        """Completions that should share a pass: a whole group, which shares its prompt, or several,
+        but not more than make long products, since they take memory."""
         if not self.options.share_prefix:
             return 1
-        return min(int(self.num_generations or 1), max(1, SHARED_TOKENS // length))
+        group = int(self.num_generations or 1)
+        if self.args.gradient_checkpointing:
+            return max(1, RECOMPUTED_TOKENS // (group * length)) * group
+        return min(group, max(1, SHARED_TOKENS // length))
 
     def free_memory(self) -> int:
         """Bytes left for activations: without the gradients and optimizer states still to come."""
@@ -531,7 +535,9 @@ class CPUGRPOTrainer(GRPOInternals):
             checkpointing=checkpointing,
             dtype_bytes=self.policy.model.dtype.itemsize,
         )
-        return parts["activations"] + parts["logits"]
+        # The head of a frozen base works in tiles.
+        logits = 0 if is_frozen(self.policy.model) else parts["logits"]
+        return parts["activations"] + logits
 
     # Steps
 
