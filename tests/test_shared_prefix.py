@@ -130,7 +130,7 @@ def test_rows_are_grouped_by_their_prompt():
     assert group_rows(prompts, prompt_mask) == [[0, 3], [1], [2], [4]]
 
 
-def test_computing_the_mlps_again_keeps_less_and_changes_no_gradient(tiny_folder):
+def test_computing_mlps_or_whole_layers_again_keeps_less_and_changes_no_gradient(tiny_folder):
     model = load_policy(tiny_folder, lora_rank=4).model
     inputs = batch(completion=40)
 
@@ -148,5 +148,12 @@ def test_computing_the_mlps_again_keeps_less_and_changes_no_gradient(tiny_folder
     plain, _ = packed_log_probs(model, *inputs)
     again, _ = packed_log_probs(model, *inputs, recompute=True)
     torch.testing.assert_close(again, plain)
-    torch.testing.assert_close(gradient(model, again), gradient(model, plain))
-    assert kept_bytes(True) < 0.8 * kept_bytes(False)
+    slope = gradient(model, plain)
+    torch.testing.assert_close(gradient(model, again), slope)
+    bytes_of_all, without_mlps = kept_bytes(False), kept_bytes(True)
+    assert without_mlps < 0.8 * bytes_of_all
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    whole, _ = packed_log_probs(model, *inputs, recompute=True)
+    torch.testing.assert_close(whole, plain)
+    torch.testing.assert_close(gradient(model, whole), slope)
+    assert kept_bytes(True) < 0.8 * without_mlps
