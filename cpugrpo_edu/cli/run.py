@@ -50,7 +50,7 @@ def run(
     nproc: Annotated[
         int, Option(help="Processes that share each step's prompts.", callback=within(1, 1024))
     ] = 1,
-    report_to: Annotated[str, Option(help="none, tensorboard or wandb.")] = "none",
+    report_to: Annotated[str, Option(help="none, tensorboard, wandb or mlflow.")] = "none",
     **settings: Any,
 ) -> None:
     """Train a model with GRPO in three stages and measure what changed.

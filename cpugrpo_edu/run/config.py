@@ -283,7 +283,7 @@ def help_of(name: str) -> str:
     return text
 
 
-TRACKERS = ("none", "tensorboard", "wandb")
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 """Where ``report_to`` sends TRL's metrics besides ``metrics.jsonl``."""
 
 
