@@ -283,7 +283,7 @@ def test_an_interrupted_night_goes_on(graded, tmp_path, ending):
     for student in ("bob", "carol"):  # long enough to be stopped in the middle
         path = root / "submitted" / student / "small/small.ipynb"
         notebook = nbformat.read(path, as_version=4)
-        notebook.cells.insert(0, new_code_cell("import time\ntime.sleep(2)"))
+        notebook.cells.insert(0, new_code_cell("import time\ntime.sleep(4)"))
         nbformat.write(notebook, path)
     start = [sys.executable, "-m", "cpugrpo_edu.cli", "assign", "autograde", "small", "--quiet"]
     job = subprocess.Popen(start, cwd=root, start_new_session=True, stderr=subprocess.DEVNULL)

@@ -44,8 +44,7 @@ class RunConfig:
     seed: int = setting(0, "Seed of the training data and the rollouts.", least=0, most=2**31 - 1)
     scenario: str | None = setting(
         None,
-        "A small experiment with settings of its own: letters (EWC against forgetting), or sums "
-        "(a chat model learns to add in a minute).",
+        "An experiment: letters (EWC against forgetting) or sums (a chat model learns to add).",
         tuple(SCENARIOS),
     )
     # Data
@@ -62,7 +61,7 @@ class RunConfig:
     verifier: str | None = setting(
         None, "Your verifier, path/to/file.py:function; the file is executed."
     )
-    domains: tuple[str, ...] = setting(DOMAINS, f"Any of {', '.join(TASKS)}; with commas.")
+    domains: tuple[str, ...] = setting(DOMAINS, f"Any of {', '.join(TASKS)} (commas).")
     system: str | None = setting(None, "System prompt; by default the model's own.")
     answer_format: str | None = setting(
         None,
@@ -233,7 +232,8 @@ def config_for(model: str | None = None, **given: Any) -> RunConfig:
             "them out"
         )
     scenario = SCENARIOS.get(given.get("scenario") or "")
-    model = model or (scenario.model if scenario else "bundled")
+    if model is None:
+        model = scenario.model if scenario else "bundled"
     defaults: dict[str, Any] = {}
     if not is_ours(model):
         defaults |= CHAT_MODEL

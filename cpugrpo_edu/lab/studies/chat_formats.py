@@ -227,8 +227,8 @@ def summary(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str
             each = forms[chosen.name]
             evaluation = unpacked_evaluation(each["evaluation"])
             speed = None if chosen.simulated else sum(evaluation.tokens) / evaluation.seconds
-            row = {"model": model, "format": chosen.name, "tokens_per_second": speed}
-            row |= {"accuracy": accuracy_table(evaluation)["overall"]}
+            row: dict[str, Any] = {"model": model, "format": chosen.name}
+            row |= {"accuracy": accuracy_table(evaluation)["overall"], "tokens_per_second": speed}
             row |= {key: each[key] for key in ("kl", "agreement", *PREDICTORS)}
             if chosen.name != FLOAT:
                 paired = compare(reference, evaluation)
