@@ -28,7 +28,7 @@ from cpugrpo_edu.lab.floors import calibration
 from cpugrpo_edu.lab.tables import sweep_rows
 from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.run.config import RunConfig
+from cpugrpo_edu.run.config import RunConfig, config_for
 from cpugrpo_edu.tasks import held_out_problems, split_of
 
 RECORDS = Path(__file__).resolve().parent.parent / "records"
@@ -293,6 +293,23 @@ def test_recorded_runs_tell_lengths(recorded, model):
     assert "evaluations come on top" in told
     assert long > sum(run_parts(RunConfig(per_cell=0), model, 10, 5).values())
     assert estimate_run(RunConfig(max_completion=7), model)[0] < short
+
+
+def test_a_larger_model_goes_by_its_recorded_runs(recorded, model, monkeypatch):
+    monkeypatch.setattr(estimate, "architecture_of", lambda name: SHAPE)
+    config = config_for("smollm2")
+    whole = sum(run_parts(config, model, 10, 5).values())
+    results = {
+        "steps": [{"completion_length": 10.0}],
+        "evaluations": [{"table": {"overall": {"tokens": 5.0}}}],
+        "seconds": {"total": whole / 4},
+        "peak_rss_bytes": model.peak_bytes(estimate.run_step(config, 10)) / 2,
+    }
+    run = RunRecord("run", "", 0, "", {}, {}, asdict(config), results)
+    run.save(recorded.parent / "run-smollm2-seed0.json")
+    seconds, peak, told = estimate_run(config, model)
+    assert seconds == pytest.approx(whole / 4) and peak == pytest.approx(results["peak_rss_bytes"])
+    assert told == "; the 1 recorded runs that this goes by differ by up to 0%"
 
 
 def test_prompts_of_your_own_count_as_long_as_they_are(recorded, model, tiny_folder, tmp_path):

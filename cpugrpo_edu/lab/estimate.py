@@ -5,7 +5,7 @@ How long a model's completions are, which only a run can tell, comes from record
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +30,7 @@ from cpugrpo_edu.models.load import (
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.machine import GIB, available_memory
 from cpugrpo_edu.record.run_record import RunRecord
+from cpugrpo_edu.run.config import RunConfig
 from cpugrpo_edu.run.data import divide
 from cpugrpo_edu.show.text import records_folder
 from cpugrpo_edu.tasks.custom import load_custom
@@ -163,7 +164,28 @@ def estimate_run(config: Any, model: CostModel) -> tuple[float, float, str]:
         told += "; evaluations come on top"
     mean, longest = prompt_lengths(config)
     seconds = sum(run_parts(config, model, sampled, evaluated, mean).values())
-    return seconds, model.peak_bytes(run_step(config, sampled, longest)), told
+    peak = model.peak_bytes(run_step(config, sampled, longest))
+    if config.model != "bundled" and not told:
+        longer, larger = off_by(runs)
+        far = max(abs(each / fmean(longer) - 1) for each in longer)
+        told = f"; the {len(runs)} recorded runs that this goes by differ by up to {far:.0%}"
+        seconds, peak = seconds * fmean(longer), peak * fmean(larger)
+    return seconds, peak, told
+
+
+def off_by(runs: Sequence[RunRecord]) -> tuple[list[float], list[float]]:
+    """Measured over predicted, time and memory, of recorded runs of a model that is far larger than
+    those of the sweep, whose cost model therefore says too much of it."""
+    model = fit_sweep(recorded_sweep().results)
+    longer, larger = [], []
+    for run in runs:
+        known = {key: run.config[key] for key in run.config if key in RunConfig().__dict__}
+        config, lengths = RunConfig(**known), completion_lengths([run])
+        predicted = sum(run_parts(config, model, *lengths).values())
+        longer.append(run.results["seconds"]["total"] / predicted)
+        peak = model.peak_bytes(run_step(config, lengths[0]))
+        larger.append(run.results["peak_rss_bytes"] / peak)
+    return longer, larger
 
 
 def estimate_text(config: Any) -> str:
