@@ -145,9 +145,9 @@ class Int8Matrix:
         possible to be faster than in float32.
         """
         few = x.numel() < MANY_ROWS * self.inputs
-        dtype = torch.float32 if fine else product_dtype()
-        if self.kernel == "compiled" and (few or dtype is torch.float32):
+        if self.kernel == "compiled" and (few or fine or product_dtype() is torch.float32):
             return c_kernel.times(self, x, bias, start, stop)
+        dtype = torch.float32 if fine else product_dtype()
         y = (x.to(dtype) @ self.transposed(dtype, start, stop)).float()
         return y if bias is None else y.add_(bias)
 

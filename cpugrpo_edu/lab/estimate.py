@@ -18,7 +18,7 @@ from cpugrpo_edu.engine.sizes import CATALOGUE, Architecture
 from cpugrpo_edu.errors import UserError
 from cpugrpo_edu.lab.cost import CostModel, StepSpec, fit_sweep, rollout_work
 from cpugrpo_edu.lab.floors import calibration
-from cpugrpo_edu.lab.recorded import completion_lengths, recorded_runs
+from cpugrpo_edu.lab.recorded import completion_lengths, recorded_config, recorded_runs
 from cpugrpo_edu.models.fetch import PACKAGED, fetched
 from cpugrpo_edu.models.load import (
     prepare_tokenizer,
@@ -30,7 +30,6 @@ from cpugrpo_edu.models.load import (
 from cpugrpo_edu.policy import Policy
 from cpugrpo_edu.record.machine import GIB, available_memory
 from cpugrpo_edu.record.run_record import RunRecord
-from cpugrpo_edu.run.config import RunConfig
 from cpugrpo_edu.run.data import divide
 from cpugrpo_edu.show.text import records_folder
 from cpugrpo_edu.tasks.custom import load_custom
@@ -157,7 +156,8 @@ def estimate_run(config: Any, model: CostModel) -> tuple[float, float, str]:
     """Seconds and peak bytes of a whole run, and what they assume."""
     sampled = evaluated = float(config.max_completion)
     told = ", if every completion runs to its limit"
-    if is_usual(config) and (runs := recorded_runs(config.model)):
+    runs = recorded_runs(config.model) if is_usual(config) else []
+    if runs:
         sampled, evaluated = (min(n, config.max_completion) for n in completion_lengths(runs))
         told = ""
     elif config.per_cell and config.data != "generated":
@@ -165,7 +165,7 @@ def estimate_run(config: Any, model: CostModel) -> tuple[float, float, str]:
     mean, longest = prompt_lengths(config)
     seconds = sum(run_parts(config, model, sampled, evaluated, mean).values())
     peak = model.peak_bytes(run_step(config, sampled, longest))
-    if config.model != "bundled" and not told:
+    if runs and config.model != "bundled":
         longer, larger = off_by(runs)
         far = max(abs(each / fmean(longer) - 1) for each in longer)
         told = f"; the {len(runs)} recorded runs that this goes by differ by up to {far:.0%}"
@@ -179,8 +179,7 @@ def off_by(runs: Sequence[RunRecord]) -> tuple[list[float], list[float]]:
     model = fit_sweep(recorded_sweep().results)
     longer, larger = [], []
     for run in runs:
-        known = {key: run.config[key] for key in run.config if key in RunConfig().__dict__}
-        config, lengths = RunConfig(**known), completion_lengths([run])
+        config, lengths = recorded_config(run), completion_lengths([run])
         predicted = sum(run_parts(config, model, *lengths).values())
         longer.append(run.results["seconds"]["total"] / predicted)
         peak = model.peak_bytes(run_step(config, lengths[0]))

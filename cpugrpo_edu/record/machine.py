@@ -145,27 +145,27 @@ def usable_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
 
 
 @lru_cache  # asked at every matrix product
-def _fields(path: Path) -> dict[str, str]:
-    """The first processor's lines of /proc/cpuinfo; empty where that does not exist."""
+def _first_processor(path: Path) -> tuple[str, frozenset[str]]:
+    """Its name and flags in /proc/cpuinfo; empty where that does not exist."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in path.read_text().splitlines():
             key, _, value = line.partition(":")
             fields.setdefault(key.strip().lower(), value.strip())
-    return fields
+    flags = fields.get("flags") or fields.get("features") or ""
+    return fields.get("model name", ""), frozenset(flags.split())
 
 
-def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, set[str]]:
+def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
     """(model name, instruction-set flags); flags are empty where /proc does not exist."""
-    fields = _fields(path)
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    flags = set((fields.get("flags") or fields.get("features") or "").split())
+    name, flags = _first_processor(path)
     if not flags and "torch" in sys.modules:  # not Linux: torch looked for itself
-        flags = set(sys.modules["torch"].backends.cpu.get_cpu_capability().lower().split())
-    return name, flags
+        capability = sys.modules["torch"].backends.cpu.get_cpu_capability()
+        flags = frozenset(capability.lower().split())
+    return name or platform.processor() or platform.machine(), flags
 
 
-def processor_flags() -> set[str]:
+def processor_flags() -> frozenset[str]:
     """The processor's instruction sets, as /proc/cpuinfo names them."""
     return _cpuinfo()[1]
 

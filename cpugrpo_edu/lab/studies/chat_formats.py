@@ -7,8 +7,8 @@ are rounded to the format's values and multiplied in float32. That gives the acc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -32,13 +32,14 @@ from cpugrpo_edu.lab.studies.common import (
 )
 from cpugrpo_edu.lab.studies.quantization import (
     PREDICTORS,
+    Format,
+    in_each_format,
     layer_errors,
     round_groups,
-    simulate,
+    simulated,
     slope_of,
-    slug,
 )
-from cpugrpo_edu.lab.studies.real_model import PEOPLE, config_of
+from cpugrpo_edu.lab.studies.real_model import config_of, problems_of_people
 from cpugrpo_edu.lab.studies.setting import Setting, StudyResult, Table
 from cpugrpo_edu.models.load import load_policy
 from cpugrpo_edu.policy import Policy
@@ -50,7 +51,6 @@ from cpugrpo_edu.show.palette import BLUE, VERMILLION, Plot, new_figure, tidy
 from cpugrpo_edu.show.text import percent, records_folder, verdict
 from cpugrpo_edu.tasks import held_out_problems, make_problems
 from cpugrpo_edu.tasks.answers import with_answer_format
-from cpugrpo_edu.tasks.custom import load_custom
 
 BEFORE, AFTER = "before training", "after GRPO"
 PER_CELL, DRIFT_PROBLEMS = 200, 60
@@ -87,26 +87,16 @@ def round_with_offset(weight: Tensor, bits: int, group: int) -> Tensor:
     return torch.cat(rounded, 1)
 
 
-@dataclass(frozen=True)
-class Format:
-    """A number format: its bits a weight, scales and offsets included, and how to get a copy."""
-
-    name: str
-    bits: float
-    make: Callable[[Any], Any]
-    simulated: bool = False
-
-
-def simulated(name: str, bits: float, rounding: Callable[[Tensor], Tensor]) -> Format:
-    return Format(name, bits, lambda model: simulate(model, rounding), simulated=True)
-
-
 FORMATS = (
-    Format("fp32", 32, lambda model: model),
-    Format("bf16", 16, partial(quantize_for_rollout, kernel="bf16")),
-    Format("INT8, one scale, 8-bit inputs", 8, partial(quantize_for_rollout, per_channel=False)),
-    Format("INT8, a scale a row, 8-bit inputs", 8, partial(quantize_for_rollout, kernel="packed")),
-    Format("INT8, blocks of 32, 16-bit inputs", 9, quantize_for_rollout),
+    Format("fp32", lambda model: model),
+    Format("bf16", partial(quantize_for_rollout, kernel="bf16"), bits=16),
+    Format(
+        "INT8, one scale, 8-bit inputs", partial(quantize_for_rollout, per_channel=False), bits=8
+    ),
+    Format(
+        "INT8, a scale a row, 8-bit inputs", partial(quantize_for_rollout, kernel="packed"), bits=8
+    ),
+    Format("INT8, blocks of 32, 16-bit inputs", quantize_for_rollout, bits=9),
     simulated("INT8 weights, a scale a row", 8, partial(round_groups, bits=8)),
     simulated("INT8 weights, blocks of 32 (as Q8_0)", 8.5, partial(round_groups, bits=8, group=32)),
     simulated(
@@ -115,6 +105,8 @@ FORMATS = (
     simulated("4 bits, blocks of 32", 4.5, partial(round_groups, bits=4, group=32)),
     simulated("NF4, blocks of 64", 4.5, partial(round_to_levels, levels=NF4, group=64)),
 )
+"""``bits`` counts scales and offsets as well."""
+
 FLOAT = FORMATS[0].name
 
 
@@ -152,11 +144,7 @@ def run(setting: Setting) -> StudyResult:
 def exam(config: RunConfig, setting: Setting) -> list[Problem]:
     """Held-out stories and, where their file is, problems written by people."""
     problems = held_out_problems(min(PER_CELL, config.per_cell), config.domains)
-    path = setting.work / PEOPLE
-    if path.exists():
-        problems = problems + load_custom(path)
-    else:
-        setting.say(f"no {path}: problems written by people are left out")
+    problems = problems + problems_of_people(setting)
     return with_answer_format(problems, config.answer_format or "last-number")
 
 
@@ -184,12 +172,7 @@ def measure_all(
             loaded.append((policy, own, worked))
         return measure(chosen, name, config, problems, *loaded[0])
 
-    found = {}
-    for chosen in FORMATS:
-        setting.say(f"{name}, {chosen.name}")
-        piece = f"{slug(name)}-{slug(chosen.name)}"
-        found[chosen.name] = pieces.once(piece, partial(measured, chosen))
-    return found
+    return in_each_format(name, FORMATS, measured, pieces, setting.say)
 
 
 def measure(

@@ -13,11 +13,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any
 
 from cpugrpo_edu.errors import UserError
-from cpugrpo_edu.lab.recorded import completion_lengths, recorded_runs
+from cpugrpo_edu.lab.recorded import completion_lengths, recorded_config, recorded_runs
 from cpugrpo_edu.lab.studies.setting import Setting, StudyResult, Table
 from cpugrpo_edu.record.run_record import RunRecord, new_record
 from cpugrpo_edu.show.palette import BLUE, ORANGE, VERMILLION, Plot, new_figure, tidy
@@ -192,12 +191,6 @@ def repeat_errors(runs: list[RunRecord]) -> list[dict[str, Any]]:
         if others:
             rows.append(error_row(run, fmean(others)))
     return rows
-
-
-def recorded_config(run: RunRecord) -> SimpleNamespace:
-    """A record's settings, and whether EWC acted, which follows from them."""
-    acts = bool(run.config["ewc_strength"] and run.config["fisher_examples"])
-    return SimpleNamespace(**run.config, consolidates=acts)
 
 
 def model_errors(runs: list[RunRecord]) -> dict[str, Any]:

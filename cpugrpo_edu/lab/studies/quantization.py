@@ -67,7 +67,7 @@ class Format:
     """The copy to evaluate, from the float32 model."""
     simulated: bool = False
     bits: float = 32
-    """Stored bits of a weight of a linear layer, without its scales."""
+    """Stored bits of a weight of a linear layer; in this study without its scales."""
 
 
 def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
@@ -102,8 +102,7 @@ def simulate(model: Any, rounding: Callable[[Tensor], Tensor]) -> Any:
     return copied
 
 
-def simulated(name: str, bits: int, group: int | None = None) -> Format:
-    rounding = partial(round_groups, bits=bits, group=group)
+def simulated(name: str, bits: float, rounding: Callable[[Tensor], Tensor]) -> Format:
     return Format(name, lambda model: simulate(model, rounding), simulated=True, bits=bits)
 
 
@@ -112,8 +111,8 @@ FORMATS = (
     Format("bf16", lambda model: copy.deepcopy(model).to(torch.bfloat16).eval(), bits=16),
     Format("INT8 dynamic, per tensor", partial(quantize_for_rollout, per_channel=False), bits=8),
     Format("INT8 dynamic, per channel", partial(quantize_for_rollout, kernel="packed"), bits=8),
-    simulated("INT8 weight-only", bits=8),
-    simulated("INT4 weight-only", bits=4, group=GROUP),
+    simulated("INT8 weight-only", 8, partial(round_groups, bits=8)),
+    simulated("INT4 weight-only", 4, partial(round_groups, bits=4, group=GROUP)),
 )
 
 
@@ -455,10 +454,21 @@ def evaluate_formats(
             **layer_errors(policy(), changed, worked),
         }
 
+    return in_each_format(name, FORMATS, measure, pieces, setting.say)
+
+
+def in_each_format(
+    model: str,
+    formats: Sequence[Format],
+    measure: Callable[[Format], Any],
+    pieces: Pieces,
+    say: Say,
+) -> dict[str, Any]:
+    """``{format: measure(format)}`` of a model, each measured once."""
     found = {}
-    for chosen in FORMATS:
-        setting.say(f"{name}, {chosen.name}")
-        place = f"{slug(name)}-{slug(chosen.name)}"
+    for chosen in formats:
+        say(f"{model}, {chosen.name}")
+        place = f"{slug(model)}-{slug(chosen.name)}"
         found[chosen.name] = pieces.once(place, partial(measure, chosen))
     return found
 

@@ -145,6 +145,15 @@ def warmstarted(config: WarmstartConfig, folder: Path) -> dict[str, float]:
 # Measuring
 
 
+def problems_of_people(setting: Setting) -> list[Problem]:
+    """Those in the work folder; none, which is said, where their file is not there."""
+    path = setting.work / PEOPLE
+    if path.exists():
+        return load_custom(path)
+    setting.say(f"no {path}: problems written by people are left out")
+    return []
+
+
 @dataclass(frozen=True)
 class Exam:
     """What every model is asked, and how."""
@@ -168,10 +177,7 @@ class Exam:
             problems = held_out_problems(min(per_cell, run.per_cell), domains)
             return with_answer_format(problems, form)
 
-        path = setting.work / PEOPLE
-        people = with_answer_format(load_custom(path), form) if path.exists() else []
-        if not people:
-            setting.say(f"no {path}: problems written by people are left out")
+        people = with_answer_format(problems_of_people(setting), form)
         longer = [p for p in ask(LONGER_PER_CELL, ("stories",)) if p.difficulty != "basic"]
         return cls(ask(run.per_cell), ask(SAMPLED_PER_CELL), longer, people, run)
 
